@@ -1,0 +1,35 @@
+"""The CPU backend: a graph becomes a shared object in these stages."""
+
+from __future__ import annotations
+
+from mcc.backends.cpu.build import build
+from mcc.backends.cpu.emit import emit
+from mcc.backends.cpu.fuse import fuse
+from mcc.backends.cpu.integerize import integerize
+from mcc.backends.cpu.lowering import Lowering
+from mcc.backends.cpu.measure import measure
+from mcc.backends.cpu.select import prefer_dense, select
+from mcc.backends.tune import Tuner, Tuning
+from mcc.graph import Graph
+from mcc.target import Target
+
+STAGES = (integerize, fuse, select, emit, build)
+
+__all__ = ["STAGES", "Lowering", "lower", "prefer_dense"]
+
+
+def lower(graph: Graph, target: Target, tuning: Tuning) -> Lowering:
+    """Run all stages.
+
+    Args:
+        graph: encoded.
+        target: what for.
+        tuning: whether tiles are timed on this machine or taken from the model of it.
+
+    Raises:
+        BackendError: an op or shape cannot be lowered.
+    """
+    lowering = Lowering(graph, target, Tuner(tuning, measure))
+    for stage in STAGES:
+        lowering = stage(lowering)
+    return lowering

@@ -1,0 +1,329 @@
+"""Stage 4: write the relax function: a call for each region's kernel, relax ops for the rest."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import sympy
+import torch
+import tvm.tirx.script.builder.ir as B  # noqa: N812
+from numpy.typing import NDArray
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
+from tvm import relax, tirx
+from tvm.sym.analyzer import Analyzer
+
+from mcc import ops
+from mcc.artifact import TensorSpec
+from mcc.backends.cpu.kernels.tiles import leading_dims
+from mcc.backends.cpu.lowering import Choice, Lowering
+from mcc.backends.cpu.microkernel import Parameter, flat, kernel_function, product
+from mcc.backends.relax import RULES
+from mcc.backends.relax.emitter import DTYPES, Emitter, Expression, is_tensor, static
+from mcc.cost import weight_expression
+from mcc.errors import BackendError, MccError
+from mcc.graph import Graph, Node
+from mcc.report import LayerRow
+from mcc.text import dim_text, located_text
+
+_SORTS = (ops.OPS["sort"], ops.OPS["topk"])
+_IGNORED_OPTIONS = ("device", "layout", "pin_memory", "non_blocking", "copy", "memory_format")
+
+
+def emit(lowering: Lowering) -> Lowering:
+    """Emit `main(inputs…, weights)`; weights are one tuple, so that a call passes one argument for all of them."""
+    writer = _Writer(lowering)
+    module = writer.write()
+    return replace(
+        lowering, module=module, weights=writer.weights, inputs=writer.input_specs(), outputs=writer.output_specs(),
+        layers=tuple(writer.layers), sorts=any(n.op in _SORTS for n in lowering.graph.nodes),
+    )  # fmt: skip
+
+
+class Sizes:
+    """Symbolic dims: torch's symbols as tirx variables."""
+
+    def __init__(self) -> None:
+        self._variables: dict[str, Any] = {}
+
+    def expression(self, size: int | torch.SymInt) -> Expression:
+        """A dim as relax wants it."""
+        return int(size) if isinstance(size, int) else self._convert(size.node.expr)
+
+    def shape(self, value: Tensor) -> list[Expression]:
+        """All dims of a fake tensor."""
+        return [self.expression(s) for s in value.shape]
+
+    def _convert(self, expression: sympy.Expr) -> Expression:
+        if isinstance(expression, sympy.Integer | int):
+            return tirx.IntImm("int64", int(expression))
+        if isinstance(expression, sympy.Symbol):
+            return self._variables.setdefault(str(expression), tirx.Var(str(expression), "int64"))
+        parts = [self._convert(a) for a in expression.args]
+        if isinstance(expression, sympy.Add):
+            return reduce(operator.add, parts)
+        if isinstance(expression, sympy.Mul):
+            return reduce(operator.mul, parts)
+        if isinstance(expression, sympy.Pow) and expression.exp.is_Integer and expression.exp > 0:
+            return reduce(operator.mul, [parts[0]] * int(expression.exp))
+        if isinstance(expression, FloorDiv):
+            return tirx.floordiv(*parts)
+        if isinstance(expression, Mod | PythonMod):
+            return tirx.floormod(*parts)
+        if type(expression).__name__ in ("Max", "Min"):
+            return reduce(tirx.max if type(expression).__name__ == "Max" else tirx.min, parts)
+        raise BackendError(f"cannot compute the size {expression}", remedy="leave that dim out of dynamic_shapes")
+
+
+class _Writer:
+    """Writes one graph."""
+
+    def __init__(self, lowering: Lowering) -> None:
+        self.lowering = lowering
+        self.graph: Graph = lowering.graph
+        self.sizes = Sizes()
+        self.weights: dict[str, NDArray[Any]] = {}
+        self.layers: list[LayerRow] = []
+        self.values: dict[fx.Node, Any] = {}
+        self.constants: dict[fx.Node, Any] = {}
+        self.absorbed = self._absorbed()
+        self.live = self._live()
+
+    def _absorbed(self) -> set[fx.Node]:
+        """Nodes inside regions, whose values nobody outside reads."""
+        inside: set[fx.Node] = set()
+        for choice in self.lowering.choices.values():
+            node: Node = choice.region.output
+            while node != choice.region.anchor:
+                previous = node.operand(0)
+                assert previous is not None
+                inside.add(previous.fx)
+                node = previous
+        return inside
+
+    def _live(self) -> set[fx.Node]:
+        """Nodes whose values are needed once regions read codes and stored weights themselves."""
+        live: set[fx.Node] = set()
+        queue = [n.fx for n in self.graph.output_nodes]
+        while queue:
+            node = queue.pop()
+            if node in live:
+                continue
+            live.add(node)
+            choice = self.lowering.choices.get(node)
+            queue += [choice.region.source.fx] if choice is not None else node.all_input_nodes
+        return live
+
+    def write(self) -> Any:  # noqa: ANN401 (an IRModule)
+        self._evaluate_constants()
+        self._collect_weights()
+        builder = relax.BlockBuilder()
+        inputs = [self._input(n) for n in self.graph.inputs]
+        types = [relax.TensorType(a.shape, a.dtype.name) for a in self.weights.values()]
+        weights = relax.Var("weights", relax.TupleType(types))
+        with builder.function("main", [*inputs, weights], attrs={"num_input": len(inputs)}):
+            with builder.dataflow():
+                emitter = Emitter(builder)
+                self._read = {n: emitter.item(weights, i) for i, n in enumerate(self.weights)}
+                for node in self.graph.nodes:
+                    if node.fx in self.live and node.fx not in self.absorbed and node.fx not in self.constants:
+                        self.values[node.fx] = self._node(emitter, node)
+                outputs = [self._output(emitter, n) for n in self.graph.output_nodes]
+                result = builder.emit_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
+            builder.emit_func_output(result)
+        return builder.get()
+
+    def _input(self, node: Node) -> Any:  # noqa: ANN401
+        if not isinstance(node.value, Tensor):
+            raise BackendError(
+                f"input {node.name} is not a tensor but {node.value!r}", remedy="make it a constant of the module"
+            )
+        variable = relax.Var(node.name, relax.TensorType(self.sizes.shape(node.value), DTYPES[node.dtype]))
+        self.values[node.fx] = variable
+        return variable
+
+    def _evaluate_constants(self) -> None:
+        """Run what reads only stored tensors in PyTorch: decodes that no kernel takes, masks, folded arithmetic."""
+        for node in self.graph.nodes:
+            inputs = node.fx.all_input_nodes
+            known = all(n in self.constants or n.op == "get_attr" for n in inputs)
+            if node.fx not in self.live or not inputs or not known or node.fx in self.lowering.choices:
+                continue
+            if any(isinstance(leaf, torch.SymInt) for leaf in pytree.tree_leaves((node.fx.args, node.fx.kwargs))):
+                continue
+            load = self._constant
+            args, kwargs = (fx.node.map_arg(a, load) for a in (node.fx.args, node.fx.kwargs))
+            assert callable(node.fx.target)
+            with torch.no_grad():
+                self.constants[node.fx] = node.fx.target(*args, **kwargs)
+
+    def _constant(self, node: fx.Node) -> Any:  # noqa: ANN401
+        return self.constants[node] if node in self.constants else self.graph.tensor(str(node.target))
+
+    def _collect_weights(self) -> None:
+        """Name every array the function reads: packed ones of kernels, then tensors read by other ops."""
+        self.packed: dict[fx.Node, list[str]] = {}
+        for output, choice in self.lowering.choices.items():
+            names = []
+            for part, array in choice.lowered.packed.items():
+                name = f"{choice.region.weight.name}#{part}"
+                while name in self.weights and not np.array_equal(self.weights[name], array):
+                    name += "'"  # the same weight packed in another way for another layer
+                self.weights[name] = array
+                names.append(name)
+            self.packed[output] = names
+        for node in [n for n in self.graph.module.graph.nodes if n in self.live]:
+            reads = [] if node in self.lowering.choices else node.all_input_nodes
+            for read in [*reads, *([node] if node.op == "get_attr" else [])]:
+                if node in self.constants or node in self.absorbed:
+                    continue
+                if read.op == "get_attr" or isinstance(self.constants.get(read), Tensor):
+                    self._store(read)
+
+    def _store(self, node: fx.Node) -> None:
+        name = str(node.target) if node.op == "get_attr" else f"computed.{node.name}"
+        tensor = self._constant(node).detach().contiguous()
+        self.weights[name] = tensor.numpy()
+
+    def _value(self, node: fx.Node) -> Any:  # noqa: ANN401
+        if node in self.values:
+            return self.values[node]
+        if node.op == "get_attr":
+            return self._read[str(node.target)]
+        constant = self.constants[node]
+        return self._read[f"computed.{node.name}"] if isinstance(constant, Tensor) else constant
+
+    def _node(self, emitter: Emitter, node: Node) -> Any:  # noqa: ANN401
+        value = node.value
+        if isinstance(value, torch.SymInt | int):
+            return self.sizes.expression(value)
+        choice = self.lowering.choices.get(node.fx)
+        if choice is not None:
+            return self._kernel_call(emitter, choice)
+        if node.op is ops.GETITEM:
+            return self._value(node.fx.args[0])[node.fx.args[1]]  # type: ignore[arg-type, index]
+        assert node.op is not None
+        rule = RULES.get(node.op.name)
+        if rule is None:
+            raise BackendError(
+                f"the CPU backend has no lowering for {node.op.name}", node=located_text(node),
+                remedy="write that part with other ops of the table",
+            )  # fmt: skip
+        if node.op.macs(node.fx):
+            self._fallback_row(node)
+        return self._expected(emitter, self._apply(rule, emitter, node), value)
+
+    def _apply(self, rule: Any, emitter: Emitter, node: Node) -> Any:  # noqa: ANN401
+        def argument(leaf: Any) -> Any:  # noqa: ANN401
+            if isinstance(leaf, fx.Node):
+                return self._value(leaf)
+            return self.sizes.expression(leaf) if isinstance(leaf, torch.SymInt) else leaf
+
+        args = [pytree.tree_map(argument, _plain(a)) for a in node.fx.args]
+        options = {k: argument(v) for k, v in node.fx.kwargs.items() if k not in _IGNORED_OPTIONS}
+        try:
+            return rule(emitter, *args, **options)
+        except MccError:
+            raise
+        except Exception as error:
+            raise BackendError(
+                f"lowering {node.op} failed: {str(error).strip().splitlines()[0] if str(error) else repr(error)}",
+                node=located_text(node), remedy="please report this with the model",
+            ) from error  # fmt: skip
+
+    def _expected(self, emitter: Emitter, result: Any, value: Any) -> Any:  # noqa: ANN401
+        """State the shape the graph knows, where relax inferred another form of it."""
+        if not is_tensor(result) or not isinstance(value, Tensor):
+            return result
+        wanted = self.sizes.shape(value)
+        analyzer = Analyzer()
+        if len(wanted) == len(result.ty.shape) and all(
+            analyzer.can_prove_equal(a, b) for a, b in zip(result.ty.shape, wanted, strict=True)
+        ):
+            return result
+        return emitter.builder.match_cast(result, relax.TensorType(wanted, DTYPES[value.dtype]))
+
+    def _kernel_call(self, emitter: Emitter, choice: Choice) -> Any:  # noqa: ANN401
+        region = choice.region
+        name = f"{choice.kernel.name}_{'_'.join(map(str, region.weight.shape))}"
+        function = emitter.builder.add_func(choice.lowered.function.without_attr("global_symbol"), name)
+        operands = [self._value(region.source.fx), *(self._read[n] for n in self.packed[region.output.fx])]
+        output = relax.TensorType(self.sizes.shape(region.output.value), region.output_dtype)
+        stored = sum(self.weights[n].nbytes for n in self.packed[region.output.fx])
+        self._row(region.anchor, region.text, f"{choice.kernel.name} {choice.tile}", (region.weight.text, stored), choice.reason)
+        return emitter(relax.call_tir(function, operands, output))
+
+    def _fallback_row(self, node: Node) -> None:
+        stored, size = "float32", 0
+        expression = weight_expression(node.operand(1)) if node.op is not None and node.op.weights else None
+        top = node.operand(1)
+        if expression is not None and top is not None:
+            size = int(np.prod([int(s) for s in top.shape])) * 4
+        reason = self.lowering.refused.get(node.fx, "")
+        if expression is not None and not (top is not None and top.is_parameter):
+            reason = f"weight decoded at build time: {reason}"
+        assert node.op is not None
+        self._row(node, node.op.name, "op library", (stored if size else "", size), reason)
+
+    def _row(self, node: Node, op: str, kernel: str, stored: tuple[str, int], reason: str) -> None:
+        assert node.op is not None
+        self.layers.append(LayerRow(node.layer, op, kernel, stored[0], stored[1], node.op.macs(node.fx), reason))
+
+    def _output(self, emitter: Emitter, node: Node) -> Any:  # noqa: ANN401
+        """An output of its own memory: an input, a weight or a view of one is copied, and so is a second return."""
+        value = self._value(node.fx)
+        root: fx.Node = node.fx
+        while root not in self.constants and (row := ops.lookup(root.target)) is not None and row.family == "move":
+            root = root.all_input_nodes[0]
+        own = root.op == "call_function" and root not in self.constants
+        if own and [n.name for n in self.graph.output_nodes].count(node.name) == 1:
+            return value
+        function = emitter.builder.add_func(_copy(value.ty), "copy")
+        return emitter(relax.call_tir(function, [value], relax.TensorType(list(value.ty.shape), str(value.ty.dtype))))
+
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        """Inputs; one that only kernels read may lie anywhere."""
+        specs = []
+        for node in self.graph.inputs:
+            readers = [n for n in node.fx.users if n in self.live and n not in self.absorbed]
+            unaligned = all(self._reads_by_kernel(node.fx, reader) for reader in readers) and not node.is_output
+            kind = DTYPES[node.dtype]
+            alignment = {"alignment": np.dtype(kind).itemsize} if unaligned else {}
+            specs.append(TensorSpec(str(node.fx.target), self._dims(node), kind, **alignment))
+        return tuple(specs)
+
+    def _reads_by_kernel(self, source: fx.Node, reader: fx.Node) -> bool:
+        if any(c.region.source.fx is source and c.region.anchor.fx is reader for c in self.lowering.choices.values()):
+            return True
+        return ops.lookup(reader.target) is ops.SYM_SIZE
+
+    def output_specs(self) -> tuple[TensorSpec, ...]:
+        """Outputs, flattened."""
+        return tuple(TensorSpec(n.name, self._dims(n), DTYPES[n.dtype]) for n in self.graph.output_nodes)
+
+    def _dims(self, node: Node) -> tuple[int | str, ...]:
+        return tuple(int(s) if isinstance(s, int) else dim_text(s, self.graph) for s in node.shape)
+
+
+def _copy(value: Any) -> tirx.PrimFunc:  # noqa: ANN401 (a relax tensor type)
+    """A kernel that copies: relax would take a computation that does for a reshape, and return the input itself."""
+    dims, kind = leading_dims([static(s) if static(s) is not None else s for s in value.shape]), str(value.dtype)
+
+    def body(source: Expression, result: Expression) -> None:
+        size = product(dims)
+        from_flat, to_flat = flat(source, size), flat(result, size)
+        with B.serial(0, size) as i:
+            B.buffer_store(to_flat, from_flat[i], [i])
+
+    function = kernel_function("copy", [Parameter("X", dims, kind), Parameter("Y", dims, kind)], body)
+    return function.without_attr("global_symbol")
+
+
+def _plain(argument: Any) -> Any:  # noqa: ANN401
+    """fx's immutable lists as plain ones."""
+    return [_plain(a) for a in argument] if isinstance(argument, list | tuple) else argument

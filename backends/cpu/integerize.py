@@ -1,0 +1,81 @@
+"""Stage 1: find the layers with weights, and how their weights and activations are stored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import fx
+
+from mcc import ops
+from mcc.backends.cpu.lowering import Lowering
+from mcc.backends.kernel import QuantizedInput, Region, SparseArrays, StoredWeight
+from mcc.graph import Node
+
+ANCHORS = (ops.LINEAR, ops.CONV2D)
+
+
+def integerize(lowering: Lowering) -> Lowering:
+    """Make a region of every linear and conv2d whose weight is stored.
+
+    Where the weight is int8 codes and the input is `dequantize` of unsigned 8-bit codes, the region reads the codes.
+    """
+    regions: dict[fx.Node, Region] = {}
+    refused: dict[fx.Node, str] = {}
+    for node in lowering.graph.nodes:
+        if node.op not in ANCHORS:
+            if node.op is not None and node.op.macs(node.fx):
+                refused[node.fx] = f"there is no own kernel for {node.op.name} yet"
+            continue
+        weight = _stored_weight(node)
+        bias = node.operand(2)
+        if weight is None or (bias is not None and not bias.is_parameter):
+            refused[node.fx] = "its weight or bias is computed"
+            continue
+        source = node.operand(0)
+        assert source is not None
+        activation, codes = _quantized_source(source)
+        if activation is not None and weight.dtype == "int8" and codes is not None:
+            source = codes
+        else:
+            activation = None
+        array = None if bias is None else bias.tensor.detach().numpy().astype(np.float32)
+        regions[node.fx] = Region(node, source, node, weight, array, activation, ())
+    return replace(lowering, regions=regions, refused=refused)
+
+
+def _stored_weight(node: Node) -> StoredWeight | None:
+    top = node.operand(1)
+    assert top is not None
+    shape = tuple(int(s) for s in top.shape)
+    scale = None
+    inner: Node | None = top
+    if top.op is ops.DEQUANTIZE:
+        scale_node, zero_point = top.operand(1), top.operand(2)
+        assert scale_node is not None
+        assert zero_point is not None
+        if top.argument(3) != 0 or bool(zero_point.tensor.any()):
+            return None
+        scale, inner = scale_node.tensor.numpy(), top.operand(0)
+    if inner is None:
+        return None
+    if inner.op is ops.DECODE_SPARSE:
+        parts = [inner.operand(i) for i in range(3)]
+        values, columns, row_pointers = (p.tensor.detach().numpy() for p in parts if p is not None)
+        name = str(parts[0].fx.target).removesuffix("_values") if parts[0] is not None else ""
+        return StoredWeight(name, shape, None, SparseArrays(values, columns, row_pointers), scale)
+    if not inner.is_parameter or inner.dtype not in (torch.float32, torch.int8):
+        return None
+    name = str(inner.fx.target).removesuffix("_codes").removesuffix("_dense")
+    return StoredWeight(name, shape, inner.tensor.detach().contiguous().numpy(), None, scale)
+
+
+def _quantized_source(source: Node) -> tuple[QuantizedInput | None, Node | None]:
+    codes = source.operand(0) if source.op is ops.DEQUANTIZE else None
+    if codes is None or codes.op is not ops.QUANTIZE or codes.dtype is not torch.uint8 or source.argument(3) is not None:
+        return None, None
+    scale, zero_point = source.operand(1), source.operand(2)
+    assert scale is not None
+    assert zero_point is not None
+    return QuantizedInput(float(scale.tensor), int(zero_point.tensor)), codes

@@ -1,0 +1,370 @@
+"""Dense layers: y = epilogue(x W^T + b), float32 or int8 codes, any number of rows at run time.
+
+W is packed in panels of `vectors` vectors of outputs, [panel][k][lanes], so that a step over k loads whole vectors;
+x is read row-major, one broadcast a row. The last panel is narrower and its last vector may be partly used. int8
+weights under float32 activations are converted in registers and scaled once at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm.tirx.script.builder.ir as B  # noqa: N812
+from numpy.typing import NDArray
+from tvm import tirx
+from tvm.script import tirx as T  # noqa: N812
+
+from mcc import ops
+from mcc.backends.cpu.epilogue import emit_epilogue
+from mcc.backends.cpu.kernels.tiles import TileShape, leading_dims, parse_tile, row_blocks
+from mcc.backends.cpu.microkernel import (
+    Expression, Parameter, Vectors, branch, flat, kernel_function, lane, parallel, product, serial,
+)  # fmt: skip
+from mcc.backends.kernel import Lowered, Region, apply_epilogue
+from mcc.target import Target
+
+SERIAL_MACS = 1_500_000  # below about 30 us of work two threads cost more than they bring
+ROW_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class DenseFloat:
+    """float32 activations; weights float32, or int8 with a scale for each output."""
+
+    name: str = "dense_f32"
+
+    def refuses(self, region: Region, target: Target) -> str | None:
+        """Takes linear with a dense weight."""
+        del target
+        if region.anchor.op is not ops.LINEAR:
+            return "not a linear layer"
+        if region.weight.sparse is not None:
+            return "the weight is sparse"
+        return "the activations are quantized" if region.activation is not None else None
+
+    def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
+        """Largest tiles that keep accumulators, weights and one broadcast in registers."""
+        return dense_tiles(region, target)
+
+    def lower(self, region: Region, target: Target, tile: str) -> Lowered:
+        """See the module's text."""
+        plan = _Plan(region, Vectors(target), parse_tile(tile))
+        weight = region.weight
+        assert weight.dense is not None
+        packed = {"weight": pack_panels(weight.dense, plan.width, target.vector_lanes)}
+        packed |= _padded_vectors(region, plan.padded_outputs)
+        body = _FloatBody(plan, scaled=weight.scale is not None)
+        return Lowered(plan.function(self.name, packed, body.emit), packed)
+
+    def reference(self, region: Region, source: NDArray[Any]) -> NDArray[Any]:
+        """Float64 sums."""
+        return dense_reference(region, source)
+
+
+@dataclass(frozen=True)
+class DenseInt8:
+    """uint8 activation codes times int8 weight codes, exact int32 sums, one float32 scale for each output."""
+
+    name: str = "dense_int8"
+
+    def refuses(self, region: Region, target: Target) -> str | None:
+        """Takes linear with a dense int8 weight and quantized activations."""
+        del target
+        if region.anchor.op is not ops.LINEAR:
+            return "not a linear layer"
+        if region.activation is None or region.weight.scale is None:
+            return "weight and activations are not both int8"
+        return "the weight is sparse" if region.weight.sparse is not None else None
+
+    def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
+        """As for float, with registers left for what replaces `vpdpbusd`."""
+        return dense_tiles(region, target)
+
+    def lower(self, region: Region, target: Target, tile: str) -> Lowered:
+        """See the module's text; k goes in groups of four bytes, padded with zero weights."""
+        plan = _Plan(region, Vectors(target), parse_tile(tile))
+        weight, activation = region.weight, region.activation
+        assert weight.dense is not None
+        assert activation is not None
+        packed = {"weight": pack_panels_of_four(weight.dense, plan.width, target.vector_lanes)}
+        packed |= integer_vectors(region, plan.padded_outputs)
+        body = _IntegerBody(plan, bounded=pairs_fit(weight.dense.reshape(weight.shape[0], -1)))
+        return Lowered(plan.function(self.name, packed, body.emit), packed)
+
+    def reference(self, region: Region, source: NDArray[Any]) -> NDArray[Any]:
+        """Exact integer sums."""
+        return dense_reference(region, source)
+
+
+def dense_tiles(region: Region, target: Target) -> tuple[str, ...]:
+    """Tiles (rows x vectors) by register count; narrow ones where there are few outputs."""
+    wide = (TileShape(8, 2), TileShape(6, 4), TileShape(12, 2))
+    narrow = (TileShape(6, 2), TileShape(4, 2), TileShape(4, 3))
+    wanted = wide if target.vector_registers == 32 else narrow
+    vectors = -(-region.weight.shape[0] // target.vector_lanes)
+    narrowed = [TileShape(t.rows, min(t.vectors, vectors)) for t in wanted]
+    return tuple(dict.fromkeys(str(t) for t in narrowed))
+
+
+def pairs_fit(weight: NDArray[np.int8]) -> bool:
+    """Whether no two neighbouring products with codes up to 255 can leave int16; weight is [out, in]."""
+    wide = weight.astype(np.int32)
+    wide = np.pad(wide, ((0, 0), (0, wide.shape[1] % 2))).reshape(len(wide), -1, 2)
+    highest = int(np.maximum(wide, 0).sum(2).max(initial=0)) * 255
+    lowest = int(np.minimum(wide, 0).sum(2).min(initial=0)) * 255
+    return highest <= 32767 and lowest >= -32768
+
+
+def pack_panels(weight: NDArray[Any], width: int, lanes: int) -> NDArray[Any]:
+    """[out, in] -> panels [in][width] end to end, the last one as narrow as whole vectors allow, zeros beyond out."""
+    outputs = weight.shape[0]
+    padded = np.pad(weight, ((0, -outputs % lanes), (0, 0)))
+    panels = [padded[start : start + width].T.reshape(-1) for start in range(0, len(padded), width)]
+    return np.concatenate(panels) if panels else np.zeros(0, weight.dtype)
+
+
+def pack_panels_of_four(weight: NDArray[np.int8], width: int, lanes: int) -> NDArray[np.int8]:
+    """[out, in] -> panels [in / 4][width][4], `in` padded with zeros to a multiple of four."""
+    outputs, inputs = weight.shape
+    padded = np.pad(weight, ((0, -outputs % lanes), (0, -inputs % 4)))
+    panels = [
+        padded[start : start + width].reshape(-1, padded.shape[1] // 4, 4).transpose(1, 0, 2).reshape(-1)
+        for start in range(0, len(padded), width)
+    ]
+    return np.concatenate(panels)
+
+
+def _padded_vectors(region: Region, size: int) -> dict[str, NDArray[Any]]:
+    outputs = region.weight.shape[0]
+    bias = np.zeros(size, np.float32)
+    if region.bias is not None:
+        bias[:outputs] = region.bias
+    vectors: dict[str, NDArray[Any]] = {"bias": bias}
+    if region.weight.scale is not None:
+        vectors["scale"] = np.pad(region.weight.scale, (0, size - outputs)).astype(np.float32)
+    return vectors
+
+
+def integer_vectors(region: Region, size: int) -> dict[str, NDArray[Any]]:
+    """Bias, product of scales, and the starting sum -zero_point * sum(w) of every output, padded to `size`."""
+    activation, weight = region.activation, region.weight
+    assert activation is not None
+    assert weight.scale is not None
+    vectors = _padded_vectors(region, size)
+    vectors["scale"] = vectors["scale"] * np.float32(activation.scale)
+    sums = weight.decoded().reshape(weight.shape[0], -1).astype(np.int64).sum(1)
+    vectors["start"] = np.pad(-activation.zero_point * sums, (0, size - weight.shape[0])).astype(np.int32)
+    return vectors
+
+
+def dense_reference(region: Region, source: NDArray[Any]) -> NDArray[Any]:
+    """The layer in NumPy: exact integers for codes, float64 sums for float."""
+    weight = region.weight.decoded().reshape(region.weight.shape[0], -1)
+    bias = np.float32(0) if region.bias is None else region.bias
+    if region.activation is None:
+        sums = source.astype(np.float64) @ weight.T.astype(np.float64)
+        scaled = sums if region.weight.scale is None else sums * region.weight.scale
+        return apply_epilogue((scaled + bias).astype(np.float32), region.epilogue)
+    assert region.weight.scale is not None
+    exact = (source.astype(np.int64) - region.activation.zero_point) @ weight.T.astype(np.int64)
+    scale = region.weight.scale * np.float32(region.activation.scale)
+    return apply_epilogue((exact.astype(np.float32) * scale + bias).astype(np.float32), region.epilogue)
+
+
+class _Plan:
+    """Sizes of one dense kernel and its loops over panels and rows."""
+
+    def __init__(self, region: Region, vectors: Vectors, tile: TileShape) -> None:
+        self.region = region
+        self.vectors = vectors
+        self.tile = tile
+        self.outputs, self.inputs = region.weight.shape[0], region.weight.shape[1]
+        self.width = tile.vectors * vectors.lanes
+        self.padded_outputs = -(-self.outputs // vectors.lanes) * vectors.lanes
+        self.full_panels = self.outputs // self.width
+        self.tail_vectors = -(-(self.outputs - self.full_panels * self.width) // vectors.lanes)
+        self.leading = leading_dims(region.source.shape[:-1])
+
+    def function(self, name: str, packed: dict[str, NDArray[Any]], body: Any) -> tirx.PrimFunc:  # noqa: ANN401
+        """The PrimFunc around `body`."""
+        dtype = "float32" if self.region.activation is None else "uint8"
+        parameters = [
+            Parameter("X", (*self.leading, self.inputs), dtype),
+            *(Parameter(key, array.shape, array.dtype.name) for key, array in packed.items()),
+            Parameter("Y", (*self.leading, self.outputs), self.region.output_dtype),
+        ]
+        return kernel_function(name, parameters, body)
+
+    def loops(self, emit_tile: Any) -> None:  # noqa: ANN401
+        """Call `emit_tile(panel, vectors, first row, rows)` for every tile: rows of one alone, or blocks of rows."""
+        rows = product(self.leading)
+        panels = self.full_panels + (1 if self.tail_vectors else 0)
+
+        def panel_of(p: Expression, emit: Any) -> None:  # noqa: ANN401
+            def full() -> None:
+                emit(p, self.tile.vectors)
+
+            def tail() -> None:
+                emit(p, self.tail_vectors)
+
+            if not self.tail_vectors:
+                full()
+            elif not self.full_panels:
+                tail()
+            else:
+                branch(p < self.full_panels, full, tail)
+
+        def single() -> None:
+            loop = serial if self.inputs * self.outputs < SERIAL_MACS else parallel
+            loop(panels, lambda p: panel_of(p, lambda q, v: emit_tile(q, v, 0, 1)))
+
+        def blocks() -> None:
+            count = tirx.floordiv(rows + ROW_BLOCK - 1, ROW_BLOCK) if not isinstance(rows, int) else -(-rows // ROW_BLOCK)
+
+            def block(i: Expression) -> None:
+                p, b = (i, 0) if isinstance(count, int) and count == 1 else (tirx.floordiv(i, count), tirx.floormod(i, count))
+
+                def in_panel(q: Expression, v: int) -> None:
+                    row_blocks(rows, b, ROW_BLOCK, self.tile.rows, lambda first, n: emit_tile(q, v, first, n))
+
+                panel_of(p, in_panel)
+
+            few = rows * (self.inputs * self.outputs) < SERIAL_MACS
+            branch(few, lambda: serial(panels * count, block), lambda: parallel(panels * count, block))
+
+        if isinstance(rows, int):
+            single() if rows == 1 else blocks()
+        else:
+            branch(rows == 1, single, blocks)
+
+    def store(self, out: Expression, row: Expression, column: Expression, value: Expression, used: int) -> None:
+        """Write the first `used` lanes of an output vector."""
+        index = row * self.outputs + column
+        if used == self.vectors.lanes:
+            self.vectors.store(out, index, value)
+            return
+        for i in range(used):
+            B.buffer_store(out, lane(value, i), [index + i])
+
+    def used_lanes(self, vectors: int, j: int) -> int:
+        """Lanes of vector `j` that hold outputs; only the last one of the tail panel may have fewer."""
+        last_of_all = vectors == self.tail_vectors and j == vectors - 1
+        left = self.outputs % self.vectors.lanes
+        return left if last_of_all and left else self.vectors.lanes
+
+
+class _FloatBody:
+    """Inner loops over float32 activations."""
+
+    def __init__(self, plan: _Plan, *, scaled: bool) -> None:
+        self.plan = plan
+        self.scaled = scaled
+
+    def emit(self, x: Expression, weight: Expression, bias: Expression, *rest: Expression) -> None:
+        """Emit the whole kernel."""
+        plan, v = self.plan, self.plan.vectors
+        scale, out = rest if self.scaled else (None, rest[0])
+        rows = product(plan.leading)
+        source, target = flat(x, rows * plan.inputs), flat(out, rows * plan.outputs)
+
+        def tile(panel: Expression, vectors: int, first: Expression, count: int) -> None:
+            chains = 2 if count * vectors <= 4 else 1  # FMAs in flight hide its latency of four cycles
+            sums = [v.registers(count, vectors, "float32") for _ in range(chains)]
+            for c, chain in enumerate(sums):
+                for row in chain:
+                    for j, register in enumerate(row):
+                        start = v.load(bias, panel * plan.width + j * v.lanes) if c == 0 and not self.scaled else v.constant(0.0)
+                        register.set(start)
+
+            def step(k: Expression, chain: int) -> None:
+                base = panel * (plan.width * plan.inputs) + k * (vectors * v.lanes)
+                loaded = [v.load(weight, base + j * v.lanes) for j in range(vectors)]
+                w = [B.Bind(v.to_float(part) if self.scaled else part) for part in loaded]
+                for i in range(count):
+                    a = B.Bind(v.splat(source[(first + i) * plan.inputs + k]))
+                    for j in range(vectors):
+                        register = sums[chain][i][j]
+                        register.set(v.fma(a, w[j], register.get()))
+
+            def steps(ko: Expression) -> None:
+                for u in range(chains):
+                    step(ko * chains + u, u)
+
+            serial(plan.inputs // chains, steps)
+            for k in range(plan.inputs // chains * chains, plan.inputs):
+                step(k, 0)
+            self._finish(target, (panel, vectors, first, count), sums, bias, scale)
+
+        plan.loops(tile)
+
+    def _finish(self, target: Expression, place: tuple[Expression, int, Expression, int], sums: Any, bias: Expression, scale: Expression) -> None:  # noqa: ANN401
+        plan, v = self.plan, self.plan.vectors
+        panel, vectors, first, count = place
+        for j in range(vectors):
+            column = panel * plan.width + j * v.lanes
+            for i in range(count):
+                value = sums[0][i][j].get()
+                for chain in sums[1:]:
+                    value = value + chain[i][j].get()
+                if self.scaled:
+                    value = v.fma(value, v.load(scale, column), v.load(bias, column))
+                value = B.Bind(emit_epilogue(v, value, plan.region.epilogue))
+                plan.store(target, first + i, column, value, plan.used_lanes(vectors, j))
+
+
+class _IntegerBody:
+    """Inner loops over uint8 activation codes."""
+
+    def __init__(self, plan: _Plan, *, bounded: bool) -> None:
+        self.plan = plan
+        self.bounded = bounded
+        self.groups = -(-plan.inputs // 4)
+
+    def emit(self, x: Expression, weight: Expression, bias: Expression, scale: Expression, start: Expression, out: Expression) -> None:
+        """Emit the whole kernel."""
+        plan, v = self.plan, self.plan.vectors
+        rows = product(plan.leading)
+        target = flat(out, rows * plan.outputs)
+        words = flat(weight, self.groups * plan.padded_outputs, "int32")
+        codes = flat(x, rows * plan.inputs)
+        whole = plan.inputs % 4 == 0
+        code_words = flat(x, rows * self.groups, "int32") if whole else None
+
+        def tile(panel: Expression, vectors: int, first: Expression, count: int) -> None:
+            source, base = (code_words, first * self.groups) if whole else (self._padded_rows(codes, first, count), 0)
+            sums = v.registers(count, vectors, "int32")
+            for row in sums:
+                for j, register in enumerate(row):
+                    register.set(v.load(start, panel * plan.width + j * v.lanes))
+
+            def step(k: Expression) -> None:
+                at = panel * (plan.width * self.groups) + k * (vectors * v.lanes)
+                w = [B.Bind(v.load(words, at + j * v.lanes)) for j in range(vectors)]
+                for i in range(count):
+                    a = B.Bind(v.splat(source[base + i * self.groups + k]))
+                    for j in range(vectors):
+                        total = v.dot4(sums[i][j].get(), a, w[j], bounded=self.bounded)
+                        sums[i][j].set(total)
+
+            serial(self.groups, step)
+            for j in range(vectors):
+                column = panel * plan.width + j * v.lanes
+                gain, offset = B.Bind(v.load(scale, column)), B.Bind(v.load(bias, column))
+                for i in range(count):
+                    value = v.fma(v.to_float(sums[i][j].get()), gain, offset)
+                    value = B.Bind(emit_epilogue(v, value, plan.region.epilogue))
+                    plan.store(target, first + i, column, value, plan.used_lanes(vectors, j))
+
+        plan.loops(tile)
+
+    def _padded_rows(self, codes: Expression, first: Expression, count: int) -> Expression:
+        """A copy of `count` rows, each padded to whole words; the padding meets zero weights."""
+        plan = self.plan
+        room = B.alloc_buffer((count * self.groups * 4,), "uint8", scope="local", layout=None)
+        for i in range(count):
+            serial(plan.inputs, lambda k, i=i: B.buffer_store(room, codes[(first + i) * plan.inputs + k], [i * self.groups * 4 + k]))  # type: ignore[misc]
+            for k in range(plan.inputs, self.groups * 4):
+                B.buffer_store(room, T.uint8(0), [i * self.groups * 4 + k])
+        return flat(room, count * self.groups, "int32")

@@ -1,0 +1,329 @@
+"""Sparse layers: y = epilogue(x W^T + b) with an unstructured sparse W, any number of rows at run time.
+
+W is packed as SELL-16: outputs sorted by their number of non-zeros, in groups of 16; step s of a group holds the s-th
+non-zero of each of its outputs, zeros where an output has fewer. One row of x: lanes are the 16 outputs, x gathered by
+column. Many rows: lanes are rows of x, transposed tile by tile, so that one stored value meets a whole vector.
+Monakov, Lokhmotov, Avetisyan: Automatically tuning sparse matrix-vector multiplication for GPU architectures. HiPEAC 2010.
+
+Integer codes go through the same loops: products of 8-bit codes sum exactly in float32 up to 2^24, which is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm.tirx.script.builder.ir as B  # noqa: N812
+from numpy.typing import NDArray
+from tvm import tirx
+from tvm.script import tirx as T  # noqa: N812
+
+from mcc import ops
+from mcc.backends.cpu.epilogue import emit_epilogue
+from mcc.backends.cpu.kernels.dense import dense_reference
+from mcc.backends.cpu.kernels.tiles import leading_dims
+from mcc.backends.cpu.microkernel import (
+    Expression, Parameter, Vectors, branch, flat, kernel_function, lane, parallel, product, serial,
+)  # fmt: skip
+from mcc.backends.kernel import Lowered, Region, SparseArrays
+from mcc.target import Target
+
+GROUP = 16
+TILE_ROWS = 32
+FEW_ROWS = 4  # up to this many rows left over, one gathered pass a row beats a tile
+EXACT_FLOAT = 1 << 24
+
+
+@dataclass(frozen=True)
+class SparseDense:
+    """Linear layers with a sparse weight: float32, int8 weights alone, or int8 weights and activations."""
+
+    name: str = "sparse_dense"
+
+    def refuses(self, region: Region, target: Target) -> str | None:
+        """Takes linear with a sparse weight whose codes sum exactly."""
+        del target
+        if region.anchor.op is not ops.LINEAR or len(region.weight.shape) != 2:
+            return "not a linear layer"
+        if region.weight.sparse is None:
+            return "the weight is dense"
+        if region.activation is not None:
+            if region.weight.scale is None:
+                return "the activations are quantized and the weight is not"
+            largest = int(np.abs(region.weight.decoded().astype(np.int64)).sum(1).max(initial=0)) * 255
+            if largest >= EXACT_FLOAT:
+                return f"its integer sums may reach {largest}, float32 is exact to {EXACT_FLOAT}"
+        return None
+
+    def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
+        """One tile: 32 rows, which keeps the transposed tile of x in the L2 cache."""
+        del region, target
+        return (str(TILE_ROWS),)
+
+    def lower(self, region: Region, target: Target, tile: str) -> Lowered:
+        """See the module's text."""
+        del tile
+        body = _Body(region, Vectors(target))
+        return Lowered(body.function(self.name), body.packed)
+
+    def reference(self, region: Region, source: NDArray[Any]) -> NDArray[Any]:
+        """As for a dense layer."""
+        return dense_reference(region, source)
+
+
+def pack_groups(weight: SparseArrays) -> dict[str, NDArray[Any]]:
+    """SELL-16 arrays.
+
+    Returns:
+        values: [steps, 16] float32 or int8; columns: [steps, 16] uint16 or int32; group_starts: int32 [groups + 1], in
+        steps; outputs: int32 [groups * 16], which output each lane is, the last repeated beyond the end.
+    """
+    counts = np.diff(weight.row_pointers)
+    order = np.argsort(-counts, kind="stable").astype(np.int32)
+    padded = np.concatenate([order, np.repeat(order[-1:], -len(order) % GROUP)])
+    starts = [0]
+    values, columns = [], []
+    for first in range(0, len(order), GROUP):
+        lanes = order[first : first + GROUP]
+        steps = int(counts[lanes].max(initial=0))
+        group_values = np.zeros((steps, GROUP), weight.values.dtype)
+        group_columns = np.zeros((steps, GROUP), weight.columns.dtype)
+        for i, output in enumerate(lanes):
+            kept = slice(weight.row_pointers[output], weight.row_pointers[output + 1])
+            group_values[: counts[output], i] = weight.values[kept]
+            group_columns[: counts[output], i] = weight.columns[kept]
+        values.append(group_values)
+        columns.append(group_columns)
+        starts.append(starts[-1] + steps)
+    if starts[-1] == 0:  # an all-zero layer: kernels take no empty arrays
+        values, columns = [np.zeros((1, GROUP), weight.values.dtype)], [np.zeros((1, GROUP), weight.columns.dtype)]
+    return {
+        "values": np.concatenate(values).reshape(-1), "columns": np.concatenate(columns).reshape(-1),
+        "group_starts": np.array(starts, np.int32), "outputs": padded,
+    }  # fmt: skip
+
+
+class _Body:
+    """One sparse kernel."""
+
+    def __init__(self, region: Region, vectors: Vectors) -> None:
+        self.region, self.vectors = region, vectors
+        weight = region.weight
+        assert weight.sparse is not None
+        self.outputs, self.inputs = weight.shape
+        self.groups = -(-self.outputs // GROUP)
+        self.codes = region.activation is not None
+        self.packed = pack_groups(weight.sparse)
+        self.packed["bias"] = np.zeros(self.outputs, np.float32) if region.bias is None else region.bias
+        if weight.scale is not None:
+            scale = weight.scale * np.float32(region.activation.scale if region.activation is not None else 1.0)
+            self.packed["scale"] = scale.astype(np.float32)
+        if region.activation is not None:
+            sums = weight.decoded().astype(np.int64).sum(1)
+            self.packed["start"] = (-region.activation.zero_point * sums).astype(np.float32)
+        self.leading = leading_dims(region.source.shape[:-1])
+        self.rows = product(self.leading)
+
+    def function(self, name: str) -> tirx.PrimFunc:
+        """The PrimFunc."""
+        parameters = [
+            Parameter("X", (*self.leading, self.inputs), "uint8" if self.codes else "float32"),
+            *(Parameter(key, array.shape, array.dtype.name) for key, array in self.packed.items()),
+            Parameter("Y", (*self.leading, self.outputs), self.region.output_dtype),
+        ]
+        return kernel_function(name, parameters, self._emit)
+
+    def _emit(self, x: Expression, *rest: Expression) -> None:
+        self.arrays = dict(zip(self.packed, rest[:-1], strict=True))
+        self.x = flat(x, self.rows * self.inputs)
+        self.y = flat(rest[-1], self.rows * self.outputs)
+        rows = self.rows
+        if isinstance(rows, int) and rows <= FEW_ROWS:
+            serial(rows, self._one_row)
+            return
+        lanes = self.vectors.lanes
+        whole = tirx.floordiv(rows, TILE_ROWS)
+        done = whole * TILE_ROWS
+        small = tirx.floordiv(rows - done + lanes - 1 - FEW_ROWS, lanes)
+        after = done + small * lanes
+
+        def tile_of(start: Expression, width: int) -> None:
+            # rows past the end repeat the last one: their results are written twice, and equal
+            self._tile(lambda r: tirx.min(start + r, rows - 1), width)
+
+        def many() -> None:
+            parallel(whole, lambda t: self._tile(lambda r: t * TILE_ROWS + r, TILE_ROWS))
+            serial(small, lambda t: tile_of(done + t * lanes, lanes))
+            serial(tirx.max(rows - after, 0), lambda r: self._one_row(after + r))
+
+        branch(rows > FEW_ROWS, many, lambda: serial(rows, self._one_row))
+
+    def _finish(self, total: Expression, splat: Callable[[Expression], Expression]) -> Expression:
+        """Scale and bias of a vector of sums; `splat` reads a per-output array."""
+        v, arrays = self.vectors, self.arrays
+        if "start" in arrays:
+            total = total + splat(arrays["start"])
+        if "scale" in arrays:
+            return v.fma(total, splat(arrays["scale"]), splat(arrays["bias"]))
+        return total + splat(arrays["bias"])
+
+    def _one_row(self, row: Expression) -> None:
+        """Lanes are the outputs of a group; x is gathered."""
+        arrays = self.arrays
+        base = T.cast(row, "int64") * self.inputs
+        source, start = (self._float_row(base), tirx.const(0, "int64")) if self.codes else (self.x, base)
+        words = self._column_words()
+
+        def step(at: Expression, register: Any) -> None:  # noqa: ANN401
+            columns = self._columns(words, at)
+            x = tirx.Shuffle([source[start + c] for c in columns], list(range(GROUP)))
+            w = tirx.BufferLoad(arrays["values"], [T.ramp(at * GROUP, 1, GROUP)])
+            w = w if arrays["values"].dtype == "float32" else T.cast(w, f"float32x{GROUP}")
+            total = tirx.call_llvm_pure_intrin(f"float32x{GROUP}", f"llvm.fma.v{GROUP}f32", w, x, register.get())
+            register.set(total)
+
+        def group(g: Expression, used: int) -> None:
+            sums = self.vectors.registers(1, 2, "float32", GROUP)[0]
+            for register in sums:
+                register.set(T.broadcast(T.float32(0), GROUP))
+            first = B.Bind(arrays["group_starts"][g])
+            count = B.Bind(arrays["group_starts"][g + 1] - first)
+            with B.serial(0, tirx.floordiv(count, 2)) as i:
+                for u in range(2):
+                    step(B.Bind(first + i * 2 + u), sums[u])
+            with B.serial(0, tirx.floormod(count, 2)) as _:
+                step(B.Bind(first + count - 1), sums[0])
+            total = B.Bind(sums[0].get() + sums[1].get())
+            self._write_group(row, g, total, used)
+
+        serial(self.outputs // GROUP, lambda g: group(g, GROUP))
+        if self.outputs % GROUP:
+            group(self.outputs // GROUP, self.outputs % GROUP)
+
+    def _float_row(self, base: Expression) -> Expression:
+        """A row of codes as float32."""
+        n = self.vectors.lanes
+        room = B.alloc_buffer((-(-self.inputs // n) * n,), "float32", layout=None)
+        serial(
+            self.inputs // n,
+            lambda k: self.vectors.store(room, k * n, self.vectors.to_float(self.vectors.load(self.x, base + k * n))),
+        )
+        for k in range(self.inputs // n * n, self.inputs):
+            B.buffer_store(room, T.cast(self.x[base + k], "float32"), [k])
+        return room
+
+    def _column_words(self) -> Expression:
+        columns = self.arrays["columns"]
+        if columns.dtype == "int32":
+            return None
+        return B.decl_buffer((self.packed["columns"].size // 4,), "uint64", data=columns.data, layout=None)
+
+    def _columns(self, words: Expression, at: Expression) -> list[Expression]:
+        """The 16 columns of a step, cut out of four 64-bit loads where they have 16 bits."""
+        if words is None:
+            return [T.cast(self.arrays["columns"][at * GROUP + i], "int64") for i in range(GROUP)]
+        columns = []
+        for q in range(GROUP // 4):
+            word = B.Bind(words[at * (GROUP // 4) + q])
+            for j in range(4):
+                shifted = T.shift_right(word, T.uint64(16 * j)) if j else word
+                part = shifted if j == 3 else T.bitwise_and(shifted, T.uint64(0xFFFF))
+                columns.append(B.Bind(T.cast(T.cast(part, "int32"), "int64")))
+        return columns
+
+    def _write_group(self, row: Expression, g: Expression, total: Expression, used: int) -> None:
+        """Scatter a group's lanes to the outputs they are, vector by vector of the target."""
+        v, arrays = self.vectors, self.arrays
+        for half in range(-(-used // v.lanes)):
+            outputs = [B.Bind(arrays["outputs"][g * GROUP + half * v.lanes + i]) for i in range(v.lanes)]
+            part = total if v.lanes == GROUP else tirx.Shuffle([total], list(range(half * v.lanes, (half + 1) * v.lanes)))
+
+            def gathered(array: Expression, outputs: list[Expression] = outputs) -> Expression:
+                return tirx.Shuffle([array[o] for o in outputs], list(range(v.lanes)))
+
+            value = B.Bind(emit_epilogue(v, self._finish(part, gathered), self.region.epilogue))
+            for i in range(min(v.lanes, used - half * v.lanes)):
+                B.buffer_store(self.y, lane(value, i), [T.cast(row, "int64") * self.outputs + outputs[i]])
+
+    def _tile(self, row_of: Callable[[Expression], Expression], width: int) -> None:
+        """`width` rows at once: transpose x, multiply group by group, transpose back."""
+        v = self.vectors
+        source = B.alloc_buffer((self.inputs * width,), "float32", layout=None)
+        result = B.alloc_buffer((max(self.outputs, 1) * width,), "float32", layout=None)
+        self._transpose_in(source, row_of, width)
+        self._multiply(source, result, width // v.lanes)
+        self._transpose_out(result, row_of, width)
+
+    def _transpose_in(self, source: Expression, row_of: Callable[[Expression], Expression], width: int) -> None:
+        v = self.vectors
+
+        def block(k: Expression) -> None:
+            for t in range(0, width, v.lanes):
+                rows = [B.Bind(self._load_floats(T.cast(row_of(t + r), "int64") * self.inputs + k)) for r in range(v.lanes)]
+                for c, column in enumerate(v.transpose(rows)):
+                    v.store(source, (k + c) * width + t, column)
+
+        if self.inputs >= v.lanes:
+            serial(self.inputs // v.lanes, lambda b: block(b * v.lanes))
+            if self.inputs % v.lanes:
+                block(self.inputs - v.lanes)
+            return
+        for r in range(width):
+            base = T.cast(row_of(r), "int64") * self.inputs
+            for k in range(self.inputs):
+                B.buffer_store(source, T.cast(self.x[base + k], "float32"), [k * width + r])
+
+    def _load_floats(self, index: Expression) -> Expression:
+        value = self.vectors.load(self.x, index)
+        return self.vectors.to_float(value) if self.codes else value
+
+    def _multiply(self, source: Expression, result: Expression, vectors: int) -> None:
+        v, arrays = self.vectors, self.arrays
+        width = vectors * v.lanes
+
+        def output(g: Expression, i: Expression) -> None:
+            sums = v.registers(1, vectors, "float32")[0]
+            n = B.Bind(arrays["outputs"][g * GROUP + i])
+            for register in sums:
+                register.set(v.constant(0.0))
+            first = B.Bind(arrays["group_starts"][g])
+            with B.serial(0, arrays["group_starts"][g + 1] - first) as s:
+                at = B.Bind((first + s) * GROUP + i)
+                k = B.Bind(T.cast(arrays["columns"][at], "int32"))
+                w = B.Bind(v.splat(T.cast(arrays["values"][at], "float32")))
+                for t, register in enumerate(sums):
+                    register.set(v.fma(v.load(source, k * width + t * v.lanes), w, register.get()))
+            for t, register in enumerate(sums):
+                total = self._finish(register.get(), lambda array: v.splat(array[n]))
+                v.store(result, n * width + t * v.lanes, total)
+
+        def group(g: Expression, used: int) -> None:
+            with B.serial(0, used) as i:
+                output(g, i)
+
+        serial(self.outputs // GROUP, lambda g: group(g, GROUP))
+        if self.outputs % GROUP:
+            group(self.outputs // GROUP, self.outputs % GROUP)
+
+    def _transpose_out(self, result: Expression, row_of: Callable[[Expression], Expression], width: int) -> None:
+        v = self.vectors
+
+        def block(n: Expression) -> None:
+            for t in range(0, width, v.lanes):
+                rows = [B.Bind(v.load(result, (n + r) * width + t)) for r in range(v.lanes)]
+                for c, column in enumerate(v.transpose(rows)):
+                    value = emit_epilogue(v, column, self.region.epilogue)
+                    v.store(self.y, T.cast(row_of(t + c), "int64") * self.outputs + n, value)
+
+        if self.outputs >= v.lanes:
+            serial(self.outputs // v.lanes, lambda b: block(b * v.lanes))
+            if self.outputs % v.lanes:
+                block(self.outputs - v.lanes)
+            return
+        for n in range(self.outputs):
+            for t in range(0, width, v.lanes):
+                value = B.Bind(emit_epilogue(v, v.load(result, n * width + t), self.region.epilogue))
+                for r in range(v.lanes):
+                    B.buffer_store(self.y, lane(value, r), [T.cast(row_of(t + r), "int64") * self.outputs + n])

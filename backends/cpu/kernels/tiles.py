@@ -1,0 +1,79 @@
+"""Register tiles, and loops over rows whose number is known at run time only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+
+from mcc.backends.cpu.microkernel import Expression, branch, serial
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """A register tile.
+
+    Attributes:
+        rows: output rows (or pixels) held at once.
+        vectors: vectors of outputs held for each.
+    """
+
+    rows: int
+    vectors: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.vectors}"
+
+
+def parse_tile(text: str) -> TileShape:
+    """Read what `str(TileShape)` wrote."""
+    rows, _, vectors = text.partition("x")
+    return TileShape(int(rows), int(vectors))
+
+
+def leading_dims(dims: Sequence[Any]) -> tuple[Any, ...]:
+    """Dims of a kernel's buffer: constants as they are, symbolic ones as fresh variables read at run time."""
+    return tuple(d if isinstance(d, int) else tirx.Var(f"d{i}", "int64") for i, d in enumerate(dims))
+
+
+def row_blocks(
+    rows: Any,  # noqa: ANN401 (int or expression)
+    block: Expression,
+    block_rows: int,
+    tile_rows: int,
+    emit: Callable[[Expression, int], None],
+) -> None:
+    """Cover rows [block * block_rows, (block + 1) * block_rows) with `emit(first row, count)`.
+
+    Whole tiles go in a loop; what is left goes in tiles of 4, 2 and 1 rows, chosen by the bits of its number.
+    """
+    start = block * block_rows
+    if isinstance(rows, int) and rows <= block_rows:
+        _tiles_static(rows, tile_rows, emit)
+        return
+    inside = tirx.min(rows - start, block_rows)
+    whole = tirx.floordiv(inside, tile_rows)
+    serial(whole, lambda t: emit(start + t * tile_rows, tile_rows))
+    left = inside - whole * tile_rows
+    done = start + whole * tile_rows
+    size = 1
+    while size * 2 < tile_rows:
+        size *= 2
+    while size >= 1:
+        bit = tirx.floormod(tirx.floordiv(left, size), 2)
+        before = tirx.floordiv(left, size * 2) * (size * 2)
+        branch(bit == 1, lambda s=size, b=before: emit(done + b, s))  # type: ignore[misc]
+        size //= 2
+
+
+def _tiles_static(rows: int, tile_rows: int, emit: Callable[[Expression, int], None]) -> None:
+    """Tiles of nearly equal height: 13 rows by 6 give 5, 4, 4, with no slow tail."""
+    if rows == 0:
+        return
+    count = -(-rows // tile_rows)
+    low = rows // count
+    high = rows - low * count
+    serial(high, lambda t: emit(t * (low + 1), low + 1))
+    serial(count - high, lambda t: emit(high * (low + 1) + t * low, low))

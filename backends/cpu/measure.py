@@ -1,0 +1,29 @@
+"""Timing a kernel on this machine."""
+
+from __future__ import annotations
+
+import numpy as np
+import tvm
+
+from mcc.backends.cpu.microkernel import tvm_target
+from mcc.backends.kernel import Lowered, Region
+from mcc.ops import extent
+from mcc.target import Target
+
+REPEATS = 8
+
+
+def measure(lowered: Lowered, region: Region, target: Target) -> float:
+    """Least seconds of one call, on random data of the example's shapes."""
+    module = tvm.tirx.build(tvm.IRModule.from_expr(lowered.function), target=tvm_target(target))
+    random = np.random.default_rng(0)
+    source_shape = tuple(extent(s) for s in region.source.shape)
+    if region.activation is None:
+        source = random.standard_normal(source_shape).astype(np.float32)
+    else:
+        source = random.integers(0, 256, source_shape).astype(np.uint8)
+    result = np.zeros(tuple(extent(s) for s in region.output.shape), region.output_dtype)
+    arguments = [tvm.runtime.tensor(a, tvm.cpu()) for a in (source, *lowered.packed.values(), result)]
+    name = str(lowered.function.attrs["global_symbol"])
+    timer = module.time_evaluator(name, tvm.cpu(), number=1, repeat=REPEATS, min_repeat_ms=1)
+    return float(min(timer(*arguments).results))

@@ -1,0 +1,279 @@
+"""Vector code in TIR: what every kernel generator of the CPU backend is made of.
+
+One source serves all instruction sets: a vector has `lanes` 32-bit lanes, `dot4` is one `vpdpbusd` with VNNI and an
+exact sequence elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import tvm
+import tvm.tirx.script.builder.ir as B  # noqa: N812 (TVM's own name for it)
+from tvm import tirx
+from tvm.script import tirx as T  # noqa: N812
+from tvm.script.ir_builder import IRBuilder
+from tvm.target import Target as TvmTarget
+
+from mcc.target import Target
+
+Expression: TypeAlias = Any
+"""A TIR expression, buffer or variable: TVM's Python has no types for them."""
+
+OPAQUE = 8
+
+
+def tvm_target(target: Target) -> TvmTarget:
+    """TVM's name for a target."""
+    return TvmTarget(
+        {"kind": "llvm", "mcpu": target.llvm_cpu, "mattr": list(target.llvm_attributes), "opt-level": 3, "num-cores": 2}
+    )
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a kernel function.
+
+    Attributes:
+        name: in the function.
+        shape: dims; a tirx.Var is read from the argument at run time.
+        dtype: numpy name.
+    """
+
+    name: str
+    shape: tuple[Any, ...]
+    dtype: str
+
+
+def kernel_function(name: str, parameters: Sequence[Parameter], body: Callable[..., None]) -> tirx.PrimFunc:
+    """Build a kernel: `body` is given one buffer a parameter and emits statements.
+
+    The root block and the opaque pattern are what relax needs to leave the kernel alone; buffers are declared with the
+    alignment of their element, so that a user's array can be read where it lies.
+    """
+    with IRBuilder() as builder:
+        with B.prim_func(is_private=False, s_tir=True):
+            B.func_name(name)
+            B.func_attr(
+                {"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": OPAQUE}
+            )
+            buffers = [
+                B.arg(p.name, B.buffer(p.shape, p.dtype, align=tvm.DataType(p.dtype).itemsize, layout=None))
+                for p in parameters
+            ]
+            with B.sblock("root"):
+                B.reads([])
+                B.writes([])
+                body(*buffers)
+    return builder.get()
+
+
+def product(dims: Sequence[Any]) -> Expression:
+    """The product of dims, constant or symbolic, as int32 arithmetic on indices wants it: int64."""
+    result: Any = 1
+    for dim in dims:
+        result = dim * result
+    return result
+
+
+def flat(buffer: Expression, size: Expression, dtype: str | None = None) -> Expression:
+    """The buffer seen as one dim, possibly of another element type."""
+    return B.decl_buffer((size,), dtype or buffer.dtype, data=buffer.data, layout=None)
+
+
+def serial(extent: Any, body: Callable[[Expression], None]) -> None:  # noqa: ANN401
+    """A loop; with a constant extent of one, the body alone."""
+    if isinstance(extent, int) and extent <= 1:
+        if extent == 1:
+            body(0)
+        return
+    with B.serial(0, extent) as i:
+        body(i)
+
+
+def parallel(extent: Any, body: Callable[[Expression], None]) -> None:  # noqa: ANN401
+    """A loop over the threads of the pool."""
+    if isinstance(extent, int) and extent <= 1:
+        serial(extent, body)
+        return
+    with B.parallel(0, extent) as i:
+        body(i)
+
+
+def branch(condition: Any, then: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:  # noqa: ANN401
+    """If, at compile time where the condition is known then."""
+    if isinstance(condition, bool | tirx.IntImm):
+        if bool(condition):
+            then()
+        elif otherwise is not None:
+            otherwise()
+        return
+    with B.If(condition):
+        with B.Then():
+            then()
+        if otherwise is not None:
+            with B.Else():
+                otherwise()
+
+
+@dataclass(frozen=True)
+class Register:
+    """A vector that lives in a register.
+
+    Attributes:
+        pool: the local buffer it is a slice of.
+        offset: of its first lane.
+        lanes: of the vector.
+    """
+
+    pool: Expression
+    offset: int
+    lanes: int
+
+    def get(self) -> Expression:
+        """Its value."""
+        return tirx.BufferLoad(self.pool, [T.ramp(self.offset, 1, self.lanes)])
+
+    def set(self, value: Expression) -> None:
+        """Change its value."""
+        B.buffer_store(self.pool, value, [T.ramp(self.offset, 1, self.lanes)])
+
+
+def shuffle(a: Expression, b: Expression, lanes: list[int]) -> Expression:
+    """The chosen lanes of two vectors end to end."""
+    return B.Bind(tirx.Shuffle([a, b], lanes))
+
+
+def lane(vector: Expression, index: int) -> Expression:
+    """One lane of a vector."""
+    return tirx.Shuffle([vector], [index])
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Vector instructions of a target."""
+
+    target: Target
+
+    @property
+    def lanes(self) -> int:
+        """32-bit lanes of a vector."""
+        return self.target.vector_lanes
+
+    def load(self, buffer: Expression, index: Expression, lanes: int | None = None) -> Expression:
+        """`lanes` elements from `index`."""
+        return tirx.BufferLoad(buffer, [T.ramp(index, 1, lanes or self.lanes)])
+
+    def store(self, buffer: Expression, index: Expression, value: Expression, lanes: int | None = None) -> None:
+        """Write a vector at `index`."""
+        B.buffer_store(buffer, value, [T.ramp(index, 1, lanes or self.lanes)])
+
+    def splat(self, value: Expression) -> Expression:
+        """A scalar in every lane."""
+        return T.broadcast(value, self.lanes)
+
+    def constant(self, value: float, dtype: str = "float32") -> Expression:
+        """A number in every lane."""
+        return self.splat(tirx.const(value, dtype))
+
+    def fma(self, a: Expression, b: Expression, c: Expression) -> Expression:
+        """a * b + c, rounded once."""
+        n = self.lanes
+        return tirx.call_llvm_pure_intrin(f"float32x{n}", f"llvm.fma.v{n}f32", a, b, c)
+
+    def round_half_even(self, value: Expression) -> Expression:
+        """To the nearest integer, still float."""
+        n = self.lanes
+        return tirx.call_llvm_pure_intrin(f"float32x{n}", f"llvm.rint.v{n}f32", value)
+
+    def to_float(self, value: Expression) -> Expression:
+        """Integer lanes as float32."""
+        return T.cast(value, f"float32x{self.lanes}")
+
+    def registers(self, rows: int, columns: int, dtype: str, lanes: int | None = None) -> list[list[Register]]:
+        """Accumulators, which LLVM keeps in registers.
+
+        They are slices of one local buffer: TVM asks its workspace allocator for each buffer, 20 ns a call of the kernel.
+        """
+        n = lanes or self.lanes
+        pool = B.alloc_buffer((rows * columns * n,), dtype, scope="local", layout=None)
+        return [[Register(pool, (i * columns + j) * n, n) for j in range(columns)] for i in range(rows)]
+
+    def transpose(self, rows: list[Expression]) -> list[Expression]:
+        """Transpose a square block of float32: `lanes` vectors in, `lanes` vectors out, by shuffles of two."""
+        n = self.lanes
+        quads = range(0, n, 4)
+        low = [j for q in quads for j in (q, n + q, q + 1, n + q + 1)]
+        high = [j for q in quads for j in (q + 2, n + q + 2, q + 3, n + q + 3)]
+        low_pairs = [j for q in quads for j in (q, q + 1, n + q, n + q + 1)]
+        high_pairs = [j for q in quads for j in (q + 2, q + 3, n + q + 2, n + q + 3)]
+        groups = []  # groups[g][c]: column c of each 4x4 block of rows 4g to 4g + 3
+        for g in range(0, n, 4):
+            a, b, c, d = rows[g : g + 4]
+            ab, ab_high, cd, cd_high = shuffle(a, b, low), shuffle(a, b, high), shuffle(c, d, low), shuffle(c, d, high)
+            groups.append(
+                [shuffle(ab, cd, low_pairs), shuffle(ab, cd, high_pairs), shuffle(ab_high, cd_high, low_pairs),
+                 shuffle(ab_high, cd_high, high_pairs)]
+            )  # fmt: skip
+        columns: list[Expression] = [None] * n
+        for c in range(4):
+            self._gather_blocks([group[c] for group in groups], c, columns)
+        return columns
+
+    def _gather_blocks(self, parts: list[Expression], column: int, columns: list[Expression]) -> None:
+        """Collect the 4-lane blocks of `parts` into whole columns `column`, column + 4, …"""
+
+        def blocks(*indices: int) -> list[int]:
+            return [4 * i + j for i in indices for j in range(4)]
+
+        if self.lanes == 8:
+            columns[column] = shuffle(*parts, blocks(0, 2))
+            columns[column + 4] = shuffle(*parts, blocks(1, 3))
+            return
+        even, odd = blocks(0, 2, 4, 6), blocks(1, 3, 5, 7)
+        first_even, first_odd = shuffle(parts[0], parts[1], even), shuffle(parts[0], parts[1], odd)
+        last_even, last_odd = shuffle(parts[2], parts[3], even), shuffle(parts[2], parts[3], odd)
+        columns[column], columns[column + 8] = shuffle(first_even, last_even, even), shuffle(first_even, last_even, odd)
+        columns[column + 4], columns[column + 12] = shuffle(first_odd, last_odd, even), shuffle(first_odd, last_odd, odd)
+
+    def dot4(self, accumulator: Expression, unsigned: Expression, signed: Expression, *, bounded: bool) -> Expression:
+        """accumulator + the products of 4 unsigned and 4 signed bytes in each int32 lane, exactly.
+
+        Args:
+            accumulator: int32 lanes.
+            unsigned, signed: int32 lanes of four bytes.
+            bounded: neighbouring signed bytes satisfy |w0| + |w1| <= 128, so that `vpmaddubsw` cannot saturate.
+        """
+        if self.target.isa == "avx512vnni":
+            a, b = (T.reinterpret("int8x64", v) for v in (unsigned, signed))
+            return tirx.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", accumulator, a, b)
+        if bounded:
+            return accumulator + self._pairs_of_bytes(unsigned, signed)
+        (a0, a1), (b0, b1) = self._even_odd_unsigned(unsigned), self._even_odd_signed(signed)
+        return accumulator + self._pairs_of_words(a0, b0) + self._pairs_of_words(a1, b1)
+
+    def _pairs_of_bytes(self, unsigned: Expression, signed: Expression) -> Expression:
+        n = self.lanes
+        name = "llvm.x86.avx2.pmadd.ub.sw" if n == 8 else "llvm.x86.avx512.pmaddubs.w.512"
+        a, b = (T.reinterpret(f"int8x{4 * n}", v) for v in (unsigned, signed))
+        words = tirx.call_llvm_pure_intrin(f"int16x{2 * n}", name, a, b)
+        return self._pairs_of_words(words, T.broadcast(T.int16(1), 2 * n))
+
+    def _pairs_of_words(self, a: Expression, b: Expression) -> Expression:
+        n = self.lanes
+        name = "llvm.x86.avx2.pmadd.wd" if n == 8 else "llvm.x86.avx512.pmaddw.d.512"
+        return tirx.call_llvm_pure_intrin(f"int32x{n}", name, a, b)
+
+    def _even_odd_unsigned(self, value: Expression) -> tuple[Expression, Expression]:
+        n = 2 * self.lanes
+        halves = T.reinterpret(f"uint16x{n}", value)
+        even = T.bitwise_and(halves, T.broadcast(T.uint16(255), n))
+        odd = T.shift_right(halves, T.broadcast(T.uint16(8), n))
+        return T.reinterpret(f"int16x{n}", even), T.reinterpret(f"int16x{n}", odd)
+
+    def _even_odd_signed(self, value: Expression) -> tuple[Expression, Expression]:
+        n = 2 * self.lanes
+        halves, eight = T.reinterpret(f"int16x{n}", value), T.broadcast(T.int16(8), n)
+        return T.shift_right(T.shift_left(halves, eight), eight), T.shift_right(halves, eight)

@@ -1,0 +1,10 @@
+"""Ops without an own kernel, in relax: RULES maps a name of the op table to what emits it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from mcc.backends.relax import contraction, index, layout, pointwise, window
+
+RULES: dict[str, Callable[..., Any]] = {
+    **pointwise.RULES, **contraction.RULES, **window.RULES, **layout.RULES, **index.RULES,
+}  # fmt: skip

@@ -1,0 +1,173 @@
+"""What the lowering rules are written with: a relax builder that promotes types as PyTorch does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from tvm import relax, te, tirx
+
+Expression: TypeAlias = Any
+"""A relax expression or a tirx size: TVM's Python has no types for them."""
+
+DTYPES: dict[torch.dtype, str] = {
+    torch.float32: "float32", torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16",
+    torch.int64: "int64", torch.int32: "int32", torch.int16: "int16", torch.int8: "int8", torch.uint8: "uint8",
+    torch.uint16: "uint16", torch.bool: "bool",
+}  # fmt: skip
+_ORDER = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
+_LARGEST_SIZE = 1 << 62
+
+
+def is_tensor(value: object) -> bool:
+    """Whether a rule's argument is a tensor (not a number or a size)."""
+    return isinstance(value, relax.Expr) and isinstance(getattr(value, "ty", None), relax.TensorType)
+
+
+def shape(x: Expression) -> list[Any]:
+    """Dims: tirx integers or expressions."""
+    return list(x.ty.shape)
+
+
+def rank(x: Expression) -> int:
+    """Number of dims."""
+    return len(x.ty.shape)
+
+
+def dtype(x: Expression) -> str:
+    """Element type."""
+    return str(x.ty.dtype)
+
+
+def axis(x: Expression, dim: int, extra: int = 0) -> int:
+    """`dim` counted from the front."""
+    n = rank(x) + extra
+    return dim % n if n else 0
+
+
+def size(value: Any) -> Expression:  # noqa: ANN401 (int or tirx expression)
+    """A size as a 64-bit tirx value."""
+    return tirx.IntImm("int64", value) if isinstance(value, int) else value
+
+
+def static(value: Any) -> int | None:  # noqa: ANN401
+    """The value of a constant size, or None."""
+    return int(value) if isinstance(value, int | tirx.IntImm) else None
+
+
+def is_one(value: Any) -> bool:  # noqa: ANN401
+    """Whether a size is the constant 1."""
+    return static(value) == 1
+
+
+def is_float(kind: str) -> bool:
+    """Whether an element type is floating."""
+    return kind.startswith(("float", "bfloat"))
+
+
+def tuple_of(value: Any, count: int) -> list[int]:  # noqa: ANN401
+    """An int or a list, as a list of `count`."""
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return values * count if len(values) == 1 else values
+
+
+def broadcast(*shapes: Sequence[Any]) -> list[Any]:
+    """The shape these broadcast to."""
+    count = max(map(len, shapes))
+    result = []
+    for k in range(count):
+        dims = [s[k - count + len(s)] for s in shapes if k - count + len(s) >= 0]
+        result.append(next((d for d in dims if not is_one(d)), dims[0]))
+    return result
+
+
+def read_broadcast(tensor: Expression, indices: Sequence[Any]) -> Expression:
+    """Inside a te computation: the element of `tensor` that broadcasts to `indices`."""
+    dims = tensor.shape
+    kept = indices[len(indices) - len(dims) :] if len(dims) else ()
+    return tensor(*[0 if is_one(d) else i for d, i in zip(dims, kept, strict=True)])
+
+
+def wrap_index(index: Expression, extent: Expression, kind: str) -> Expression:
+    """Inside a te computation: a negative index counts from the end."""
+    wide = index if kind == "int64" else tirx.Cast("int64", index)
+    return tirx.if_then_else(wide < 0, wide + extent, wide)
+
+
+class Emitter:
+    """Emits relax calls into the function under construction."""
+
+    def __init__(self, builder: relax.BlockBuilder) -> None:
+        self.builder = builder
+
+    def __call__(self, call: Expression) -> Expression:
+        """Emit a relax call."""
+        return self.builder.emit(call)
+
+    def compute(self, function: Callable[..., Any], *operands: Any, name: str) -> Expression:  # noqa: ANN401
+        """Emit a te computation over tensors and sizes."""
+        return self.builder.emit_te(function, *operands, primfunc_name_hint=name)
+
+    def constant(self, value: Any, kind: str) -> Expression:  # noqa: ANN401 (number or numpy array)
+        """A constant tensor."""
+        return relax.const(value, kind)
+
+    def cast(self, x: Expression, kind: str) -> Expression:
+        """Convert elements; to bool means `!= 0`."""
+        if dtype(x) == kind:
+            return x
+        if kind == "bool":
+            return self(relax.op.not_equal(x, self.constant(0, dtype(x))))
+        return self(relax.op.astype(x, kind))
+
+    def floating(self, x: Expression) -> Expression:
+        """Integers and booleans as float32."""
+        return x if is_float(dtype(x)) else self.cast(x, "float32")
+
+    def scalar(self, value: Any, kind: str) -> Expression:  # noqa: ANN401
+        """A number or a symbolic size as a tensor of no dims."""
+        known = static(value) if not isinstance(value, bool | float) else value
+        if known is not None:
+            return self.constant(known, kind)
+        return self.compute(
+            lambda s: te.compute((), lambda: s if kind == "int64" else tirx.Cast(kind, s)), value, name="size_as_tensor"
+        )
+
+    def promote_scalar(self, value: Any, kind: str) -> str:  # noqa: ANN401
+        """The element type of a tensor of `kind` combined with a Python scalar."""
+        if isinstance(value, float) and not is_float(kind):
+            return "float32"
+        return "int64" if kind == "bool" and not isinstance(value, bool | float) else kind
+
+    def pair(self, a: Any, b: Any) -> tuple[Expression, Expression]:  # noqa: ANN401
+        """Two operands of one element type, promoted as PyTorch does; either may be a scalar."""
+        if not is_tensor(b):
+            kind = self.promote_scalar(b, dtype(a))
+            return self.cast(a, kind), self.scalar(b, kind)
+        if not is_tensor(a):
+            kind = self.promote_scalar(a, dtype(b))
+            return self.scalar(a, kind), self.cast(b, kind)
+        first, second = dtype(a), dtype(b)
+        if first == second:
+            return a, b
+        kind = _common(first, second, rank(a), rank(b))
+        return self.cast(a, kind), self.cast(b, kind)
+
+    def item(self, values: Expression, index: int) -> Expression:
+        """One field of a tuple."""
+        return self(relax.TupleGetItem(values, index))
+
+    def cut(self, x: Expression, dim: int, start: Any, end: Any, step: int = 1) -> Expression:  # noqa: ANN401
+        """Elements start to end of a dim, bounds known to be inside."""
+        bounds = [size(start)], [size(end)], [size(step)]
+        return self(relax.op.strided_slice(x, [dim], *bounds, assume_inbound=True))
+
+
+def _common(first: str, second: str, first_rank: int, second_rank: int) -> str:
+    """PyTorch's result type: a tensor of no dims does not raise one with dims within its category."""
+    if first_rank == 0 < second_rank and is_float(first) <= is_float(second) and "bool" not in (first, second):
+        return second
+    if second_rank == 0 < first_rank and is_float(second) <= is_float(first) and "bool" not in (first, second):
+        return first
+    return max(first, second, key=_ORDER.index)

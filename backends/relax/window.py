@@ -1,0 +1,153 @@
+"""Pooling and resampling in relax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from tvm import relax, te, tirx
+
+from mcc.backends.relax.emitter import Emitter, Expression, dtype, rank, shape, size, static, tuple_of
+
+R, NN = relax.op, relax.op.nn
+Rule = Callable[..., Any]
+
+
+def _batched(e: Emitter, x: Expression, dims: int, body: Callable[[Expression], Expression]) -> Expression:
+    if rank(x) != dims + 1:
+        return body(x)
+    return e(R.squeeze(body(e(R.expand_dims(x, 0))), [0]))
+
+
+def _max_pool(dims: int, function: Rule) -> Rule:
+    def rule(
+        e: Emitter, x: Expression, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil: bool = False,  # noqa: ANN401, FBT001, FBT002
+    ) -> Expression:  # fmt: skip
+        k, p = tuple_of(kernel, dims), tuple_of(padding, dims)
+        s = tuple_of(stride, dims) if stride not in (None, [], ()) else k
+        d = tuple_of(dilation, dims)
+        return _batched(e, x, dims, lambda y: e(function(y, k, s, p + p, d, ceil)))
+
+    return rule
+
+
+def _avg_pool(dims: int, function: Rule) -> Rule:
+    def rule(
+        e: Emitter, x: Expression, kernel: Any, stride: Any = None, padding: Any = 0, ceil: bool = False,  # noqa: ANN401, FBT001, FBT002
+        count_include_pad: bool = True, divisor: int | None = None,  # noqa: FBT001, FBT002
+    ) -> Expression:  # fmt: skip
+        k, p = tuple_of(kernel, dims), tuple_of(padding, dims)
+        s = tuple_of(stride, dims) if stride not in (None, [], ()) else k
+        counted = count_include_pad or divisor is not None
+
+        def body(y: Expression) -> Expression:
+            pooled = e(function(y, k, s, p + p, [1] * dims, ceil, count_include_pad=counted))
+            if divisor is None:
+                return pooled
+            return e(R.multiply(pooled, e.constant(math.prod(k) / divisor, dtype(y))))
+
+        return _batched(e, x, dims, body)
+
+    return rule
+
+
+def _adaptive_avg_pool(dims: int, average: Rule, function: Rule) -> Rule:
+    def rule(e: Emitter, x: Expression, wanted: Any) -> Expression:  # noqa: ANN401
+        space = shape(x)[-dims:]
+        sizes = [s if w is None else w for s, w in zip(space, tuple_of(wanted, dims), strict=True)]
+        if all(s == 1 for s in sizes):
+            return e(R.mean(x, list(range(rank(x) - dims, rank(x))), keepdims=True))
+        known = [static(s) for s in space]
+        if all(n is not None and static(w) and n % int(w) == 0 for n, w in zip(known, sizes, strict=True)):
+            kernel = [int(n or 0) // int(w) for n, w in zip(known, sizes, strict=True)]
+            return average(e, x, kernel, kernel)
+        return _batched(e, x, dims, lambda y: e(function(y, sizes)))
+
+    return rule
+
+
+def _resized(x: Expression, sizes: Any, factors: Any) -> list[Any]:  # noqa: ANN401
+    if sizes is not None:
+        return list(sizes)
+    result = []
+    for extent, factor in zip(shape(x)[2:], factors, strict=True):
+        known = static(extent)
+        result.append(extent * int(factor) if known is None else math.floor(known * factor))
+    return result
+
+
+def upsample_nearest(e: Emitter, x: Expression, sizes: Any, factors: Any) -> Expression:  # noqa: ANN401
+    """Nearest: source index floor(o / factor), in integers where the factor is whole."""
+    height, width = shape(x)[2:]
+    new_height, new_width = _resized(x, sizes, factors)
+    each = factors or [None, None]
+
+    def source(o: Expression, extent: Expression, wanted: Any, factor: float | None) -> Expression:  # noqa: ANN401
+        if factor is not None and float(factor).is_integer():
+            return tirx.floordiv(o, int(factor))
+        if factor is not None:
+            step = tirx.const(1 / factor, "float32")
+        else:
+            step = tirx.Cast("float32", size(extent)) / tirx.Cast("float32", size(wanted))
+        return tirx.min(tirx.Cast("int64", tirx.floor(tirx.Cast("float32", o) * step)), size(extent) - 1)
+
+    def body(values: Expression) -> Expression:
+        return te.compute(
+            (values.shape[0], values.shape[1], new_height, new_width),
+            lambda n, c, i, j: values(n, c, source(i, height, new_height, each[0]), source(j, width, new_width, each[1])),
+        )
+
+    return e.compute(body, x, name="upsample_nearest")
+
+
+def upsample_bilinear(e: Emitter, x: Expression, sizes: Any, align: bool, factors: Any) -> Expression:  # noqa: ANN401, FBT001
+    """Bilinear, half-pixel centers or aligned corners."""
+    height, width = shape(x)[2:]
+    new_height, new_width = _resized(x, sizes, factors)
+    each = factors or [None, None]
+
+    def as_float(value: Any) -> Expression:  # noqa: ANN401
+        return tirx.Cast("float32", size(value))
+
+    def source(o: Expression, extent: Expression, wanted: Any, factor: float | None) -> tuple[Any, Any, Any]:  # noqa: ANN401
+        if align:
+            step = as_float(size(extent) - 1) / tirx.max(as_float(size(wanted) - 1), tirx.const(1, "float32"))
+            place = as_float(o) * step
+        else:
+            step = tirx.const(1 / factor, "float32") if factor is not None else as_float(extent) / as_float(wanted)
+            place = tirx.max((as_float(o) + 0.5) * step - 0.5, tirx.const(0, "float32"))
+        low = tirx.min(tirx.Cast("int64", place), size(extent) - 1)
+        return low, tirx.min(low + 1, size(extent) - 1), place - as_float(low)
+
+    def body(values: Expression) -> Expression:
+        def element(n: Expression, c: Expression, i: Expression, j: Expression) -> Expression:
+            (top, bottom, down) = source(i, height, new_height, each[0])
+            (left, right, across) = source(j, width, new_width, each[1])
+            upper = values(n, c, top, left) * (1 - across) + values(n, c, top, right) * across
+            lower = values(n, c, bottom, left) * (1 - across) + values(n, c, bottom, right) * across
+            return upper * (1 - down) + lower * down
+
+        return te.compute((values.shape[0], values.shape[1], new_height, new_width), element)
+
+    return e.compute(body, x, name="upsample_bilinear")
+
+
+def pixel_shuffle(e: Emitter, x: Expression, factor: int) -> Expression:
+    """[n, c r r, h, w] -> [n, c, h r, w r]; relax's own op cannot be legalized."""
+    n, c, h, w = shape(x)
+    c = c // (factor * factor)
+    split = e(R.permute_dims(e(R.reshape(x, [n, c, factor, factor, h, w])), [0, 1, 4, 2, 5, 3]))
+    return e(R.reshape(split, [n, c, h * factor, w * factor]))
+
+
+_average = {1: _avg_pool(1, NN.avg_pool1d), 2: _avg_pool(2, NN.avg_pool2d)}
+
+RULES: dict[str, Rule] = {
+    "max_pool1d": _max_pool(1, NN.max_pool1d), "max_pool2d": _max_pool(2, NN.max_pool2d),
+    "avg_pool1d": _average[1], "avg_pool2d": _average[2],
+    "adaptive_avg_pool1d": _adaptive_avg_pool(1, _average[1], NN.adaptive_avg_pool1d),
+    "adaptive_avg_pool2d": _adaptive_avg_pool(2, _average[2], NN.adaptive_avg_pool2d),
+    "upsample_nearest2d.vec": upsample_nearest, "upsample_bilinear2d.vec": upsample_bilinear,
+    "pixel_shuffle": pixel_shuffle,
+}  # fmt: skip

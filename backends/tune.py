@@ -1,0 +1,89 @@
+"""Choosing a tile: a model ranks candidates, a few are timed on the machine, the winner is kept in SQLite."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from mcc.backends.kernel import Kernel, Lowered, Region
+from mcc.ops import extent
+from mcc.target import Target, missing_features
+
+CANDIDATES = 3
+VERSION = 1
+Measure = Callable[[Lowered, Region, Target], float]
+Tuning = Literal["measure", "model"]
+
+
+class Tuner:
+    """Chooses between a kernel's tiles.
+
+    Args:
+        tuning: "measure" times the first candidates on this machine once and remembers; "model" takes the first.
+        measure: seconds of one call of a lowered kernel.
+        path: of the cache; where it is None the user's cache folder.
+    """
+
+    def __init__(self, tuning: Tuning, measure: Measure, path: Path | None = None) -> None:
+        self.tuning = tuning
+        self._measure = measure
+        self._path = path or cache_path()
+
+    def choose(self, kernel: Kernel, region: Region, target: Target) -> str:
+        """The tile for a region."""
+        tiles = kernel.tiles(region, target)[:CANDIDATES]
+        if self.tuning == "model" or len(tiles) == 1 or missing_features(target):
+            return tiles[0]
+        key = _key(kernel, region, target)
+        with self._cache() as cache:
+            row = cache.execute("SELECT tile FROM winners WHERE key = ?", (key,)).fetchone()
+        if row is not None and row[0] in tiles:
+            return str(row[0])
+        seconds = {tile: self._measure(kernel.lower(region, target, tile), region, target) for tile in tiles}
+        winner = min(tiles, key=seconds.__getitem__)
+        with self._cache() as cache:
+            cache.execute("INSERT OR REPLACE INTO winners VALUES (?, ?)", (key, winner))
+        return winner
+
+    @contextmanager
+    def _cache(self) -> Iterator[sqlite3.Connection]:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(self._path, timeout=30)
+        try:
+            with connection:
+                connection.execute("CREATE TABLE IF NOT EXISTS winners (key TEXT PRIMARY KEY, tile TEXT NOT NULL)")
+                yield connection
+        finally:
+            connection.close()
+
+
+def cache_path() -> Path:
+    """Where winners are kept: `$XDG_CACHE_HOME/mcc/tune.sqlite`, or below ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mcc" / "tune.sqlite"
+
+
+def _key(kernel: Kernel, region: Region, target: Target) -> str:
+    """What the time of a kernel depends on: family, shapes, formats, epilogue, CPU and version."""
+    source = [extent(s) for s in region.source.shape]
+    options = [str(a) for a in region.anchor.fx.args[3:]]
+    nonzeros = "" if region.weight.sparse is None else str(region.weight.sparse.values.size)
+    facts = (
+        VERSION, kernel.name, source, region.weight.shape, region.weight.text, nonzeros, options, region.text,
+        region.activation is not None, str(target), _cpu_name(),
+    )  # fmt: skip
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        fields = dict(line.split(":", 1) for line in path.read_text().split("\n\n")[0].splitlines() if ":" in line)
+        named = {key.strip(): value.strip() for key, value in fields.items()}
+        return " ".join(named.get(key, "") for key in ("vendor_id", "cpu family", "model", "stepping"))
+    return platform.processor()

@@ -1,0 +1,285 @@
+"""The .mcc file: one zip, stored uncompressed so that weights can be mapped, every byte of it under a hash.
+
+Members are `manifest.json`, `weights.safetensors`, `library.so` and, where asked for, `graph.pt2`. The manifest holds
+the SHA-256 of every other member; the zip's comment holds the SHA-256 of all bytes outside those members, so any
+changed byte is noticed. Nothing is ever unpickled. This file is loaded by deployed programs: it imports numpy alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mcc.errors import ArtifactError
+
+FORMAT_VERSION = 1
+ALIGNMENT = 64
+MANIFEST, WEIGHTS, LIBRARY, GRAPH = "manifest.json", "weights.safetensors", "library.so", "graph.pt2"
+_LOCAL_HEADER = 30
+_LARGEST_HEADER = 100 << 20
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+_DTYPE_NAMES = {numpy_name: name for name, numpy_name in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output.
+
+    Attributes:
+        name: as the model names it.
+        shape: dims; a string names a dim that may vary.
+        dtype: the numpy name, such as "float32".
+        alignment: bytes the library needs its address to be a multiple of; elsewhere it is copied first.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    alignment: int = ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact says of itself.
+
+    Attributes:
+        inputs, outputs: tensors in call order.
+        output_tree: the returned structure, output names as leaves (see `pack_tree`).
+        target: as `mcc.parse_target` reads it.
+        features: CPU flags the library needs.
+        passes: the pass list as text, every option written.
+        weights: names of the tensors in weights.safetensors, in the order the library takes them.
+        report: of the compilation, as `Report.as_dict` gives it.
+        tiles: the tile chosen for each kernel, which timing may decide differently another time.
+        sorts: whether the library calls TVM's sort, which lies in a second runtime library.
+        format_version: of the file.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    output_tree: object
+    target: str
+    features: tuple[str, ...]
+    passes: str
+    weights: tuple[str, ...]
+    report: Mapping[str, object]
+    tiles: Mapping[str, str]
+    sorts: bool = False
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A whole artifact.
+
+    Attributes:
+        manifest: what it says of itself.
+        weights: encoded weights by name.
+        library: the shared object's bytes.
+        graph: a torch.export program, or None.
+    """
+
+    manifest: Manifest
+    weights: Mapping[str, NDArray[Any]]
+    library: bytes | memoryview
+    graph: bytes | memoryview | None = None
+
+
+def pack_tree(tree: object) -> object:
+    """A nest of tuples, lists and dicts with str or None leaves, as JSON that tells tuples from lists."""
+    if isinstance(tree, tuple):
+        return {"tuple": [pack_tree(t) for t in tree]}
+    if isinstance(tree, list):
+        return {"list": [pack_tree(t) for t in tree]}
+    if isinstance(tree, Mapping):
+        return {"dict": {str(k): pack_tree(t) for k, t in tree.items()}}
+    return tree
+
+
+def write_safetensors(tensors: Mapping[str, NDArray[Any]]) -> bytes:
+    """Tensors in the safetensors format, data at a multiple of 64 bytes.
+
+    Those whose size is a multiple of 64 bytes come first, so that each of them is aligned when the file is mapped.
+    """
+    order = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, name))
+    header: dict[str, object] = {}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype.name], "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }  # fmt: skip
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return b"".join((len(text).to_bytes(8, "little"), text, *(np.ascontiguousarray(tensors[n]).data for n in order)))
+
+
+def read_safetensors(data: memoryview) -> dict[str, NDArray[Any]]:
+    """Tensors as views into `data`.
+
+    Raises:
+        ValueError, KeyError, TypeError: the bytes are not a sound safetensors file.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if length > min(_LARGEST_HEADER, len(data) - 8):
+        raise ValueError("header longer than the file")
+    header = json.loads(bytes(data[8 : 8 + length]))
+    body = data[8 + length :]
+    tensors: dict[str, NDArray[Any]] = {}
+    end = 0
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        dtype = np.dtype(_DTYPES[entry["dtype"]])
+        shape = tuple(int(s) for s in entry["shape"])
+        if start != end or stop > len(body) or stop - start != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
+            raise ValueError(f"tensor {name} has a wrong extent")
+        tensors[name] = np.frombuffer(body[start:stop], dtype).reshape(shape)
+        end = stop
+    if end != len(body):
+        raise ValueError("bytes after the last tensor")
+    return tensors
+
+
+def write_artifact(path: str | os.PathLike[str], contents: Contents) -> None:
+    """Write an artifact whole or not at all: to a temporary file beside `path`, then renamed.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
+    members: dict[str, bytes | memoryview] = {
+        WEIGHTS: write_safetensors(contents.weights), LIBRARY: contents.library,
+    }  # fmt: skip
+    if contents.graph is not None:
+        members[GRAPH] = contents.graph
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+    manifest = {**asdict(contents.manifest), "members": hashes}
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
+    target = Path(path)
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+            temporary = Path(file.name)
+        try:
+            _write_zip(temporary, {MANIFEST: text, **members})
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error.strerror}", remedy="choose another path") from error
+
+
+def _write_zip(path: Path, members: Mapping[str, bytes | memoryview]) -> None:
+    """Store each member at a multiple of 64 bytes; then hash what lies outside them into the comment."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            entry = zipfile.ZipInfo(name)  # its date is fixed: equal contents give equal files
+            assert archive.fp is not None
+            start = archive.fp.tell() + _LOCAL_HEADER + len(name) + 4
+            padding = -start % ALIGNMENT
+            entry.extra = b"\xcc\x6d" + padding.to_bytes(2, "little") + bytes(padding)
+            archive.writestr(entry, data)
+        archive.comment = bytes(64)
+    raw = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        payloads = [_payload(memoryview(raw), entry) for entry in archive.infolist()]
+    raw[-64:] = _outside_hash(memoryview(raw), payloads[1:]).encode()
+    path.write_bytes(raw)
+
+
+def _payload(file: memoryview, entry: zipfile.ZipInfo) -> range:
+    """Where a member's data lies in the file."""
+    header = file[entry.header_offset : entry.header_offset + _LOCAL_HEADER]
+    if len(header) != _LOCAL_HEADER or bytes(header[:4]) != b"PK\x03\x04":
+        raise ValueError("no local header")
+    name_length, extra_length = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+    start = entry.header_offset + _LOCAL_HEADER + name_length + extra_length
+    if start + entry.file_size > len(file) or entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError("member outside the file, or compressed")
+    return range(start, start + entry.file_size)
+
+
+def _outside_hash(file: memoryview, payloads: list[range]) -> str:
+    """SHA-256 of all bytes outside the payloads and the comment."""
+    digest = hashlib.sha256()
+    position = 0
+    for payload in sorted(payloads, key=lambda p: p.start):
+        if payload.start < position:
+            raise ValueError("members overlap")
+        digest.update(file[position : payload.start])
+        position = payload.stop
+    digest.update(file[position : len(file) - 64])
+    return digest.hexdigest()
+
+
+def read_artifact(path: str | os.PathLike[str]) -> Contents:
+    """Map an artifact, checking every byte before any of it is used.
+
+    Raises:
+        ArtifactError: the file is missing, truncated, altered, of another kind, or of a newer format.
+    """
+    name = os.fspath(path)
+    try:
+        with Path(name).open("rb") as file:
+            # a private copy-on-write map: numpy refuses to hand read-only memory to a kernel
+            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"cannot read {name}: {getattr(error, 'strerror', None) or 'the file is empty'}") from error
+    try:
+        members = _read_members(name, view)
+        return _read_contents(name, members)
+    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, OverflowError) as error:
+        raise ArtifactError(f"{name} is damaged or not an mcc artifact: {error}", remedy="copy or compile it again") from error
+
+
+def _read_members(name: str, view: memoryview) -> dict[str, memoryview]:
+    with zipfile.ZipFile(name) as archive:
+        entries = archive.infolist()
+        if len(archive.comment) != 64 or len({e.filename for e in entries}) != len(entries):
+            raise ValueError("it does not end as an artifact does")
+        payloads = {entry.filename: _payload(view, entry) for entry in entries}
+        comment = archive.comment
+    outside = _outside_hash(view, [p for member, p in payloads.items() if member != MANIFEST])
+    if outside.encode() != comment:
+        raise ValueError("its hash does not match")
+    return {member: view[p.start : p.stop] for member, p in payloads.items()}
+
+
+def _read_contents(name: str, members: dict[str, memoryview]) -> Contents:
+    data = json.loads(bytes(members[MANIFEST]))
+    version = data["format_version"]
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{name} has format version {version}, this mcc reads up to {FORMAT_VERSION}", remedy="install a newer mcc"
+        )
+    hashes = data.pop("members")
+    if set(hashes) | {MANIFEST} != set(members):
+        raise ValueError("its members are not those its manifest lists")
+    for member, digest in hashes.items():
+        if hashlib.sha256(members[member]).hexdigest() != digest:
+            raise ValueError(f"the hash of {member} does not match")
+    specs = {
+        key: tuple(TensorSpec(s["name"], tuple(s["shape"]), s["dtype"], s["alignment"]) for s in data[key]) for key in ("inputs", "outputs")
+    }
+    manifest = Manifest(
+        **{**data, **specs, "features": tuple(data["features"]), "weights": tuple(data["weights"])}  # type: ignore[arg-type]
+    )
+    weights = read_safetensors(members[WEIGHTS])
+    if not set(manifest.weights) <= set(weights):
+        raise ValueError("a weight that the library takes is missing")
+    return Contents(manifest, weights, members[LIBRARY], members.get(GRAPH))

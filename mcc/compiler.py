@@ -1,0 +1,300 @@
+"""`mcc.compile`: the only place where passes meet backends."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mcc import onnx_import
+from mcc.artifact import Contents, Manifest, pack_tree
+from mcc.backends import cpu
+from mcc.backends.cpu import Lowering
+from mcc.backends.tune import Tuning
+from mcc.frontend import capture
+from mcc.cost import graph_size
+from mcc.data import Data
+from mcc.encode import encode
+from mcc.errors import CaptureError, SpecError
+from mcc.graph import Graph
+from mcc.passes import PASSES
+from mcc.pipeline import Pipeline
+from mcc.report import PassRow, Report
+from mcc.rewrite import Pass
+from mcc.runtime import Artifact
+from mcc.spec import parse_passes, read_recipe
+from mcc.target import Target, missing_features, parse_target
+from mcc.verify import sample_inputs, verify_artifact
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from onnx import ModelProto
+    from rich.progress import Progress
+
+    Model = torch.nn.Module | torch.export.ExportedProgram | Graph | str | Path | ModelProto
+    Passes = str | Path | Sequence[Pass | str]
+
+Measure = Literal["ends", "each", "never"]
+LATENCY_RUNS = 30
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `compile` does beside the model and its passes.
+
+    Attributes:
+        target: a target, or its text.
+        data: for passes that need it.
+        verify: whether guarantees and the artifact are checked.
+        measure: whether latency is measured of the first and last state, of each, or of none.
+        tuning: "measure" times tiles on this machine and remembers; "model" takes the tile ranked first.
+        threads: that kernels use; None for all cores.
+        seed: of every random choice.
+    """
+
+    target: Target | str = "cpu"
+    data: Data = Data()
+    verify: bool = True
+    measure: Measure = "ends"
+    tuning: Tuning = "measure"
+    threads: int | None = None
+    seed: int = 0
+
+    @property
+    def resolved_target(self) -> Target:
+        """The target itself.
+
+        Raises:
+            TargetError: there is no such target.
+        """
+        return parse_target(self.target) if isinstance(self.target, str) else self.target
+
+
+class Deferred:
+    """A compiled model that is captured and compiled at its first call, for that call's shapes."""
+
+    def __init__(self, compile_now: Callable[[tuple[Any, ...], dict[str, Any]], Artifact]) -> None:
+        self._compile = compile_now
+        self.artifact: Artifact | None = None
+
+    def __call__(self, *args: Any, **named: Any) -> Any:  # noqa: ANN401 (what the model takes and returns)
+        """Run the model."""
+        if self.artifact is None:
+            self.artifact = self._compile(args, named)
+        return self.artifact(*args, **named)
+
+
+def compile(  # noqa: A001, PLR0913 (the public name and its options, design.md section 3)
+    model: Model,
+    example_inputs: tuple[Any, ...] | None = None,
+    *,
+    passes: Passes = (),
+    keyword_inputs: Mapping[str, Any] | None = None,
+    dynamic_shapes: object = None,
+    target: Target | str = "cpu",
+    data: Data | None = None,
+    verify: bool = True,
+    measure: Measure = "ends",
+    tuning: Tuning = "measure",
+    threads: int | None = None,
+    seed: int = 0,
+) -> Any:  # noqa: ANN401 (an Artifact, or a Deferred where the example inputs are left out)
+    """Compress and compile a model.
+
+    Args:
+        model: nn.Module, ExportedProgram, mcc.Graph, or ONNX model (path or ModelProto).
+        example_inputs: positional inputs; left out, the model is captured at its first call.
+        passes: passes, their text, a path of a YAML recipe, or a list of passes and texts.
+        keyword_inputs: example inputs given by name.
+        dynamic_shapes: as torch.export takes them; a string may stand for a named dim.
+        target: "cpu" is this machine; see `mcc targets`.
+        data: for passes that calibrate, train or evaluate.
+        verify: check every pass and the artifact.
+        measure: "ends" measures latency first and last, "each" after every pass, "never" not at all.
+        tuning: "measure" times tiles on this machine and remembers the winner; "model" takes the one ranked first.
+        threads: kernels use; None for all cores.
+        seed: of every random choice.
+
+    Returns:
+        an Artifact; a Deferred where neither example inputs nor a model that has its own were given.
+
+    Raises:
+        MccError: what is wrong, naming the pass and the node.
+    """
+    options = Options(target, data or Data(), verify, measure, tuning, threads, seed)
+    steps = resolve_passes(passes)
+    Pipeline(steps, options.resolved_target, options.data).check()
+    if example_inputs is None and keyword_inputs is None and isinstance(model, torch.nn.Module):
+
+        def first_call(args: tuple[Any, ...], named: dict[str, Any]) -> Artifact:
+            inputs, keywords = pytree.tree_map(_as_tensor, (args, named))
+            graph = capture(model, inputs, keyword_inputs=keywords, dynamic_shapes=dynamic_shapes)
+            return compile_graph(graph, tuple(pytree.tree_leaves((inputs, keywords))), steps, options)
+
+        return Deferred(first_call)
+    inputs = pytree.tree_map(_as_tensor, tuple(example_inputs or ()))
+    keywords = pytree.tree_map(_as_tensor, dict(keyword_inputs or {}))
+    graph = load_graph(model, inputs, keywords, dynamic_shapes)
+    flat = tuple(pytree.tree_leaves((inputs, keywords))) or example_of(graph)
+    return compile_graph(graph, flat, steps, options)
+
+
+def _as_tensor(value: Any) -> Any:  # noqa: ANN401
+    is_array = hasattr(value, "__array__") and not isinstance(value, Tensor)
+    return torch.from_numpy(value) if is_array else value
+
+
+def load_graph(
+    model: Model, example_inputs: tuple[Any, ...], keyword_inputs: Mapping[str, Any], dynamic_shapes: object
+) -> Graph:
+    """Capture any kind of model.
+
+    Raises:
+        CaptureError: the model is of no known kind, or cannot be captured.
+    """
+    if isinstance(model, Graph):
+        return model.copy()
+    if isinstance(model, str | Path) or type(model).__name__ == "ModelProto":
+        module, inputs, dims = onnx_import.import_onnx(model)
+        return capture(module, example_inputs or inputs, dynamic_shapes=dynamic_shapes or dims)
+    return capture(model, example_inputs, keyword_inputs=keyword_inputs, dynamic_shapes=dynamic_shapes)  # type: ignore[arg-type]
+
+
+def example_of(graph: Graph) -> tuple[Tensor, ...]:
+    """Inputs of the captured shapes: normal floats, zero integers."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for node in graph.inputs:
+        if not isinstance(node.value, Tensor):
+            raise CaptureError(f"input {node.name} is not a tensor", remedy="make it a constant of the module")
+        shape = [s if isinstance(s, int) else int(s.node.hint) for s in node.shape]
+        if node.dtype.is_floating_point:
+            made.append(torch.randn(shape, generator=generator, dtype=node.dtype))
+        else:
+            made.append(torch.zeros(shape, dtype=node.dtype))
+    return tuple(made)
+
+
+def known_passes() -> dict[str, type[Pass]]:
+    """Every pass class by name: the built-in ones, and those that packages offer as `mcc.passes` entry points."""
+    known = {kind.pass_name(): kind for kind in PASSES}
+    for point in entry_points(group="mcc.passes"):
+        kind = point.load()
+        known[kind.pass_name()] = kind
+    return known
+
+
+def resolve_passes(passes: Passes) -> tuple[Pass, ...]:
+    """Pass objects from objects, text, or a recipe file.
+
+    Raises:
+        SpecError: a text is malformed or names an unknown pass or option.
+    """
+    if isinstance(passes, Path) or (isinstance(passes, str) and passes.endswith((".yaml", ".yml"))):
+        return read_recipe(Path(passes), known_passes())
+    if isinstance(passes, str):
+        return parse_passes(passes, known_passes())
+    steps: list[Pass] = []
+    for step in passes:
+        if isinstance(step, str):
+            steps += parse_passes(step, known_passes())
+        elif isinstance(step, Pass):
+            steps.append(step)
+        else:
+            raise SpecError(f"{step!r} is not a pass", remedy="give pass objects, such as FoldBatchNorm(), or their text")
+    return tuple(steps)
+
+
+def compile_graph(graph: Graph, example: tuple[Any, ...], steps: tuple[Pass, ...], options: Options) -> Artifact:
+    """Run passes over a captured graph, encode, lower and verify."""
+    target = options.resolved_target
+    runnable = not missing_features(target)
+    with _progress() as progress:
+
+        def latency(state: Graph) -> float:
+            return median_latency(_lower(state, options)[0], example)
+
+        each = latency if options.measure == "each" and runnable else None
+        pipeline = Pipeline(steps, target, options.data, options.seed, options.verify, each)
+        compressed, rows = pipeline.run(graph, example, progress)
+        task = progress.add_task("compiling", total=None)
+        before = latency(graph) if options.measure == "ends" and runnable and steps else None
+        artifact, encoded, last = _lower(compressed, options)
+        if options.verify and runnable:
+            inputs = [example, sample_inputs(example, options.seed)]
+            started = time.perf_counter()
+            error = verify_artifact(encoded, artifact, inputs)
+            seconds = last.seconds + time.perf_counter() - started
+            last = PassRow(**(vars(last) | {"largest_error": error, "seconds": seconds}))
+        if options.measure != "never" and runnable:
+            last = PassRow(**(vars(last) | {"latency_ms": median_latency(artifact, example)}))
+        progress.remove_task(task)
+    if before is not None:
+        rows[0] = PassRow(**(vars(rows[0]) | {"latency_ms": before}))
+    report = Report((*rows, last), artifact.report.layers)
+    return artifact.with_manifest(
+        passes="; ".join(step.full_text() for step in steps), report=json.loads(report.as_json())
+    )
+
+
+def _lower(graph: Graph, options: Options) -> tuple[Artifact, Graph, PassRow]:
+    """Encode and lower one state of a graph; returns the artifact, the encoded graph, and their row of the report."""
+    started = time.perf_counter()
+    target = options.resolved_target
+    encoded, dense = encode(graph.copy().eval(), cpu.prefer_dense)
+    lowering = cpu.lower(encoded, target, options.tuning)
+    notes = tuple(f"{row.layer} ({row.op}): {row.reason}" for row in lowering.layers if row.reason)
+    row = PassRow(
+        "encode and lower", len(lowering.choices), tuple(dense), graph_size(encoded),
+        seconds=time.perf_counter() - started, notes=notes,
+    )  # fmt: skip
+    report = Report((), lowering.layers)
+    contents = Contents(_manifest(encoded, lowering, report), lowering.weights, lowering.library)
+    if missing_features(target):
+        return Artifact.for_other_machine(contents), encoded, row
+    return Artifact(contents, options.threads), encoded, row
+
+
+def _manifest(graph: Graph, lowering: Lowering, report: Report) -> Manifest:
+    target = lowering.target
+    signature = graph.signature
+    tiles = {c.region.anchor.name: f"{c.kernel.name} {c.tile}" for c in lowering.choices.values()}
+    return Manifest(
+        inputs=lowering.inputs, outputs=lowering.outputs, output_tree=pack_tree(signature.output_tree),
+        target=str(target), features=target.features, passes="", weights=tuple(lowering.weights),
+        report=report.as_dict(), tiles=tiles, sorts=lowering.sorts,
+    )  # fmt: skip
+
+
+def median_latency(artifact: Callable[..., Any], example: tuple[Any, ...]) -> float:
+    """Median time of a call in ms."""
+    artifact(*example)
+    times = []
+    for _ in range(LATENCY_RUNS):
+        started = time.perf_counter()
+        artifact(*example)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times) * 1e3
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A progress display on standard error, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        yield progress

@@ -1,0 +1,147 @@
+"""What a graph costs: parameters, stored bytes and MACs, by layer and in all."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mcc import ops
+from mcc.formats import sparse_bytes
+from mcc.graph import Graph, Node
+from mcc.report import Size
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """The cost of one call.
+
+    Attributes:
+        layer: the layer's name.
+        op: the op's name.
+        macs: multiply-accumulates at the example shapes, zero weights not counted.
+        parameters: weights read, zero ones not counted.
+        stored_bytes: bytes of those weights as stored, or as `encode` would store them.
+    """
+
+    layer: str
+    op: str
+    macs: int
+    parameters: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class WeightExpression:
+    """A weight as it stands in the graph.
+
+    Attributes:
+        root: the node that reads the stored tensor (of a sparse weight, its values).
+        mask: the 0/1 mask it is multiplied by, or None.
+        quantizer: the fake_quantize, quantize or dequantize node over it, or None.
+        sparse: the decode_sparse node over it, or None.
+    """
+
+    root: Node
+    mask: Tensor | None
+    quantizer: Node | None
+    sparse: Node | None
+
+    @property
+    def elements(self) -> int:
+        """Elements of the dense weight."""
+        shape = self.sparse.shape if self.sparse is not None else self.root.shape
+        return math.prod(int(s) for s in shape)
+
+    @property
+    def kept(self) -> int:
+        """Elements stored as non-zero."""
+        return int(self.mask.count_nonzero()) if self.mask is not None else self.root.tensor.numel()
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weight with its indices and scales, in the format `encode` would choose by size."""
+        element = self.root.tensor.element_size()
+        if self.quantizer is not None and self.quantizer.op is ops.FAKE_QUANTIZE:
+            element = 1
+        size = self.elements * element
+        if self.mask is not None:
+            size = min(size, sparse_bytes(self.mask, element))
+        if self.sparse is not None:
+            operands = (self.sparse.operand(i) for i in range(3))
+            size = sum(o.tensor.numel() * o.tensor.element_size() for o in operands if o is not None)
+        if self.quantizer is not None:
+            scale = self.quantizer.operand(1)
+            assert scale is not None
+            size += 2 * scale.tensor.numel() * scale.tensor.element_size()
+        return size
+
+
+def weight_expression(node: Node | None) -> WeightExpression | None:
+    """Read the chain of mask, quantizer and decode ops from `node` down to a stored tensor; None if there is none."""
+    mask: Tensor | None = None
+    quantizer: Node | None = None
+    sparse: Node | None = None
+    while node is not None and not node.is_parameter:
+        if node.op is ops.MUL:
+            other = node.operand(1)
+            if other is None or not other.is_parameter or other.tensor.dtype is not torch.bool:
+                return None
+            mask = other.tensor
+        elif node.op in (ops.FAKE_QUANTIZE, ops.QUANTIZE, ops.DEQUANTIZE):
+            quantizer = node
+        elif node.op is ops.DECODE_SPARSE:
+            sparse = node
+        else:
+            return None
+        node = node.operand(0)
+    return None if node is None else WeightExpression(node, mask, quantizer, sparse)
+
+
+def layer_costs(graph: Graph) -> tuple[LayerCost, ...]:
+    """The cost of every call that has MACs or weights; a tensor read twice counts at its first reader."""
+    seen: set[str] = set()
+    rows = []
+    for node in graph.nodes:
+        row = node.op
+        if row is None or row in (ops.MUL, ops.DECODE_SPARSE, ops.DEQUANTIZE, ops.FAKE_QUANTIZE):
+            continue
+        macs, parameters, stored = row.macs(node.fx), 0, 0
+        for position in range(len(node.fx.args)):
+            for operand in _operands(node, position):
+                expression = weight_expression(operand)
+                if expression is None:
+                    continue
+                name = str(expression.root.fx.target)
+                if position == (row.weights[0] if row.weights else -1):
+                    macs = macs * expression.kept // max(expression.elements, 1)
+                if name not in seen and _is_weight(expression):
+                    seen.add(name)
+                    parameters += expression.kept
+                    stored += expression.stored_bytes
+        if macs or parameters:
+            rows.append(LayerCost(node.layer, row.name, macs, parameters, stored))
+    return tuple(rows)
+
+
+def _is_weight(expression: WeightExpression) -> bool:
+    """Whether this was trained: a parameter or its encoded form, not running statistics or a constant."""
+    encoded = expression.quantizer is not None or expression.sparse is not None
+    name = str(expression.root.fx.target)
+    return encoded or isinstance(expression.root.tensor, torch.nn.Parameter) or name.endswith("_dense")
+
+
+def _operands(node: Node, position: int) -> list[Node]:
+    argument = node.argument(position)
+    if isinstance(argument, list | tuple):
+        return [Node(a, node.graph) for a in argument if hasattr(a, "op")]
+    operand = node.operand(position)
+    return [] if operand is None else [operand]
+
+
+def graph_size(graph: Graph) -> Size:
+    """Totals of `layer_costs`."""
+    rows = layer_costs(graph)
+    return Size(sum(r.parameters for r in rows), sum(r.stored_bytes for r in rows), sum(r.macs for r in rows))

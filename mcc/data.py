@@ -1,0 +1,37 @@
+"""What a user gives mcc to calibrate, train and measure with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Batch = tuple[Tensor, ...]
+    Loss = Callable[[Tensor, Tensor], Tensor]
+    Metric = Callable[[Callable[..., Tensor]], float]
+
+DATA_FIELDS = ("calibration", "train", "evaluate")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Data for passes; every field is optional, and a pass that lacks one fails before any work starts.
+
+    Attributes:
+        calibration: input batches, each a tuple of the model's inputs (a single tensor counts as one input).
+        train: (*inputs, labels) batches; iterated once an epoch, so a DataLoader or a list, not a generator.
+        evaluate: maps a callable model to a metric, higher is better.
+        loss: maps (output, labels) to a scalar; cross-entropy where it is left out.
+    """
+
+    calibration: Iterable[Batch | Tensor] | None = None
+    train: Iterable[Batch] | None = None
+    evaluate: Metric | None = None
+    loss: Loss | None = None
+
+    def lacks(self, field: str) -> bool:
+        """Whether `field`, one of DATA_FIELDS, was not given."""
+        return getattr(self, field) is None

@@ -1,0 +1,117 @@
+"""Encoding: masks and fake-quantizers become stored formats. The last step before a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mcc import ops
+from mcc.cost import WeightExpression, weight_expression
+from mcc.formats import encode_sparse, quantize, sparse_bytes
+from mcc.graph import Graph, Node
+from mcc.report import Declined
+from mcc.rewrite import Rewriter
+
+SparseVerdict = Callable[[Node, float], str | None]
+"""Given an op and its weight's density: why the backend would rather have the weight dense, or None if not."""
+
+
+def encode(graph: Graph, prefer_dense: SparseVerdict) -> tuple[Graph, list[Declined]]:
+    """Return a copy of `graph` with every weight in its stored format, and the masked layers stored dense, with why.
+
+    A mask over a weight becomes `decode_sparse` where that stores fewer bytes and the backend profits, else zeros in
+    a dense weight. `fake_quantize` of a weight becomes its codes under `dequantize`; of an activation, `quantize`
+    under `dequantize`.
+    """
+    graph = graph.copy()
+    dense: list[Declined] = []
+    for node in graph.nodes:
+        if node.op is ops.FAKE_QUANTIZE and weight_expression(node) is None:
+            _encode_activation(node)
+        elif _is_weight_top(node):
+            layer = node.users[0].layer
+            reason = _encode_weight(node, prefer_dense)
+            if reason is not None:
+                dense.append(Declined(layer, reason))
+    return graph.clean().repropagate(), dense
+
+
+def _is_weight_top(node: Node) -> bool:
+    """Whether this is the outermost mask or quantizer over a stored weight."""
+    if node.op not in (ops.MUL, ops.FAKE_QUANTIZE):
+        return False
+    expression = weight_expression(node)
+    if expression is None or (expression.mask is None and expression.quantizer is None):
+        return False
+    return all(user.op not in (ops.MUL, ops.FAKE_QUANTIZE) or weight_expression(user) is None for user in node.users)
+
+
+def _encode_activation(node: Node) -> None:
+    rewriter = Rewriter(node.graph, node)
+    x, scale, zero_point = (node.operand(i) for i in range(3))
+    axis, low, high = (node.argument(i) for i in range(3, 6))
+    dtype = torch.uint8 if low >= 0 else torch.int8
+    codes = rewriter.call(ops.QUANTIZE, x, scale, zero_point, axis, low, high, dtype)
+    codes.rename(f"{node.name.removesuffix('_quantized')}_codes")
+    values = rewriter.call(ops.DEQUANTIZE, codes, scale, zero_point, axis)
+    values.take_place_of(node)
+
+
+def _encode_weight(node: Node, prefer_dense: SparseVerdict) -> str | None:
+    """Replace one weight expression; returns why it is stored dense although it has a mask, or None."""
+    expression = weight_expression(node)
+    assert expression is not None
+    rewriter = Rewriter(node.graph, node)
+    name = str(expression.root.fx.target)
+    stored = _stored_values(expression)
+    reason = None if expression.mask is None else _dense_reason(node, expression, stored, prefer_dense)
+    if expression.mask is not None and reason is None:
+        sparse = encode_sparse(stored, expression.mask)
+        operands = [
+            rewriter.read(f"{name}_{part}", tensor)
+            for part, tensor in (
+                ("values", sparse.values), ("columns", sparse.columns), ("row_pointers", sparse.row_pointers),
+            )
+        ]  # fmt: skip
+        made = rewriter.call(ops.DECODE_SPARSE, *operands, list(stored.shape))
+        made.rename(f"{name.replace('.', '_')}_sparse")
+    else:
+        made = rewriter.read(f"{name}_{'codes' if expression.quantizer is not None else 'dense'}", stored)
+    if expression.quantizer is not None:
+        scale, zero_point = expression.quantizer.operand(1), expression.quantizer.operand(2)
+        made = rewriter.call(ops.DEQUANTIZE, made, scale, zero_point, expression.quantizer.argument(3))
+    made.take_place_of(node)
+    return reason
+
+
+def _stored_values(expression: WeightExpression) -> Tensor:
+    values = expression.root.tensor.detach()
+    if expression.mask is not None:
+        values = values * expression.mask
+    quantizer = expression.quantizer
+    if quantizer is None:
+        return values
+    scale, zero_point = quantizer.operand(1), quantizer.operand(2)
+    assert scale is not None
+    assert zero_point is not None
+    axis, low, high = (quantizer.argument(i) for i in range(3, 6))
+    codes: Tensor = quantize(values, scale.tensor, zero_point.tensor, axis, low, high, torch.int8)
+    return codes
+
+
+def _dense_reason(
+    node: Node, expression: WeightExpression, stored: Tensor, prefer_dense: SparseVerdict
+) -> str | None:
+    assert expression.mask is not None
+    density = expression.kept / max(expression.elements, 1)
+    dense_bytes = stored.numel() * stored.element_size()
+    as_sparse = sparse_bytes(expression.mask, stored.element_size())
+    if as_sparse >= dense_bytes:
+        return f"stored dense: at density {density:.2f} sparse takes {as_sparse:,} bytes, dense {dense_bytes:,}"
+    for user in node.users:
+        reason = prefer_dense(user, density)
+        if reason is not None:
+            return f"stored dense: {reason}"
+    return None

@@ -1,0 +1,154 @@
+"""Stored formats: how a compressed weight or activation stands in a graph, as ops that run in plain PyTorch.
+
+A compressed weight is an expression: `dequantize(codes, scale, …)`, `decode_sparse(values, …)`, or one inside the
+other. Kernels read the operands of these ops as they are stored; everything else runs the ops themselves. During
+training a quantizer is `fake_quantize`, with a straight-through gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def along_axis(vector: Tensor, like: Tensor, axis: int | None) -> Tensor:
+    """`vector` shaped to broadcast against `like`: [] where axis is None, else its length at `axis`."""
+    return vector if axis is None else vector.reshape([-1 if i == axis else 1 for i in range(like.dim())])
+
+
+@torch.library.custom_op("mcc::quantize", mutates_args=())
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low: int, high: int, dtype: torch.dtype
+) -> Tensor:
+    """Codes of x: clamp(round(x / scale) + zero_point, low, high), rounding half to even.
+
+    Args:
+        x: float, any shape.
+        scale: float32, [] or [x.shape[axis]].
+        zero_point: int32, the shape of scale.
+        axis: the dim of x that scale runs along, or None for one scale.
+        low, high: the range of codes, inclusive.
+        dtype: of the codes: torch.uint8 or torch.int8.
+    """
+    codes = torch.round(x / along_axis(scale, x, axis)) + along_axis(zero_point, x, axis)
+    return torch.clamp(codes, low, high).to(dtype)
+
+
+@quantize.register_fake
+def _(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low: int, high: int, dtype: torch.dtype
+) -> Tensor:
+    del scale, zero_point, axis, low, high
+    return torch.empty_like(x, dtype=dtype)
+
+
+@torch.library.custom_op("mcc::dequantize", mutates_args=())
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
+    """Float32 values of codes: (codes - zero_point) * scale. Arguments as `quantize` has them."""
+    shifted = codes.to(torch.float32) - along_axis(zero_point, codes, axis)
+    return shifted * along_axis(scale, codes, axis)
+
+
+@dequantize.register_fake
+def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
+    del zero_point, axis
+    return torch.empty_like(codes, dtype=scale.dtype)
+
+
+@torch.library.custom_op("mcc::fake_quantize", mutates_args=())
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low: int, high: int) -> Tensor:
+    """dequantize(quantize(x)), float in and out; the gradient passes straight through inside the range.
+
+    Bengio, Léonard, Courville: Estimating or propagating gradients through stochastic neurons. arXiv 1308.3432, 2013.
+    """
+    step, zero = along_axis(scale, x, axis), along_axis(zero_point, x, axis)
+    return (torch.clamp(torch.round(x / step) + zero, low, high) - zero) * step
+
+
+@fake_quantize.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low: int, high: int) -> Tensor:
+    del scale, zero_point, axis, low, high
+    return torch.empty_like(x)
+
+
+def _save_inside(
+    ctx: torch.autograd.function.FunctionCtx,
+    inputs: tuple[Tensor, Tensor, Tensor, int | None, int, int],
+    output: Tensor,
+) -> None:
+    del output
+    x, scale, zero_point, axis, low, high = inputs
+    codes = torch.round(x / along_axis(scale, x, axis)) + along_axis(zero_point, x, axis)
+    ctx.save_for_backward((codes >= low) & (codes <= high))
+
+
+def _straight_through(
+    ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
+) -> tuple[Tensor | None, None, None, None, None, None]:
+    (inside,) = ctx.saved_tensors  # type: ignore[attr-defined]  # torch's stub lacks it
+    return gradient * inside, None, None, None, None, None
+
+
+fake_quantize.register_autograd(_straight_through, setup_context=_save_inside)
+
+
+@torch.library.custom_op("mcc::decode_sparse", mutates_args=())
+def decode_sparse(values: Tensor, columns: Tensor, row_pointers: Tensor, shape: list[int]) -> Tensor:
+    """The dense tensor of a compressed-sparse-row weight.
+
+    Args:
+        values: [nnz], float32 or int8, row by row.
+        columns: [nnz], uint16 or int32: where in its row (the dims after the first, flattened) a value stands.
+        row_pointers: [shape[0] + 1], int32: row r holds values row_pointers[r] to row_pointers[r + 1].
+        shape: of the result.
+    """
+    rows = torch.repeat_interleave(torch.arange(shape[0]), (row_pointers[1:] - row_pointers[:-1]).to(torch.int64))
+    dense = torch.zeros(shape[0], int(np.prod(shape[1:])), dtype=values.dtype)
+    dense[rows, columns.to(torch.int64)] = values
+    return dense.reshape(shape)
+
+
+@decode_sparse.register_fake
+def _(values: Tensor, columns: Tensor, row_pointers: Tensor, shape: list[int]) -> Tensor:
+    del columns, row_pointers
+    return values.new_empty(shape)
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """A compressed-sparse-row weight; fields as `decode_sparse` takes them."""
+
+    values: Tensor
+    columns: Tensor
+    row_pointers: Tensor
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the three arrays."""
+        return sum(t.numel() * t.element_size() for t in (self.values, self.columns, self.row_pointers))
+
+
+def encode_sparse(weight: Tensor, mask: Tensor) -> SparseRows:
+    """Keep the elements of `weight` where `mask` is true, zero or not.
+
+    Args:
+        weight: [rows, …], float32 or int8.
+        mask: bool, the shape of weight.
+    """
+    kept = mask.reshape(mask.shape[0], -1)
+    columns = kept.nonzero()[:, 1]
+    counts = kept.sum(dim=1, dtype=torch.int64)
+    row_pointers = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
+    narrow = torch.uint16 if kept.shape[1] <= 1 << 16 else torch.int32
+    values = weight.reshape(kept.shape)[kept].clone()
+    return SparseRows(values, columns.to(narrow), row_pointers.to(torch.int32))
+
+
+def sparse_bytes(mask: Tensor, element_size: int) -> int:
+    """Bytes `encode_sparse` would store for this mask, without encoding."""
+    columns = mask.numel() // max(mask.shape[0], 1)
+    index_size = 2 if columns <= 1 << 16 else 4
+    return int(mask.sum()) * (element_size + index_size) + 4 * (mask.shape[0] + 1)

@@ -1,0 +1,206 @@
+"""Capture: a torch module or an exported program becomes a Graph of whole ATen ops that still trains.
+
+torch.export in eval mode, not strict, without decompositions (they would freeze batch norm and dropout), then: inline
+wrapper calls, drop asserts and casts that change nothing, make in-place ops functional, drop copies, one node a
+tensor, one spelling for reshapes, names from module paths, and look every op up in the table.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import Dim, ExportedProgram
+
+from mcc import normalize, ops
+from mcc.errors import CaptureError, UnsupportedOpError
+from mcc.graph import Graph, Node, module_path, source_line
+
+LARGEST_DIM = 1 << 20
+
+
+def capture(
+    model: torch.nn.Module | ExportedProgram | fx.GraphModule,
+    example_inputs: tuple[Any, ...] = (),
+    *,
+    keyword_inputs: Mapping[str, Any] | None = None,
+    dynamic_shapes: object = None,
+) -> Graph:
+    """Capture a model into a graph; the model itself is left as it was.
+
+    Args:
+        model: a module, a GraphModule, or an ExportedProgram (which has its example inputs with it).
+        example_inputs: positional inputs, as tensors or nested tuples, lists and dicts of them.
+        keyword_inputs: inputs given by name.
+        dynamic_shapes: as torch.export takes them; a plain string may stand for a Dim of that name, from 1 up.
+
+    Raises:
+        CaptureError: torch.export refuses the model, or an asked-for dim came out fixed.
+        UnsupportedOpError: the model uses ops outside the op table.
+    """
+    if isinstance(model, ExportedProgram):
+        # a program exported in training mode would keep its flags: the graph's own eval() resets them
+        return _from_program(model, {})
+    if not isinstance(model, torch.nn.Module):
+        raise CaptureError(
+            f"cannot capture a {type(model).__name__}",
+            remedy="give an nn.Module, a torch.export.ExportedProgram, an mcc.Graph or an ONNX model",
+        )
+    _refuse_untrackable(model)
+    shapes = _named_dims(dynamic_shapes, {})
+    kwargs = dict(keyword_inputs or {})
+    args = _widened(model, example_inputs, kwargs, shapes)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()  # train mode would record stochastic depth, auxiliary heads and batch counters
+    try:
+        with torch.enable_grad():  # under no_grad some modules take a fused inference path
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        summary = (str(error).strip() or repr(error)).splitlines()[0]
+        raise CaptureError(
+            f"torch.export could not capture {type(model).__name__}: {summary}",
+            remedy="make `torch.export.export(model, example_inputs, strict=False)` work first",
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return _from_program(program, _asked_dims(model, args, kwargs, shapes))
+
+
+def _from_program(program: ExportedProgram, asked: Mapping[tuple[str, int], str]) -> Graph:
+    # export shares parameter storage with the user's model; passes edit tensors, so the graph gets its own
+    module = normalize.plain_module(copy.deepcopy(program.module(check_guards=False)))
+    normalize.normalize(module)
+    graph = Graph(module)
+    inputs = {str(n.fx.target): n for n in graph.inputs}  # fx may name %input_1 what the model calls input
+    for (name, axis), dim in asked.items():
+        size = inputs[name].shape[axis]
+        if isinstance(size, int):
+            raise CaptureError(
+                f"dim {axis} of input {name} was asked to be dynamic ({dim}) but the model fixes it at {size}",
+                remedy=f"leave {dim} out of dynamic_shapes, or rewrite what depends on the size",
+            )
+        graph.dims[str(size.node.expr)] = dim
+    refuse_unknown(graph)
+    _rename(graph)
+    return graph.eval()
+
+
+def _refuse_untrackable(model: torch.nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.momentum is None:  # noqa: SLF001
+            raise CaptureError(
+                f"{path or type(module).__name__}: BatchNorm(momentum=None) averages over a counter that a graph lacks",
+                remedy="set its momentum to a number, such as 0.1",
+            )
+
+
+def _named_dims(shapes: object, dims: dict[str, Any]) -> Any:  # noqa: ANN401 (the structure torch.export takes)
+    """`shapes` with each string replaced by one Dim of that name."""
+    if isinstance(shapes, str):
+        return dims.setdefault(shapes, Dim(shapes, min=1, max=LARGEST_DIM))
+    if isinstance(shapes, Mapping):
+        return {key: _named_dims(value, dims) for key, value in shapes.items()}
+    if isinstance(shapes, list | tuple):
+        return type(shapes)(_named_dims(value, dims) for value in shapes)
+    return shapes
+
+
+def _input_shapes(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: object
+) -> Iterable[tuple[str, Any, Any]]:
+    """(name, value, its dynamic dims) for every top-level input."""
+    names = list(torch._export.utils._bind_signature_to_inputs(model, args, kwargs).items())  # noqa: SLF001
+    for position, (name, value) in enumerate(names):
+        if isinstance(shapes, Mapping):
+            yield name, value, shapes.get(name)
+        elif isinstance(shapes, Sequence) and position < len(shapes):
+            yield name, value, shapes[position]
+        else:
+            yield name, value, None
+
+
+def _dims_of(spec: object) -> list[tuple[int, str]]:
+    entries = spec.items() if isinstance(spec, Mapping) else enumerate(spec) if isinstance(spec, Sequence) else ()
+    return [(axis, dim.__name__) for axis, dim in entries if hasattr(dim, "__name__")]
+
+
+def _asked_dims(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: object
+) -> dict[tuple[str, int], str]:
+    return {
+        (name, axis): dim
+        for name, value, spec in _input_shapes(model, args, kwargs, shapes)
+        if isinstance(value, Tensor)
+        for axis, dim in _dims_of(spec)
+    }
+
+
+def _widened(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: object
+) -> tuple[Any, ...]:
+    """The example inputs with dynamic dims of size 1 repeated to 2: torch.export would fix a dim of 1."""
+    wide = dict(kwargs)
+    positional = list(args)
+    for position, (name, value, spec) in enumerate(_input_shapes(model, args, kwargs, shapes)):
+        if not isinstance(value, Tensor):
+            continue
+        for axis, _ in _dims_of(spec):
+            if value.shape[axis] == 1:
+                value = torch.cat((value, value), dim=axis)
+        if position < len(positional):
+            positional[position] = value
+        else:
+            wide[name] = value
+    kwargs.update(wide)
+    return tuple(positional)
+
+
+def refuse_unknown(graph: Graph) -> None:
+    """Check that every op of the graph is in the table.
+
+    Raises:
+        UnsupportedOpError: naming each op that is not, with the layer and source line of its first use.
+    """
+    unknown: dict[str, fx.Node] = {}
+    for module in graph.module.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                if node.op == "call_function" and ops.lookup(node.target) is None:
+                    unknown.setdefault(ops.op_name(node.target), node)
+    if not unknown:
+        return
+    places = []
+    for name, node in sorted(unknown.items()):
+        where = " ".join(part for part in (module_path(node), source_line(node)) if part)
+        places.append(f"{name} (in {where})" if where else name)
+    first = next(iter(sorted(unknown.items())))[1]
+    raise UnsupportedOpError(
+        f"{'ops' if len(places) > 1 else 'op'} not in the op table: {', '.join(places)}",
+        node=f"%{first.name} = {ops.op_name(first.target)}(…)",
+        remedy="write that part with ops that `mcc.ops.OPS` lists, or keep it outside the compiled model",
+    )
+
+
+def _rename(graph: Graph) -> None:
+    """Name each call for the module it came from, with the op where a module makes several."""
+    calls = [n for n in graph.nodes if n.op is not ops.GETITEM]
+    per_module = Counter(module_path(n.fx) for n in calls)
+    wanted: list[str] = []
+    for node in calls:
+        path = module_path(node.fx).replace(".", "_")
+        operation = ops.op_name(node.fx.target).partition(".")[0].strip("_")
+        alone = per_module[module_path(node.fx)] == 1
+        wanted.append(path if path and alone else f"{path}_{operation}" if path else operation)
+    # a fresh namespace: names that export gave and dropped would otherwise push ours to `relu_1`
+    namespace = fx.graph._Namespace()  # noqa: SLF001
+    graph.module.graph._graph_namespace = namespace  # noqa: SLF001
+    chosen = {n.fx: name for n, name in zip(calls, wanted, strict=True)}
+    for node in graph.module.graph.nodes:
+        name = chosen.get(node, node.name)
+        node.name = namespace.create_name(name if name.isidentifier() else f"m{name}", node)
+    graph.module.recompile()

@@ -1,0 +1,239 @@
+"""Normalizing an exported module: functional ops, one node a tensor, one spelling for reshapes, no wrappers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mcc.errors import CaptureError
+from mcc.graph import source_line
+
+_A = torch.ops.aten
+_DROP = {
+    _A._assert_tensor_metadata.default, _A._assert_scalar.default, _A._assert_async.msg,
+    _A.sym_constrain_range_for_size.default, torch._check,
+}  # fmt: skip
+_ALIAS = {_A.alias.default, _A.detach.default, _A.detach_.default}
+_COPY = {_A.contiguous.default, _A.clone.default, _A.lift_fresh_copy.default}
+_CASTS = {_A.to.dtype, _A.to.dtype_layout, _A.to.device, _A._to_copy.default, _A.type_as.default}
+_SCATTER = {_A.slice.Tensor: _A.slice_scatter.default, _A.select.int: _A.select_scatter.default}
+
+
+def plain_module(exported: fx.GraphModule | torch.nn.Module) -> fx.GraphModule:
+    """The exported module without its hooks and its train/eval guard, which cannot be copied or pickled."""
+    assert isinstance(exported, fx.GraphModule)
+    exported.graph._tracer_cls = None  # noqa: SLF001 (else a copy re-creates export's tracer and fails)
+    module = fx.GraphModule(exported, exported.graph, class_name="Captured")
+    saved = set(exported.state_dict())
+    for path, child in module.named_modules():
+        # the copy forgets which buffers stay out of state_dict(): strict loading of a checkpoint would fail
+        child._non_persistent_buffers_set = {  # noqa: SLF001
+            name for name in child._buffers if f"{path}.{name}".lstrip(".") not in saved  # noqa: SLF001
+        }
+    return module
+
+
+def normalize(module: fx.GraphModule) -> None:
+    """Bring an exported module into the form the op table describes."""
+    _inline_wrappers(module)
+    for node in _calls(module):
+        if node.target in _DROP:
+            module.graph.erase_node(node)
+        elif node.target in _ALIAS or (node.target in _CASTS and _casts_nothing(node)):
+            _skip(module, node)
+    _make_functional(module)  # before copies go: `y = x.clone(); y.mul_(2)` must not touch x
+    for node in _calls(module):
+        if node.target in _COPY and node.kwargs.get("memory_format") in _PLAIN_FORMATS:
+            _skip(module, node)
+    _one_read_per_tensor(module)
+    for node in _calls(module):
+        _respell(module, node)
+    _drop_bodies(module)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+
+
+_PLAIN_FORMATS = (None, torch.preserve_format, torch.contiguous_format)
+
+
+def _drop_bodies(module: fx.GraphModule) -> None:
+    """Remove the inlined wrappers' bodies, one by one: delete_all_unused_submodules() would also drop tied weights."""
+    read = {node.target for node in module.graph.nodes if node.op == "get_attr"}
+    for name, child in list(module.named_children()):
+        if isinstance(child, fx.GraphModule) and name not in read:
+            delattr(module, name)
+
+
+def _calls(module: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in module.graph.nodes if node.op == "call_function"]
+
+
+def _casts_nothing(node: fx.Node) -> bool:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    before, after = source.meta["val"], node.meta["val"]
+    return bool(before.dtype == after.dtype and before.device == after.device)
+
+
+def _skip(module: fx.GraphModule, node: fx.Node) -> None:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    node.replace_all_uses_with(source)
+    module.graph.erase_node(node)
+
+
+def _inline_wrappers(module: fx.GraphModule) -> None:
+    """Replace calls of torch.no_grad and torch.autocast regions by their bodies."""
+    wrappers = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
+    for node in _calls(module):
+        if node.target not in wrappers:
+            continue
+        position = next(
+            i
+            for i, argument in enumerate(node.args)
+            if isinstance(argument, fx.Node) and isinstance(getattr(module, str(argument.target), None), fx.GraphModule)
+        )
+        reader = node.args[position]
+        assert isinstance(reader, fx.Node)
+        body: fx.GraphModule = getattr(module, str(reader.target))
+        _inline_wrappers(body)
+        returned = _copy_body(module, body, node, node.args[position + 1 :])
+        for user in list(node.users):
+            user.replace_all_uses_with(returned[user.args[1]])
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+        if not reader.users:
+            module.graph.erase_node(reader)
+
+
+def _copy_body(module: fx.GraphModule, body: fx.GraphModule, before: fx.Node, operands: tuple[Any, ...]) -> Any:  # noqa: ANN401
+    inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
+    made: dict[fx.Node, Any] = dict(zip(inputs, operands, strict=True))
+    returned: Any = ()
+    with module.graph.inserting_before(before):
+        for node in body.graph.nodes:
+            if node.op == "output":
+                returned = fx.node.map_arg(node.args[0], made.__getitem__)
+            elif node.op != "placeholder":
+                made[node] = module.graph.node_copy(node, made.__getitem__)
+    return returned
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target.is_view  # noqa: SLF001
+
+
+def _make_functional(module: fx.GraphModule) -> None:
+    """x.relu_() becomes relu(x), read by all that follows; x[:, :k] += y becomes slice_scatter. Buffer writes stay."""
+    order = {node: i for i, node in enumerate(module.graph.nodes)}
+    for node in _calls(module):
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:  # noqa: SLF001
+            continue
+        written = node.args[0]
+        assert isinstance(written, fx.Node)
+        if written.op == "get_attr":
+            continue
+        place = order[node]
+
+        def later(user: fx.Node, place: int = place) -> bool:
+            return order.get(user, -1) > place
+
+        _refuse_aliased_write(node, written, later)
+        if _is_view(written):
+            base = written.args[0]
+            assert isinstance(base, fx.Node)
+            assert isinstance(written.target, torch._ops.OpOverload)  # noqa: SLF001
+            with module.graph.inserting_after(node):
+                whole = module.graph.call_function(_SCATTER[written.target], (base, node, *written.args[1:]))
+            whole.meta = dict(node.meta) | {"val": base.meta["val"]}
+            base.replace_all_uses_with(whole, delete_user_cb=lambda u, w=whole: u is not w and later(u))  # type: ignore[misc]
+        namespace, name = target._schema.name.split("::")  # noqa: SLF001
+        packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"))
+        node.target = getattr(packet, target._overloadname)  # noqa: SLF001
+        written.replace_all_uses_with(node, delete_user_cb=later)
+
+
+def _refuse_aliased_write(node: fx.Node, written: fx.Node, later: Callable[[fx.Node], bool]) -> None:
+    base = written
+    if _is_view(written):
+        base = written.args[0]  # type: ignore[assignment]  # a view's first argument is a node
+        if written.target not in _SCATTER or _is_view(base):
+            raise CaptureError(
+                f"{node.target} writes into a view made by {written.target}",
+                node=f"%{node.name} {source_line(node)}",
+                remedy="write into the whole tensor, or build the result with torch.where or torch.cat",
+            )
+    views = [v for v in base.users if _is_view(v) and v is not written and not later(v)]
+    if any(later(user) for view in views for user in view.users):
+        raise CaptureError(
+            f"{node.target} writes to %{base.name}, and a view of it made before is read after",
+            node=f"%{node.name} {source_line(node)}",
+            remedy="take the view after the write, or write to a clone",
+        )
+
+
+def _one_read_per_tensor(module: fx.GraphModule) -> None:
+    """One get_attr node a tensor, under its first name; the module keeps every alias so that checkpoints load."""
+    names: dict[int, str] = {}
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for name, tensor in tensors:
+        names.setdefault(id(tensor), name)
+    reads: dict[int, fx.Node] = {}
+    for node in list(module.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        tensor = operator.attrgetter(str(node.target))(module)
+        if not isinstance(tensor, Tensor):
+            continue
+        if id(tensor) in reads:
+            node.replace_all_uses_with(reads[id(tensor)])
+            module.graph.erase_node(node)
+        else:
+            node.target = names.get(id(tensor), node.target)
+            reads[id(tensor)] = node
+
+
+def _respell(module: fx.GraphModule, node: fx.Node) -> None:
+    """view, flatten, unflatten become reshape; expand keeps dims as -1, which survives any later resize."""
+    if node.target in (_A.view.default, _A._unsafe_view.default):
+        node.target = _A.reshape.default
+        return
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return
+    if node.target is _A.flatten.using_ints:
+        rank = source.meta["val"].dim()
+        start = int(node.args[1]) % rank if len(node.args) > 1 else 0  # type: ignore[arg-type]
+        end = int(node.args[2]) % rank if len(node.args) > 2 else rank - 1  # type: ignore[arg-type]
+        with module.graph.inserting_before(node):
+            kept = [_size(module, source, i) for i in range(rank) if not start <= i <= end]
+        node.target, node.args = _A.reshape.default, (source, [*kept[:start], -1, *kept[start:]])
+    elif node.target is _A.unflatten.int:
+        rank, dim = source.meta["val"].dim(), int(node.args[1]) % source.meta["val"].dim()  # type: ignore[arg-type]
+        with module.graph.inserting_before(node):
+            kept = [_size(module, source, i) for i in range(rank) if i != dim]
+        node.target = _A.reshape.default
+        node.args = (source, [*kept[:dim], *node.args[2], *kept[dim:]])  # type: ignore[misc]
+    elif node.target is _A.expand.default:
+        before, after = source.meta["val"], node.meta["val"]
+        extra = after.dim() - before.dim()
+        sizes = [
+            -1 if i >= extra and before.shape[i - extra] == after.shape[i] else size
+            for i, size in enumerate(node.args[1])  # type: ignore[arg-type]
+        ]
+        node.args = (source, sizes)
+
+
+def _size(module: fx.GraphModule, node: fx.Node, axis: int) -> int | fx.Node:
+    size = node.meta["val"].shape[axis]
+    if isinstance(size, int):
+        return size
+    made = module.graph.call_function(_A.sym_size.int, (node, axis))
+    made.meta["val"] = size
+    return made

@@ -1,0 +1,353 @@
+"""Runs an artifact with numpy and tvm_ffi alone: no PyTorch, no TVM package, no model code.
+
+PyTorch tensors are welcome: they are reached through DLPack, never by import.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mcc.artifact import ALIGNMENT, Contents, Manifest, TensorSpec, read_artifact, write_artifact
+from mcc.errors import ArtifactError, TargetError
+from mcc.report import Report
+from mcc.target import host_features
+
+_CPU, _POOLED_ALLOCATOR = 1, 2
+_SHARE_LISTED_CORES = -3
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes an artifact holds while loaded.
+
+    Attributes:
+        weights: encoded weights; mapped from the file where it was loaded from one.
+        library: the shared object.
+    """
+
+    weights: int
+    library: int
+
+
+@cache
+def _tvm_ffi() -> Any:  # noqa: ANN401 (an untyped module)
+    """The tvm_ffi module with TVM's runtime library behind it.
+
+    tvm_ffi imports torch where it is installed (231 MB instead of 45); hiding it for the moment of import avoids that.
+    """
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # None makes an import of it fail
+    try:
+        import tvm_ffi
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return tvm_ffi, _load_runtime("tvm_runtime")
+
+
+@cache
+def _load_runtime(name: str) -> ctypes.CDLL:
+    spec = importlib.util.find_spec("tvm")  # finds the package's folder without running the package
+    if spec is None or spec.origin is None:
+        raise TargetError("TVM's runtime library is not installed", remedy="pip install apache-tvm==0.27.0.post1")
+    return ctypes.CDLL(str(Path(spec.origin).parent / "lib" / f"lib{name}.so"), ctypes.RTLD_GLOBAL)
+
+
+class _Threads:
+    """How many threads kernels use, for each calling thread: TVM keeps a pool for every one of them.
+
+    A pool must be made with all the cores it may ever use, and without the binding to cores that TVM does by default
+    (it would narrow the caller's affinity). With one thread no pool is made at all.
+    """
+
+    def __init__(self) -> None:
+        ffi, library = _tvm_ffi()
+        self._configure = ffi.get_global_func("runtime.config_threadpool")
+        self._limit = library._ZN3tvm7runtime9threading17SetMaxConcurrencyEi  # noqa: SLF001 (C++ `SetMaxConcurrency`)
+        self._limit.argtypes, self._limit.restype = [ctypes.c_int], None
+        self._array = ffi.Array
+        self._caller = threading.local()
+        self._forked = False
+        os.register_at_fork(after_in_child=self._after_fork)
+
+    def use(self, count: int) -> None:
+        """Let kernels called from this thread use `count` threads."""
+        if getattr(self._caller, "count", 0) != count:
+            self._change(count)
+
+    def _change(self, count: int) -> None:
+        cores = sorted(os.sched_getaffinity(0))
+        if count == 1 or len(cores) == 1 or self._forked:
+            self._limit(1)
+        else:
+            self._limit(len(cores))
+            self._configure(_SHARE_LISTED_CORES, min(count, len(cores)), self._array([str(c) for c in cores]))
+        self._caller.count = count
+
+    def _after_fork(self) -> None:
+        # the pool's threads do not survive a fork: waiting for them would hang
+        self._forked = True
+        self._caller = threading.local()
+
+
+def _refuse_other_machine(manifest: Manifest) -> None:
+    missing = sorted(set(manifest.features) - host_features())
+    if missing:
+        raise ArtifactError(
+            f"the artifact is for {manifest.target}; this CPU lacks {', '.join(missing)}",
+            remedy="compile the model for this machine, or for target='cpu:avx2'",
+        )
+
+
+@cache
+def _threads() -> _Threads:
+    return _Threads()
+
+
+def _aligned(array: NDArray[Any], alignment: int = ALIGNMENT) -> NDArray[Any]:
+    """`array` itself where it is contiguous, writable and aligned, else a copy that is."""
+    flags = array.flags
+    if array.size == 0:
+        # numpy gives empty arrays zero strides, which DLPack's consumers refuse
+        return np.empty(tuple(max(s, 1) for s in array.shape), array.dtype)[tuple(slice(0, s) for s in array.shape)]
+    if flags.c_contiguous and flags.writeable and array.ctypes.data % alignment == 0:
+        return array
+    room = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+class Artifact:
+    """A compiled model: call it, save it, read its report.
+
+    Args:
+        contents: what to run.
+        threads: used by kernels; None for every core this process may use.
+
+    Raises:
+        ArtifactError: this machine lacks CPU features the library needs.
+    """
+
+    def __init__(self, contents: Contents, threads: int | None = None) -> None:
+        manifest = contents.manifest
+        _refuse_other_machine(manifest)
+        if threads is not None and threads < 1:
+            raise ArtifactError(f"threads={threads}", remedy="use at least one thread")
+        self._contents = contents
+        if manifest.sorts:
+            _load_runtime("tvm_runtime_extra")
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self._ffi, _ = _tvm_ffi()
+        self._pool = _threads()
+        self._run = self._load_library()
+        self._weights = self._ffi.Array([self._ffi.from_dlpack(_aligned(contents.weights[n])) for n in manifest.weights])
+        self._inputs = manifest.inputs
+        self._checks = tuple(
+            (np.dtype(s.dtype), len(s.shape), s.alignment > np.dtype(s.dtype).itemsize) for s in manifest.inputs
+        )
+        self._input_names = {s.name: i for i, s in enumerate(manifest.inputs)}
+        self._single = isinstance(manifest.output_tree, str)
+
+    @classmethod
+    def for_other_machine(cls, contents: Contents) -> Artifact:
+        """An artifact that can be saved and read here, not called: its CPU has features this one lacks."""
+        artifact = cls.__new__(cls)
+        artifact._contents = contents
+        artifact._inputs = contents.manifest.inputs
+        return artifact
+
+    def _load_library(self) -> Callable[..., Any]:
+        descriptor, path = tempfile.mkstemp(suffix=".so", prefix="mcc-")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(self._contents.library)
+            module = self._ffi.load_module(path)["vm_load_executable"]()
+        finally:
+            os.unlink(path)  # noqa: PTH108 (the mapping outlives the name)
+        module["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
+        run: Callable[..., Any] = module["main"]
+        return run
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Inputs in call order."""
+        return self._contents.manifest.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Outputs in order, flattened."""
+        return self._contents.manifest.outputs
+
+    @property
+    def target(self) -> str:
+        """The target it was compiled for."""
+        return self._contents.manifest.target
+
+    @property
+    def passes(self) -> str:
+        """The pass list as text, every option written."""
+        return self._contents.manifest.passes
+
+    @property
+    def report(self) -> Report:
+        """What was done to the model."""
+        return Report.from_json(json.dumps(self._contents.manifest.report))
+
+    @property
+    def memory(self) -> Memory:
+        """Bytes held."""
+        weights = sum(w.nbytes for w in self._contents.weights.values())
+        return Memory(weights, len(self._contents.library))
+
+    def with_manifest(self, **changes: Any) -> Artifact:  # noqa: ANN401 (fields of Manifest)
+        """The same library and weights under a manifest with other entries."""
+        contents = replace(self._contents, manifest=replace(self._contents.manifest, **changes))
+        changed = copy.copy(self)
+        changed._contents = contents
+        return changed
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the artifact to a file, whole or not at all.
+
+        Raises:
+            ArtifactError: the file cannot be written.
+        """
+        write_artifact(path, self._contents)
+
+    def __call__(self, *args: Any, **named: Any) -> Any:  # noqa: ANN401 (tensors of numpy or torch, as the model takes)
+        """Run the model; inputs by position or by name, numpy or torch; outputs are of the inputs' kind.
+
+        Raises:
+            ArtifactError: an input is missing, or has the wrong shape or dtype.
+        """
+        if not hasattr(self, "_run"):
+            _refuse_other_machine(self._contents.manifest)
+        tensors = args if not named and len(args) == len(self._inputs) else self._arrange(args, named)
+        arrays = []
+        foreign = None
+        for value, (dtype, rank, aligned) in zip(tensors, self._checks, strict=False):
+            array = value
+            if type(value) is not np.ndarray:
+                if isinstance(value, dict | list | tuple):
+                    return self(*_leaves(tensors))
+                array, foreign = _as_numpy(value, foreign)
+            if array.dtype != dtype or array.ndim != rank:
+                raise self._refusal(tensors)
+            if aligned or not array.size or not array.flags.forc or not array.flags.writeable:
+                array = _aligned(array, ALIGNMENT if aligned else array.itemsize)
+            arrays.append(array)
+        self._pool.use(self.threads)
+        try:
+            result = self._run(*arrays, self._weights)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise self._refusal(tensors, error) from error
+        if self._single:
+            output = np.from_dlpack(result)
+            return output if foreign is None else foreign(output)
+        return self._structured(result, foreign)
+
+    def _structured(self, result: Any, foreign: Callable[[Any], Any] | None) -> Any:  # noqa: ANN401
+        values = [result[i] for i in range(len(self.outputs))] if len(self.outputs) != 1 else [result]
+        named = {}
+        for spec, value in zip(self.outputs, values, strict=True):
+            array = np.from_dlpack(value)
+            named[spec.name] = array if foreign is None else foreign(array)
+        return _unpack_tree(self._contents.manifest.output_tree, named)
+
+    def _arrange(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any]:
+        """Inputs in call order, nested ones flattened."""
+        flat = list(_leaves(args))
+        slots: list[Any] = flat + [None] * (len(self._inputs) - len(flat))
+        for name, value in named.items():
+            position = self._input_names.get(name)
+            if position is None or position < len(flat):
+                names = ", ".join(s.name for s in self._inputs)
+                raise ArtifactError(f"unexpected input {name!r}", remedy=f"the inputs are {names}")
+            slots[position] = value
+        missing = [s.name for s, v in zip(self._inputs, slots, strict=False) if v is None]
+        if missing or len(slots) != len(self._inputs):
+            names = ", ".join(s.name for s in self._inputs)
+            raise ArtifactError(
+                f"{len(flat) + len(named)} inputs given, {len(self._inputs)} needed", remedy=f"the inputs are {names}"
+            )
+        return slots
+
+    def _refusal(self, values: Any, cause: Exception | None = None) -> ArtifactError:  # noqa: ANN401
+        """The error for inputs the library did not take."""
+        dims: dict[str, int] = {}
+        for spec, value in zip(self._inputs, values, strict=False):
+            shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+            wanted = f"{spec.dtype}[{', '.join(map(str, spec.shape))}]"
+            given = f"{dtype}[{', '.join(map(str, shape))}]"
+            fits = len(shape) == len(spec.shape) and all(
+                size == dims.setdefault(dim, size) if isinstance(dim, str) and dim.isidentifier() else size == dim or isinstance(dim, str)
+                for size, dim in zip(shape, spec.shape, strict=True)
+            )
+            if dtype != spec.dtype or not fits:
+                return ArtifactError(f"input {spec.name} is {given}, the artifact takes {wanted}")
+        reason = str(cause).strip().splitlines()[0] if cause is not None else "unknown reason"
+        return ArtifactError(f"the artifact failed: {reason}")
+
+    def __repr__(self) -> str:
+        takes = ", ".join(f"{s.name}: {s.dtype}{list(s.shape)}" for s in self.inputs)
+        return f"Artifact({takes}; {self.target}; passes {self.passes or 'none'})"
+
+
+def _as_numpy(value: Any, foreign: Callable[[Any], Any] | None) -> tuple[NDArray[Any], Callable[[Any], Any] | None]:  # noqa: ANN401
+    """A tensor of another library as numpy, and that library's `from_dlpack`; a scalar or list as numpy."""
+    if not hasattr(value, "__dlpack__") or isinstance(value, np.generic):
+        return np.asarray(value), foreign
+    library = sys.modules[type(value).__module__.partition(".")[0]]
+    plain = value.detach() if hasattr(value, "detach") else value
+    return np.from_dlpack(plain), library.from_dlpack
+
+
+def _leaves(values: Any) -> Iterator[Any]:  # noqa: ANN401
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, dict | list | tuple):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
+def _unpack_tree(tree: Any, named: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """The structure `mcc.artifact.pack_tree` packed, names replaced by values."""
+    if isinstance(tree, str):
+        return named[tree]
+    if isinstance(tree, dict):
+        ((kind, children),) = tree.items()
+        if kind == "dict":
+            return {key: _unpack_tree(child, named) for key, child in children.items()}
+        made = [_unpack_tree(child, named) for child in children]
+        return tuple(made) if kind == "tuple" else made
+    return tree
+
+
+def load(path: str | os.PathLike[str], threads: int | None = None) -> Artifact:
+    """Load an artifact file; weights are mapped, not copied.
+
+    An artifact is code: load files you trust. Every byte is checked against the hashes in the file before any of it
+    runs, which finds damage, not malice.
+
+    Raises:
+        ArtifactError: the file is damaged, of a newer format, or for a CPU with features this one lacks.
+    """
+    return Artifact(read_artifact(path), threads)

@@ -1,0 +1,141 @@
+"""Activation statistics over calibration data: what observers see, and the ranges they choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, fx
+
+from mcc.errors import DataError
+from mcc.graph import Graph
+
+if TYPE_CHECKING:
+    from mcc.data import Batch
+
+Observer = Literal["min-max", "percentile-99.9", "percentile-99.99", "percentile-99.999", "mse"]
+OBSERVERS: tuple[Observer, ...] = ("min-max", "percentile-99.9", "percentile-99.99", "percentile-99.999", "mse")
+BINS = 2048
+MSE_CANDIDATES = 80
+
+
+class Histogram:
+    """A histogram whose range grows by doubling, so that one pass over the data is enough.
+
+    Counts are exact; values are known to one bin in `BINS`.
+    """
+
+    def __init__(self) -> None:
+        self.low = 0.0
+        self.high = 0.0
+        self.counts = torch.zeros(BINS, dtype=torch.float64)
+        self._edge = 0.0  # bins span [-edge, edge]
+
+    def add(self, values: Tensor) -> None:
+        """Count `values`, float, any shape."""
+        flat = values.detach().float().flatten()
+        if flat.numel() == 0:
+            return
+        self.low = min(self.low, float(flat.min()))
+        self.high = max(self.high, float(flat.max()))
+        largest = max(-self.low, self.high)
+        if self._edge == 0.0:
+            self._edge = largest
+        while self._edge < largest:
+            self._widen()
+        if self._edge > 0.0:
+            self.counts += torch.histc(flat, BINS, -self._edge, self._edge).double()
+
+    def _widen(self) -> None:
+        merged = self.counts.reshape(BINS // 2, 2).sum(dim=1)
+        self.counts = torch.zeros(BINS, dtype=torch.float64)
+        self.counts[BINS // 4 : BINS // 4 + BINS // 2] = merged
+        self._edge *= 2
+
+    def centers(self) -> Tensor:
+        """The middle of every bin, [BINS]."""
+        step = 2 * self._edge / BINS
+        return torch.arange(BINS, dtype=torch.float64) * step - self._edge + step / 2
+
+    def quantile_range(self, fraction: float) -> tuple[float, float]:
+        """The narrowest range, zero included, that leaves (1 - fraction) / 2 of the values out at each end."""
+        if self._edge == 0.0:
+            return 0.0, 0.0
+        share = self.counts.cumsum(0) / self.counts.sum()
+        tail = (1 - fraction) / 2
+        centers, half = self.centers(), self._edge / BINS
+        low = centers[int((share <= tail).sum())] - half
+        high = centers[min(int((share < 1 - tail).sum()), BINS - 1)] + half
+        return min(max(float(low), self.low), 0.0), max(min(float(high), self.high), 0.0)
+
+    def mse_range(self, levels: int) -> tuple[float, float]:
+        """The shrunken min-max range with the least squared quantization error for `levels` codes."""
+        best, best_error = (self.low, self.high), float("inf")
+        centers = self.centers()
+        for i in range(MSE_CANDIDATES):
+            shrink = 1 - i / (MSE_CANDIDATES * 1.25)
+            low, high = self.low * shrink, self.high * shrink
+            scale, zero_point = affine_parameters(low, high, 0, levels - 1)
+            codes = (torch.round(centers / scale) + zero_point).clamp(0, levels - 1)
+            error = float((((codes - zero_point) * scale - centers) ** 2 * self.counts).sum())
+            if error < best_error:
+                best, best_error = (low, high), error
+        return best
+
+    def choose_range(self, observer: Observer, levels: int) -> tuple[float, float]:
+        """The range `observer` chooses; it always holds zero."""
+        if observer == "min-max":
+            return self.low, self.high
+        if observer == "mse":
+            return self.mse_range(levels)
+        return self.quantile_range(float(observer.removeprefix("percentile-")) / 100)
+
+
+def affine_parameters(low: float, high: float, low_code: int, high_code: int) -> tuple[float, int]:
+    """Scale and zero point that map [low, high], zero included, onto the codes; zero is exact."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / (high_code - low_code)
+    if scale < torch.finfo(torch.float32).tiny:
+        return 1.0, low_code if low == 0.0 else high_code
+    return scale, min(max(low_code + round(-low / scale), low_code), high_code)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and hands the values of chosen nodes to their histograms."""
+
+    def __init__(self, module: fx.GraphModule, histograms: Mapping[str, Histogram]) -> None:
+        super().__init__(module)
+        self._histograms = histograms
+
+    def run_node(self, n: fx.Node) -> object:
+        result = super().run_node(n)
+        if n.name in self._histograms and isinstance(result, Tensor):
+            self._histograms[n.name].add(result)
+        return result
+
+
+def observe(graph: Graph, names: Iterable[str], batches: Iterable[Batch | Tensor]) -> dict[str, Histogram]:
+    """Run `graph` over calibration batches and histogram the values of the named nodes.
+
+    Raises:
+        DataError: there is no batch, or a batch does not fit the graph's inputs.
+    """
+    histograms = {name: Histogram() for name in names}
+    recorder = _Recorder(graph.module, histograms)
+    count = 0
+    with torch.no_grad():
+        for batch in batches:
+            inputs = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+            try:
+                recorder.run(*inputs)
+            except (RuntimeError, TypeError) as error:
+                shapes = ", ".join(str(list(t.shape)) for t in inputs if isinstance(t, Tensor))
+                raise DataError(
+                    f"calibration batch {count} with inputs {shapes} does not fit the graph: {str(error).splitlines()[0]}",
+                    remedy="give each batch as a tuple of the model's inputs",
+                ) from error
+            count += 1
+    if count == 0:
+        raise DataError("the calibration data is empty", remedy="give at least one batch")
+    return histograms

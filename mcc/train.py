@@ -1,0 +1,183 @@
+"""The one training loop: fine-tuning, and later distillation and quantization-aware training, run through it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mcc.errors import DataError
+from mcc.graph import Graph
+from mcc.rewrite import Context
+
+if TYPE_CHECKING:
+    from mcc.data import Batch
+
+OptimizerName = Literal["sgd", "adamw"]
+RateSchedule = Literal["cosine", "constant"]
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How to train.
+
+    Attributes:
+        optimizer: "sgd" has Nesterov momentum 0.9.
+        learning_rate: at the start.
+        rate_schedule: "cosine" falls to zero at the end.
+        weight_decay: decoupled for adamw.
+        epochs: passes over the data.
+        checkpoint: file written after every epoch and resumed from, or empty.
+        fingerprint: text that says what is trained; a checkpoint of another text is refused.
+    """
+
+    optimizer: OptimizerName
+    learning_rate: float
+    rate_schedule: RateSchedule
+    weight_decay: float
+    epochs: int
+    checkpoint: str
+    fingerprint: str
+
+
+def train(graph: Graph, plan: TrainingPlan, context: Context, label: str) -> list[float]:
+    """Train `graph` in place; returns the mean loss of each epoch run here.
+
+    The graph's schedules advance with it, step by step. The process's random state is left as it was.
+
+    Raises:
+        DataError: the training data is empty or its batches do not fit the graph.
+    """
+    assert context.data.train is not None
+    loss_function = context.data.loss or torch.nn.functional.cross_entropy
+    parameters = [p for _, p in graph.named_parameters() if p.is_floating_point()]
+    optimizer = _optimizer(plan, parameters)
+    start = _resume(graph, optimizer, plan)
+    losses: list[float] = []
+    task = None if context.progress is None else context.progress.add_task(label, total=None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.seed + start)
+        for epoch in range(start, plan.epochs):
+            losses.append(_train_epoch(graph, optimizer, plan, epoch, context, loss_function, task))
+            _save(graph, optimizer, plan, epoch + 1)
+    graph.eval()
+    if context.progress is not None and task is not None:
+        context.progress.remove_task(task)
+    return losses
+
+
+def _optimizer(plan: TrainingPlan, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    if plan.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, plan.learning_rate, momentum=MOMENTUM, nesterov=True, weight_decay=plan.weight_decay
+        )
+    return torch.optim.AdamW(parameters, plan.learning_rate, weight_decay=plan.weight_decay)
+
+
+def _train_epoch(
+    graph: Graph,
+    optimizer: torch.optim.Optimizer,
+    plan: TrainingPlan,
+    epoch: int,
+    context: Context,
+    loss_function: Callable[[Tensor, Tensor], Tensor],
+    task: Any,  # noqa: ANN401 (rich's TaskID, or None)
+) -> float:
+    graph.train()
+    total, steps = 0.0, 0
+    length = _epoch_length(context)
+    for position, (*inputs, labels) in enumerate(_batches(context)):
+        progress = (epoch + position / length) / plan.epochs
+        for schedule in graph.schedules:
+            schedule.advance(graph, progress)
+        _set_rate(optimizer, plan, progress)
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_function(graph(*inputs), labels)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it so
+        optimizer.step()
+        total, steps = total + float(loss.detach()), steps + 1
+        if context.progress is not None and task is not None:
+            context.progress.update(
+                task, total=plan.epochs * length, completed=epoch * length + steps,
+                description=f"epoch {epoch + 1}/{plan.epochs}, loss {total / steps:.4f}",
+            )  # fmt: skip
+    if epoch + 1 == plan.epochs:
+        for schedule in graph.schedules:
+            schedule.advance(graph, 1.0)
+    return total / steps
+
+
+def _epoch_length(context: Context) -> int:
+    if not isinstance(context.data.train, Sized) or len(context.data.train) == 0:
+        raise DataError(
+            "the training data is empty or has no length",
+            remedy="give a DataLoader or a list: a generator is spent after one epoch",
+        )
+    return len(context.data.train)
+
+
+def _batches(context: Context) -> Iterator[Batch]:
+    assert context.data.train is not None
+    for batch in context.data.train:
+        if not isinstance(batch, list | tuple) or len(batch) < 2:
+            raise DataError("a training batch is not (*inputs, labels)", remedy="yield tuples of tensors")
+        yield tuple(batch)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, plan: TrainingPlan, progress: float) -> None:
+    rate = plan.learning_rate
+    if plan.rate_schedule == "cosine":
+        rate *= 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress))))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _save(graph: Graph, optimizer: torch.optim.Optimizer, plan: TrainingPlan, epoch: int) -> None:
+    """Write tensors and optimizer state to a temporary file and rename it: an interrupt leaves the old one whole."""
+    if not plan.checkpoint:
+        return
+    tensors = {f"graph.{k}": v.detach().clone().contiguous() for k, v in graph.module.state_dict().items()}
+    for index, slots in optimizer.state_dict()["state"].items():
+        for slot, value in slots.items():
+            tensors[f"optimizer.{index}.{slot}"] = torch.as_tensor(value).clone().contiguous()
+    metadata = {"epoch": json.dumps(epoch), "fingerprint": plan.fingerprint}
+    path = Path(plan.checkpoint)
+    temporary = path.with_name(path.name + ".partial")
+    save_file(tensors, temporary, metadata)
+    temporary.replace(path)
+
+
+def _resume(graph: Graph, optimizer: torch.optim.Optimizer, plan: TrainingPlan) -> int:
+    """Load the checkpoint if there is one; returns the epoch to start from."""
+    path = Path(plan.checkpoint)
+    if not plan.checkpoint or not path.exists():
+        return 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"cannot read the checkpoint {path}: {error}", remedy="delete it to train anew") from error
+    if metadata.get("fingerprint") != plan.fingerprint:
+        raise DataError(
+            f"the checkpoint {path} belongs to another training run", remedy="delete it, or name another checkpoint file"
+        )
+    graph.module.load_state_dict({k.removeprefix("graph."): v for k, v in tensors.items() if k.startswith("graph.")})
+    state = optimizer.state_dict()
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, slot = name.split(".", 2)
+            slots.setdefault(int(index), {})[slot] = tensor
+    state["state"] = slots
+    optimizer.load_state_dict(state)
+    epoch: int = json.loads(metadata["epoch"])
+    return epoch

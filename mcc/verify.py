@@ -1,0 +1,192 @@
+"""Verification: does a graph, or the artifact made from it, compute what it promises?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from mcc import ops
+from mcc.errors import VerificationError
+from mcc.graph import Graph
+from mcc.rewrite import Exact, Lossy, Pass, Within
+from mcc.text import located_text
+
+# Float32 networks of a hundred layers differ by a few 1e-6 of their largest output when sums are reordered; a wrong
+# rewrite shows far above this.
+ROUNDING = 1e-4
+# One flipped rounding step in an early quantizer moves later ones; of the output's norm this is still noise.
+QUANTIZED_NORM = 2e-2
+
+
+def sample_inputs(example: Sequence[Any], seed: int) -> tuple[Any, ...]:
+    """Random inputs of the example's shapes, dtypes and ranges."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(_like(value, generator) for value in example)
+
+
+def _like(value: Any, generator: torch.Generator) -> Any:  # noqa: ANN401 (inputs may be nested)
+    if isinstance(value, list | tuple):
+        return type(value)(_like(v, generator) for v in value)
+    if not isinstance(value, Tensor) or value.numel() == 0:
+        return value
+    if value.dtype is torch.bool:
+        return torch.rand(value.shape, generator=generator) < 0.5
+    low, high = value.min(), value.max()
+    if not value.is_floating_point():
+        return torch.randint(int(low), int(high) + 1, value.shape, generator=generator, dtype=value.dtype)
+    noise = torch.randn(value.shape, generator=generator).to(value.dtype)
+    deviation = value.std() if value.numel() > 1 else value.abs().max()
+    return torch.clamp(value.mean() + deviation * noise, low, high)
+
+
+def verify_pass(step: Pass, before: Graph, after: Graph, inputs: Iterable[tuple[Any, ...]]) -> float | None:
+    """Check a pass's guarantee.
+
+    Returns:
+        the largest difference seen, relative to the largest output; None where the pass states no reference.
+
+    Raises:
+        VerificationError: naming the pass, the first node that differs, and both values.
+    """
+    _check_signature(step, before, after)
+    guarantee = step.guarantee
+    wanted = step.reference(before, after) if isinstance(guarantee, Lossy) else before
+    if wanted is None:
+        return None
+    rtol, atol = (guarantee.rtol, guarantee.atol) if isinstance(guarantee, Within) else (0.0, 0.0)
+    largest = 0.0
+    with torch.no_grad():
+        for sample in inputs:
+            expected, found = _outputs(wanted, sample), _outputs(after, sample)
+            for name, e, f in zip(after.signature.outputs, expected, found, strict=True):
+                error, scale = _difference(e, f)
+                bound = atol + rtol * scale if isinstance(guarantee, Within) else ROUNDING * scale
+                if not error <= bound:
+                    raise _guilty(step, wanted, after, sample, name, bound / max(scale, 1e-30))
+                largest = max(largest, error / max(scale, 1e-30))
+    return largest
+
+
+def _check_signature(step: Pass, before: Graph, after: Graph) -> None:
+    old, new = before.signature, after.signature
+    if old.inputs != new.inputs or len(old.outputs) != len(new.outputs):
+        raise VerificationError(
+            f"{step} changed the graph's signature: inputs {', '.join(old.inputs)} to {', '.join(new.inputs)}, "
+            f"{len(old.outputs)} outputs to {len(new.outputs)}",
+            pass_text=str(step), node_name="output", remedy="a pass keeps inputs and outputs; mend the pass",
+        )  # fmt: skip
+    for b, a in zip(before.output_nodes, after.output_nodes, strict=True):
+        if [str(s) for s in b.shape] != [str(s) for s in a.shape] or b.dtype is not a.dtype:
+            raise VerificationError(
+                f"{step} changed output {b.name} from {b.dtype} {list(b.shape)} to {a.dtype} {list(a.shape)}",
+                pass_text=str(step), node_name=a.name, node=located_text(a), remedy="mend the pass",
+            )  # fmt: skip
+
+
+def _outputs(graph: Graph, sample: tuple[Any, ...]) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(graph(*sample)) if isinstance(leaf, Tensor)]
+
+
+def _difference(expected: Tensor, found: Tensor) -> tuple[float, float]:
+    """Largest absolute difference and largest absolute value; a NaN or infinity on one side alone is infinite."""
+    if expected.numel() == 0:
+        return 0.0, 1.0
+    e, f = expected.detach().double(), found.detach().double()
+    finite = e.isfinite()
+    if not torch.equal(finite, f.isfinite()) or not torch.equal(e[~finite].nan_to_num(), f[~finite].nan_to_num()):
+        return float("inf"), 1.0
+    e, f = e[finite], f[finite]
+    if e.numel() == 0:
+        return 0.0, 1.0
+    return float((e - f).abs().max()), max(float(e.abs().max()), 1e-6)
+
+
+class _Values(fx.Interpreter):
+    """Runs a graph and keeps every tensor value by node name."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph.module)
+        self.values: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401
+        result = super().run_node(n)
+        if n.op == "call_function" and isinstance(result, Tensor):
+            self.values[n.name] = result.detach()
+        return result
+
+
+def _guilty(
+    step: Pass, wanted: Graph, after: Graph, sample: tuple[Any, ...], output: str, bound: float
+) -> VerificationError:
+    """The error for a broken guarantee: the first node, in the new graph's order, whose value is off."""
+    old, new = _Values(wanted), _Values(after)
+    old.run(*pytree.tree_leaves(sample))
+    new.run(*pytree.tree_leaves(sample))
+    name, expected, found = output, old.values.get(output), new.values.get(output)
+    for candidate, value in new.values.items():
+        other = old.values.get(candidate)
+        if other is None or other.shape != value.shape:
+            continue
+        error, scale = _difference(other, value)
+        if not error <= bound * scale:
+            name, expected, found = candidate, other, value
+            break
+    promise = {Exact: "computes what it computed before", Within: f"stays within {step.guarantee}"}.get(
+        type(step.guarantee), "computes what its reference computes"
+    )
+    return VerificationError(
+        f"{step} broke its guarantee that the graph {promise}: %{name} {_values_text(expected, found)}",
+        pass_text=str(step),
+        node_name=name,
+        node=located_text(after.node(name)),
+        remedy="mend the pass; verify=False only hides it",
+    )
+
+
+def _values_text(expected: Tensor | None, found: Tensor | None) -> str:
+    if expected is None or found is None or expected.shape != found.shape:
+        return "has no counterpart to compare with"
+    flat_e, flat_f = expected.double().flatten(), found.double().flatten()
+    worst = int((flat_e - flat_f).abs().nan_to_num(nan=float("inf")).argmax())
+    place = [int(i) for i in torch.unravel_index(torch.tensor(worst), expected.shape)]
+    return f"at {place} should be {float(flat_e[worst]):.6g} and is {float(flat_f[worst]):.6g}"
+
+
+def verify_artifact(graph: Graph, run: Callable[..., Any], inputs: Iterable[tuple[Any, ...]]) -> float:
+    """Check that the lowered artifact computes what the graph does.
+
+    A float graph must agree within float rounding; where activations are quantized, a rounding step may flip, so the
+    difference is judged by its norm.
+
+    Returns:
+        the largest difference seen, relative to the largest output.
+
+    Raises:
+        VerificationError: naming the output and both values.
+    """
+    quantized = any(n.op is ops.QUANTIZE for n in graph.nodes)
+    largest = 0.0
+    for sample in inputs:
+        with torch.no_grad():
+            expected = _outputs(graph, sample)
+        found = [leaf for leaf in pytree.tree_leaves(run(*sample)) if isinstance(leaf, Tensor)]
+        for name, e, f in zip(graph.signature.outputs, expected, found, strict=True):
+            error, scale = _difference(e, f)
+            if quantized and e.is_floating_point():
+                apart, bound = float((e - f).double().norm()), QUANTIZED_NORM * max(float(e.double().norm()), 1e-6)
+            else:
+                apart, bound = error, ROUNDING * scale
+            if not apart <= bound:
+                raise VerificationError(
+                    f"the artifact differs from its graph: output {name} {_values_text(e, f)}",
+                    pass_text="build",
+                    node_name=name,
+                    node=located_text(graph.node(name)),
+                    remedy="this is a defect of the backend: please report it with the model",
+                )
+            largest = max(largest, error / scale)
+    return largest

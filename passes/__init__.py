@@ -1,0 +1,13 @@
+"""The techniques: one file each, listed in PASSES."""
+
+from mcc.passes.eliminate_identity import EliminateIdentity
+from mcc.passes.fine_tune import FineTune
+from mcc.passes.fold_batch_norm import FoldBatchNorm
+from mcc.passes.fold_constants import FoldConstants
+from mcc.passes.prune_weights import PruneWeights
+from mcc.passes.quantize import Quantize
+from mcc.rewrite import Pass
+
+PASSES: tuple[type[Pass], ...] = (EliminateIdentity, FoldBatchNorm, FoldConstants, PruneWeights, FineTune, Quantize)
+
+__all__ = ["PASSES", "EliminateIdentity", "FineTune", "FoldBatchNorm", "FoldConstants", "PruneWeights", "Quantize"]

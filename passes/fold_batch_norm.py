@@ -1,0 +1,95 @@
+"""Folding batch normalization into the layer before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mcc import ops
+from mcc.graph import Node
+from mcc.rewrite import Exact, Match, Reject, Rewrite, Rewriter
+
+_FOLDABLE = (ops.LINEAR, ops.CONV1D, ops.CONV2D, ops.OPS["conv2d.padding"], ops.CONV3D, ops.CONV_TRANSPOSE2D)
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(Rewrite):
+    """Multiply a batch norm's scale into the weights of the layer before it, and its shift into the bias.
+
+        %conv: f32[1, 4, 8, 8] = conv2d(%x, @conv.weight)
+        %bn: f32[1, 4, 8, 8] = batch_norm(%conv, @bn.weight, @bn.bias, @bn.running_mean, @bn.running_var)
+    becomes
+        %bn: f32[1, 4, 8, 8] = conv2d(%x, @conv.weight, @conv.bias)
+
+    with W' = W * g, b' = (b - mean) * g + beta, g = gamma / sqrt(var + eps), computed in float64.
+    Krishnamoorthi: Quantizing deep convolutional networks for efficient inference. arXiv 1806.08342, 2018, section 3.2.2.
+    """
+
+    guarantee = Exact()
+
+    def match(self, node: Node) -> Match | Reject:
+        """Find a batch norm whose producer is a layer nothing else reads."""
+        if node.op is not ops.BATCH_NORM:
+            return Reject.other_op(node)
+        producer = node.operand(0)
+        if producer is None or producer.op not in _FOLDABLE:
+            kind = "an input" if producer is None or producer.op is None else producer.op.name
+            return Reject(node, f"it follows {kind}, not a convolution or linear layer")
+        if len(producer.fx.users) > 1:
+            return Reject(node, f"%{producer.name} is read elsewhere too")
+        weight, bias = producer.weight, producer.operand(2)
+        if weight is None or (bias is not None and not bias.is_parameter):
+            return Reject(node, f"the weight or bias of %{producer.name} is computed")
+        direct = producer.operand(1)
+        if direct is not None and direct.op in (ops.FAKE_QUANTIZE, ops.DEQUANTIZE, ops.DECODE_SPARSE):
+            return Reject(node, f"the weight of %{producer.name} is already quantized or encoded: fold before that")
+        if len(weight.fx.users) > 1 or (bias is not None and len(bias.fx.users) > 1):
+            return Reject(node, f"the weight or bias of %{producer.name} is shared with another layer")
+        return Match(node, producer=producer, weight=weight, bias=bias)
+
+    def rewrite(self, match: Match, rewriter: Rewriter) -> Node:
+        """Change the stored weight and bias, and call the layer in the batch norm's place."""
+        producer: Node = match.producer
+        gain, mean, shift = _affine(match.node)
+        weight = match.weight.tensor.detach()
+        out_axis = 1 if producer.op is ops.CONV_TRANSPOSE2D else 0
+        scaled = _scale_outputs(weight.double(), gain, out_axis, groups=_groups(producer))
+        rewriter.graph.set_tensor(str(match.weight.fx.target), scaled.to(weight.dtype))
+        bias = torch.zeros_like(mean) if match.bias is None else match.bias.tensor.detach().double()
+        folded = ((bias - mean) * gain + shift).to(weight.dtype)
+        if match.bias is None:
+            name = f"{producer.layer}.bias"
+            rewriter.graph.add_parameter(name, folded)
+        else:
+            name = str(match.bias.fx.target)
+            rewriter.graph.set_tensor(name, folded)
+        assert producer.op is not None
+        args = [producer.operand(0), producer.operand(1), rewriter.read(name), *producer.fx.args[3:]]
+        return rewriter.call(producer.op, *args, **producer.fx.kwargs)
+
+
+def _affine(node: Node) -> tuple[Tensor, Tensor, Tensor]:
+    """The batch norm as (x - mean) * gain + shift: gain, mean and shift in float64, [channels]."""
+    gamma, beta, mean, variance = (node.operand(i) for i in range(1, 5))
+    assert mean is not None
+    assert variance is not None
+    gain = torch.rsqrt(variance.tensor.double() + float(node.argument(7)))
+    if gamma is not None:
+        gain = gain * gamma.tensor.detach().double()
+    shift = torch.zeros_like(gain) if beta is None else beta.tensor.detach().double()
+    return gain, mean.tensor.double(), shift
+
+
+def _groups(node: Node) -> int:
+    return int(node.argument(6, 1)) if node.op is ops.CONV_TRANSPOSE2D else 1
+
+
+def _scale_outputs(weight: Tensor, gain: Tensor, out_axis: int, groups: int) -> Tensor:
+    """Scale the output channels; a transposed convolution's [in, out / groups, …] counts them group by group."""
+    if out_axis == 0:
+        return weight * gain.reshape(-1, *[1] * (weight.dim() - 1))
+    blocks = weight.reshape(groups, -1, *weight.shape[1:])
+    scale = gain.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
+    return (blocks * scale).reshape(weight.shape)

@@ -1,0 +1,73 @@
+"""Computing at compile time what depends on no input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from mcc import ops
+from mcc.graph import WEIGHT_WRAPPERS, Graph, Node
+from mcc.rewrite import Context, Exact, Pass
+
+LARGEST_GROWTH = 1 << 20
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Replace calls that read only parameters, constants and fixed sizes by their stored result.
+
+        %p: f32[16] = arange(end=16)
+        %s: f32[16] = mul.Tensor(%p, @scale)
+        %y: f32[8, 16] = add.Tensor(%x, %s)
+    becomes
+        %y: f32[8, 16] = add.Tensor(%x, @folded.s)
+
+    Masks, quantizers and decodes over a weight stay: they are how it is stored. A result that would add more than
+    1 MiB to the artifact is left to be computed. Trainable parameters that are folded train no more.
+    """
+
+    guarantee = Exact()
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        """Evaluate constant calls in order and store those that a non-constant call, or the output, reads."""
+        values: dict[fx.Node, object] = {}
+        for node in graph.nodes:
+            if _is_constant(node, values):
+                values[node.fx] = _evaluate(node, values)
+        for node in graph.nodes:
+            value = values.get(node.fx)
+            if not isinstance(value, Tensor) or all(user in values for user in node.fx.users):
+                continue
+            growth = value.numel() * value.element_size()
+            if growth > LARGEST_GROWTH:
+                context.decline(node, f"its {growth:,} bytes would be stored instead of computed")
+                continue
+            name = f"folded.{node.name}"
+            graph.set_tensor(name, value.detach().clone())
+            node.fx.replace_all_uses_with(graph.read(name, node).fx)
+            context.edited()
+        return graph
+
+
+def _is_constant(node: Node, values: dict[fx.Node, object]) -> bool:
+    if node.op is None or node.op in (*WEIGHT_WRAPPERS[1:], ops.QUANTIZE):
+        return False
+    if node.op is ops.MUL and any(u.op in WEIGHT_WRAPPERS or (u.op and u.op.weights) for u in node.users):
+        return False
+    if any(isinstance(leaf, torch.SymInt) for leaf in pytree.tree_leaves((node.fx.args, node.fx.kwargs))):
+        return False
+    return all(n.op == "get_attr" or n in values for n in node.fx.all_input_nodes)
+
+
+def _evaluate(node: Node, values: dict[fx.Node, object]) -> object:
+    def load(n: fx.Node) -> object:
+        return values[n] if n in values else node.graph.tensor(str(n.target))
+
+    args = fx.node.map_arg(node.fx.args, load)
+    kwargs = fx.node.map_arg(node.fx.kwargs, load)
+    assert callable(node.fx.target)
+    with torch.no_grad():
+        return node.fx.target(*args, **kwargs)
