@@ -168,7 +168,9 @@ def load_graph(
         return model.copy()
     if isinstance(model, str | Path) or type(model).__name__ == "ModelProto":
         module, inputs, dims = onnx_import.import_onnx(model)
-        return capture(module, example_inputs or inputs, dynamic_shapes=dynamic_shapes or dims)
+        graph = capture(module, example_inputs or inputs, dynamic_shapes=dynamic_shapes or dims)
+        graph.rename_inputs(module.input_names)
+        return graph
     return capture(model, example_inputs, keyword_inputs=keyword_inputs, dynamic_shapes=dynamic_shapes)  # type: ignore[arg-type]
 
 

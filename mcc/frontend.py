@@ -8,13 +8,15 @@ tensor, one spelling for reshapes, names from module paths, and look every op up
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
 
 from mcc import normalize, ops
 from mcc.errors import CaptureError, UnsupportedOpError
@@ -53,7 +55,8 @@ def capture(
     _refuse_untrackable(model)
     shapes = _named_dims(dynamic_shapes, {})
     kwargs = dict(keyword_inputs or {})
-    args = _widened(model, example_inputs, kwargs, shapes)
+    asked = _asked_dims(model, example_inputs, kwargs, shapes)
+    args, kwargs = _widened(example_inputs, kwargs, asked)
     modes = {module: module.training for module in model.modules()}
     model.eval()  # train mode would record stochastic depth, auxiliary heads and batch counters
     try:
@@ -68,20 +71,20 @@ def capture(
     finally:
         for module, training in modes.items():
             module.training = training
-    return _from_program(program, _asked_dims(model, args, kwargs, shapes))
+    return _from_program(program, asked)
 
 
-def _from_program(program: ExportedProgram, asked: Mapping[tuple[str, int], str]) -> Graph:
+def _from_program(program: ExportedProgram, asked: Mapping[tuple[int, int], str]) -> Graph:
     # export shares parameter storage with the user's model; passes edit tensors, so the graph gets its own
     module = normalize.plain_module(copy.deepcopy(program.module(check_guards=False)))
     normalize.normalize(module)
     graph = Graph(module)
-    inputs = {str(n.fx.target): n for n in graph.inputs}  # fx may name %input_1 what the model calls input
-    for (name, axis), dim in asked.items():
-        size = inputs[name].shape[axis]
+    for (position, axis), dim in asked.items():
+        size = graph.inputs[position].shape[axis]
         if isinstance(size, int):
             raise CaptureError(
-                f"dim {axis} of input {name} was asked to be dynamic ({dim}) but the model fixes it at {size}",
+                f"dim {axis} of input {graph.inputs[position].fx.target} was asked to be dynamic ({dim}) but the model "
+                f"fixes it at {size}",
                 remedy=f"leave {dim} out of dynamic_shapes, or rewrite what depends on the size",
             )
         graph.dims[str(size.node.expr)] = dim
@@ -110,54 +113,49 @@ def _named_dims(shapes: object, dims: dict[str, Any]) -> Any:  # noqa: ANN401 (t
     return shapes
 
 
-def _input_shapes(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: object
-) -> Iterable[tuple[str, Any, Any]]:
-    """(name, value, its dynamic dims) for every top-level input."""
-    names = list(torch._export.utils._bind_signature_to_inputs(model, args, kwargs).items())  # noqa: SLF001
-    for position, (name, value) in enumerate(names):
-        if isinstance(shapes, Mapping):
-            yield name, value, shapes.get(name)
-        elif isinstance(shapes, Sequence) and position < len(shapes):
-            yield name, value, shapes[position]
-        else:
-            yield name, value, None
-
-
-def _dims_of(spec: object) -> list[tuple[int, str]]:
-    entries = spec.items() if isinstance(spec, Mapping) else enumerate(spec) if isinstance(spec, Sequence) else ()
-    return [(axis, dim.__name__) for axis, dim in entries if hasattr(dim, "__name__")]
+def _leaf_specs(value: Any, spec: Any) -> list[Any]:  # noqa: ANN401 (nested inputs)
+    """The dynamic dims of every tensor in a nested input, in order."""
+    if isinstance(value, Mapping):
+        return [s for k, v in value.items() for s in _leaf_specs(v, spec.get(k) if isinstance(spec, Mapping) else None)]
+    if isinstance(value, list | tuple):
+        specs = spec if isinstance(spec, list | tuple) else [None] * len(value)
+        return [s for v, one in zip(value, specs, strict=False) for s in _leaf_specs(v, one)]
+    return [spec]
 
 
 def _asked_dims(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: object
-) -> dict[tuple[str, int], str]:
+) -> dict[tuple[int, int], str]:
+    """Names of the dims that are to be dynamic, by position of the flattened input and axis."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    specs: list[Any] = []
+    for position, (name, value) in enumerate(bound.items()):
+        if isinstance(shapes, Mapping):
+            spec = shapes.get(name)
+        elif isinstance(shapes, Sequence) and position < len(shapes):
+            spec = shapes[position]
+        else:
+            spec = None
+        specs += _leaf_specs(value, spec)
     return {
-        (name, axis): dim
-        for name, value, spec in _input_shapes(model, args, kwargs, shapes)
-        if isinstance(value, Tensor)
-        for axis, dim in _dims_of(spec)
+        (position, axis): dim.__name__
+        for position, spec in enumerate(specs)
+        for axis, dim in (spec.items() if isinstance(spec, Mapping) else enumerate(spec or ()))
+        if hasattr(dim, "__name__")
     }
 
 
 def _widened(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: object
-) -> tuple[Any, ...]:
+    args: tuple[Any, ...], kwargs: dict[str, Any], asked: Mapping[tuple[int, int], str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The example inputs with dynamic dims of size 1 repeated to 2: torch.export would fix a dim of 1."""
-    wide = dict(kwargs)
-    positional = list(args)
-    for position, (name, value, spec) in enumerate(_input_shapes(model, args, kwargs, shapes)):
-        if not isinstance(value, Tensor):
-            continue
-        for axis, _ in _dims_of(spec):
-            if value.shape[axis] == 1:
-                value = torch.cat((value, value), dim=axis)
-        if position < len(positional):
-            positional[position] = value
-        else:
-            wide[name] = value
-    kwargs.update(wide)
-    return tuple(positional)
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    for position, axis in asked:
+        leaf = leaves[position]
+        if isinstance(leaf, Tensor) and leaf.shape[axis] == 1:
+            leaves[position] = torch.cat((leaf, leaf), dim=axis)
+    widened: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, structure)
+    return widened
 
 
 def refuse_unknown(graph: Graph) -> None:

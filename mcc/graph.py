@@ -240,6 +240,14 @@ class Graph:
         inputs = tuple(str(n.fx.target) for n in self.inputs if isinstance(n.value, Tensor))
         return Signature(inputs, tuple(leaves), _plain_tree(tree))
 
+    def rename_inputs(self, names: Sequence[str]) -> None:
+        """Give the inputs, in order, other names; those that are no identifiers stay as they are."""
+        for node, name in zip(self.inputs, names, strict=True):
+            if name.isidentifier():
+                node.rename(name)
+                node.fx.target = name
+        self.module.recompile()
+
     def node(self, name: str) -> Node:
         """The node called `name`.
 

@@ -290,17 +290,23 @@ class _Writer:
         """Inputs; one that only kernels read may lie anywhere."""
         specs = []
         for node in self.graph.inputs:
-            readers = [n for n in node.fx.users if n in self.live and n not in self.absorbed]
-            unaligned = all(self._reads_by_kernel(node.fx, reader) for reader in readers) and not node.is_output
+            unaligned = self._only_kernels_read(node.fx) and not node.is_output
             kind = DTYPES[node.dtype]
             alignment = {"alignment": np.dtype(kind).itemsize} if unaligned else {}
             specs.append(TensorSpec(str(node.fx.target), self._dims(node), kind, **alignment))
         return tuple(specs)
 
-    def _reads_by_kernel(self, source: fx.Node, reader: fx.Node) -> bool:
-        if any(c.region.source.fx is source and c.region.anchor.fx is reader for c in self.lowering.choices.values()):
-            return True
-        return ops.lookup(reader.target) is ops.SYM_SIZE
+    def _only_kernels_read(self, source: fx.Node) -> bool:
+        """Whether a value, or a view of it, is read by own kernels alone: they take any address."""
+        for reader in source.users:
+            if reader not in self.live or reader in self.absorbed or ops.lookup(reader.target) is ops.SYM_SIZE:
+                continue
+            if ops.lookup(reader.target) is ops.RESHAPE and not self.graph.node(reader.name).is_output:
+                if not self._only_kernels_read(reader):
+                    return False
+            elif not any(c.region.source.fx is source and c.region.anchor.fx is reader for c in self.lowering.choices.values()):
+                return False
+        return True
 
     def output_specs(self) -> tuple[TensorSpec, ...]:
         """Outputs, flattened."""

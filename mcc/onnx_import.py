@@ -1,0 +1,158 @@
+"""ONNX models: the file is interpreted with PyTorch calls inside a module's forward, which capture then exports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mcc.errors import CaptureError
+from mcc.onnx_ops import BUFFER_INPUTS, ONNX_OPS, STATIC_INPUTS, Sizes, as_tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from onnx import ModelProto, NodeProto
+
+_MOST_SIZES = 64
+EXAMPLE_DIM = 2
+
+
+def import_onnx(model: str | Path | ModelProto) -> tuple[OnnxModule, tuple[Tensor, ...], object]:
+    """Read an ONNX model.
+
+    Returns:
+        a module that computes it, example inputs, and its named dims as dynamic shapes.
+
+    Raises:
+        CaptureError: the file cannot be read, or uses operators that are not in the table.
+    """
+    import onnx  # only ONNX models need it
+
+    if isinstance(model, str | Path):
+        try:
+            proto = onnx.load(str(model))
+            onnx.checker.check_model(proto)
+        except Exception as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise CaptureError(f"cannot read {model} as ONNX: {reason}") from error
+    else:
+        proto = model
+    module = OnnxModule(proto)
+    graph_inputs = [i for i in proto.graph.input if i.name not in module.fixed]
+    inputs, dims = [], []
+    for value in graph_inputs:
+        shape = value.type.tensor_type.shape.dim
+        names = {i: d.dim_param.replace(" ", "_") for i, d in enumerate(shape) if d.dim_param}
+        sizes = [EXAMPLE_DIM if d.dim_param else d.dim_value for d in shape]
+        kind = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        inputs.append(_example(sizes, kind))
+        dims.append({i: name for i, name in names.items() if name.isidentifier()})
+    return module, tuple(inputs), (tuple(dims),)  # forward takes *inputs: one entry for all
+
+
+def _example(sizes: list[int], kind: np.dtype[Any]) -> Tensor:
+    random = np.random.default_rng(0)
+    if np.issubdtype(kind, np.floating):
+        return torch.from_numpy(random.standard_normal(sizes).astype(kind))
+    return torch.from_numpy(np.ones(sizes, kind))
+
+
+class OnnxModule(nn.Module):
+    """Runs an ONNX graph; float initializers are parameters under their own names.
+
+    `MatMul` with a stored matrix becomes `linear` with its transpose, so that passes and kernels see a layer.
+    """
+
+    def __init__(self, model: ModelProto) -> None:
+        import onnx
+
+        super().__init__()
+        graph = model.graph
+        unknown = sorted({n.op_type for n in graph.node} - set(ONNX_OPS) - {"Constant"})
+        if unknown:
+            raise CaptureError(
+                f"ONNX operators that are not supported: {', '.join(unknown)}",
+                remedy="export the model without them, or give mcc the PyTorch module",
+            )
+        self.fixed: dict[str, str | Sizes] = {}
+        arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+        arrays |= {n.output[0]: _constant_value(n) for n in graph.node if n.op_type == "Constant"}
+        self._matrices = self._stored_matrices(graph.node, arrays)
+        static, buffers = (
+            {n.input[k] for n in graph.node for k in table.get(n.op_type, ()) if k < len(n.input)}
+            for table in (STATIC_INPUTS, BUFFER_INPUTS)
+        )
+        for key, array in arrays.items():
+            self._store(key, array, static=key in static, buffer=key in buffers)
+        self._steps = [
+            (n.op_type, list(n.input), list(n.output), {"outputs": len(n.output)} | _attributes(n))
+            for n in graph.node
+            if n.op_type != "Constant"
+        ]
+        self.input_names = [i.name for i in graph.input if i.name not in self.fixed]
+        self._outputs = [o.name for o in graph.output]
+
+    def _stored_matrices(self, nodes: Any, arrays: dict[str, NDArray[Any]]) -> set[str]:  # noqa: ANN401
+        """Stored matrices that only ever stand on the right of a MatMul: kept transposed."""
+        right = {n.input[1] for n in nodes if n.op_type == "MatMul" and n.input[1] in arrays}
+        other = {name for n in nodes for i, name in enumerate(n.input) if not (n.op_type == "MatMul" and i == 1)}
+        return {name for name in right - other if arrays[name].ndim == 2 and arrays[name].dtype == np.float32}
+
+    def _store(self, key: str, array: NDArray[Any], *, static: bool, buffer: bool) -> None:
+        if static or (array.dtype == np.int64 and array.ndim <= 1 and array.size <= _MOST_SIZES):
+            self.fixed[key] = Sizes(array.reshape(-1).tolist(), scalar=array.ndim == 0)
+            return
+        array = array.T if key in self._matrices else array
+        tensor = torch.from_numpy(np.array(array, dtype=array.dtype, order="C"))
+        path, _, leaf = key.replace("/", ".").strip(".").replace("::", ".").rpartition(".")
+        owner: nn.Module = self
+        for part in [p for p in path.split(".") if p]:
+            if part not in dict(owner.named_children()):
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        leaf = leaf if leaf and not hasattr(owner, leaf) else f"{leaf}_"
+        if tensor.is_floating_point() and not buffer:
+            owner.register_parameter(leaf, nn.Parameter(tensor))
+        else:
+            owner.register_buffer(leaf, tensor)
+        self.fixed[key] = ".".join([*[p for p in path.split(".") if p], leaf])
+
+    def forward(self, *inputs: Tensor) -> Any:  # noqa: ANN401 (one tensor or a tuple)
+        """Run the graph."""
+        stored = dict(self.named_parameters()) | dict(self.named_buffers())
+        values: dict[str, Any] = {k: stored[v] if isinstance(v, str) else v for k, v in self.fixed.items()}
+        values |= dict(zip(self.input_names, inputs, strict=True)) | {"": None}
+        for kind, operands, results, attributes in self._steps:
+            arguments = [values[name] for name in operands]
+            if kind == "MatMul" and operands[1] in self._matrices:
+                made = nn.functional.linear(as_tensor(arguments[0]), arguments[1])
+            else:
+                made = ONNX_OPS[kind](attributes, *arguments)
+            many = isinstance(made, tuple | list) and not isinstance(made, Sizes)
+            values.update(zip(results, made if many else [made], strict=False))
+        outputs = tuple(as_tensor(values[name]) for name in self._outputs)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _attributes(node: NodeProto) -> dict[str, Any]:
+    import onnx
+
+    found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    if node.op_type == "ConstantOfShape" and "value" in found:
+        found["value"] = onnx.numpy_helper.to_array(found["value"])
+    return found
+
+
+def _constant_value(node: NodeProto) -> NDArray[Any]:
+    import onnx
+
+    for attribute in node.attribute:
+        value = onnx.helper.get_attribute_value(attribute)
+        if attribute.name == "value":
+            return onnx.numpy_helper.to_array(value)
+        if attribute.name in ("value_float", "value_int", "value_floats", "value_ints"):
+            return np.array(value, dtype=np.float32 if "float" in attribute.name else np.int64)
+    raise CaptureError(f"ONNX Constant {node.output[0]} holds strings or sparse values", remedy="remove it from the model")
