@@ -2,7 +2,8 @@
 
 Members are `manifest.json`, `weights.safetensors`, `library.so` and, where asked for, `graph.pt2`. The manifest holds
 the SHA-256 of every other member; the zip's comment holds the SHA-256 of all bytes outside those members, so any
-changed byte is noticed. Nothing is ever unpickled. This file is loaded by deployed programs: it imports numpy alone.
+changed byte is noticed. Nothing is ever unpickled. An array with many zeros that a kernel reads dense is stored as a
+bitmap and its non-zero values, and spread out when it is loaded; all others are mapped. This file is loaded by deployed programs: it imports numpy alone.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ FORMAT_VERSION = 1
 ALIGNMENT = 64
 MANIFEST, WEIGHTS, LIBRARY, GRAPH = "manifest.json", "weights.safetensors", "library.so", "graph.pt2"
 _LOCAL_HEADER = 30
+_SMALLEST_BITMAP = 4096
+_BITS, _VALUES, _SHAPE = "~bits", "~values", "~shape"
 _LARGEST_HEADER = 100 << 20
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
@@ -111,6 +114,47 @@ def pack_tree(tree: object) -> object:
     return tree
 
 
+def stored_bytes(array: NDArray[Any]) -> int:
+    """Bytes an array takes in the file: as it is, or as a bitmap and its non-zero values where that is a tenth less."""
+    return min(array.nbytes, _bitmap_bytes(array)) if _wants_bitmap(array) else array.nbytes
+
+
+def _bitmap_bytes(array: NDArray[Any]) -> int:
+    return int(np.count_nonzero(array)) * array.itemsize + (array.size + 7) // 8
+
+
+def _wants_bitmap(array: NDArray[Any]) -> bool:
+    return array.nbytes >= _SMALLEST_BITMAP and _bitmap_bytes(array) < 0.9 * array.nbytes
+
+
+def _with_bitmaps(weights: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The arrays as they are stored."""
+    stored: dict[str, NDArray[Any]] = {}
+    for name, array in weights.items():
+        if not _wants_bitmap(array):
+            stored[name] = array
+            continue
+        stored[f"{name}{_BITS}"] = np.packbits(array.reshape(-1) != 0)
+        stored[f"{name}{_VALUES}"] = array[array != 0]
+        stored[f"{name}{_SHAPE}"] = np.array(array.shape, np.int64)
+    return stored
+
+
+def _without_bitmaps(stored: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The arrays as kernels read them."""
+    weights: dict[str, NDArray[Any]] = {}
+    for key, array in stored.items():
+        name = key.removesuffix(_BITS)
+        if name != key:
+            values, shape = stored[f"{name}{_VALUES}"], tuple(int(s) for s in stored[f"{name}{_SHAPE}"])
+            spread = np.zeros(math.prod(shape), values.dtype)
+            spread[np.unpackbits(array, count=spread.size).astype(bool)] = values
+            weights[name] = spread.reshape(shape)
+        elif not key.endswith((_VALUES, _SHAPE)):
+            weights[key] = array
+    return weights
+
+
 def write_safetensors(tensors: Mapping[str, NDArray[Any]]) -> bytes:
     """Tensors in the safetensors format, data at a multiple of 64 bytes.
 
@@ -164,7 +208,7 @@ def write_artifact(path: str | os.PathLike[str], contents: Contents) -> None:
         ArtifactError: the file cannot be written.
     """
     members: dict[str, bytes | memoryview] = {
-        WEIGHTS: write_safetensors(contents.weights), LIBRARY: contents.library,
+        WEIGHTS: write_safetensors(_with_bitmaps(contents.weights)), LIBRARY: contents.library,
     }  # fmt: skip
     if contents.graph is not None:
         members[GRAPH] = contents.graph
@@ -279,7 +323,7 @@ def _read_contents(name: str, members: dict[str, memoryview]) -> Contents:
     manifest = Manifest(
         **{**data, **specs, "features": tuple(data["features"]), "weights": tuple(data["weights"])}  # type: ignore[arg-type]
     )
-    weights = read_safetensors(members[WEIGHTS])
+    weights = _without_bitmaps(read_safetensors(members[WEIGHTS]))
     if not set(manifest.weights) <= set(weights):
         raise ValueError("a weight that the library takes is missing")
     return Contents(manifest, weights, members[LIBRARY], members.get(GRAPH))

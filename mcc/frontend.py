@@ -7,7 +7,6 @@ tensor, one spelling for reshapes, names from module paths, and look every op up
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from mcc import normalize, ops
 from mcc.errors import CaptureError, UnsupportedOpError
-from mcc.graph import Graph, Node, module_path, source_line
+from mcc.graph import Graph, deep_copy, module_path, source_line
 
 LARGEST_DIM = 1 << 20
 
@@ -76,7 +75,7 @@ def capture(
 
 def _from_program(program: ExportedProgram, asked: Mapping[tuple[int, int], str]) -> Graph:
     # export shares parameter storage with the user's model; passes edit tensors, so the graph gets its own
-    module = normalize.plain_module(copy.deepcopy(program.module(check_guards=False)))
+    module = deep_copy(normalize.plain_module(program.module(check_guards=False)))
     normalize.normalize(module)
     graph = Graph(module)
     for (position, axis), dim in asked.items():

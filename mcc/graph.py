@@ -336,7 +336,7 @@ class Graph:
 
     def copy(self) -> Graph:
         """A deep copy; tied tensors stay tied."""
-        return Graph(copy.deepcopy(self.module), self.dims, self.schedules)
+        return Graph(deep_copy(self.module), self.dims, self.schedules)
 
     def with_schedules(self, schedules: tuple[Schedule, ...]) -> Graph:
         """The same graph with other training schedules."""
@@ -355,6 +355,13 @@ class Graph:
         with enable_python_dispatcher():  # without it lstm and gru fail on symbolic sizes
             FakeTensorProp(self.module, self.fake_mode).propagate_dont_convert_inputs(*values)
         return self
+
+
+def deep_copy(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a module that shares its calling convention, whose tree specs warn when they are copied."""
+    info = getattr(module.graph._codegen, "pytree_info", None)  # noqa: SLF001
+    kept = [] if info is None else [info]
+    return copy.deepcopy(module, {id(x): x for x in kept})
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,13 @@ from tvm import relax, tirx
 from tvm.sym.analyzer import Analyzer
 
 from mcc import ops
-from mcc.artifact import TensorSpec
+from mcc.artifact import TensorSpec, stored_bytes
+from mcc.backends.cpu.fuse import requantize_step
+from mcc.backends.cpu.kernels.quantize import quantize_function
 from mcc.backends.cpu.kernels.tiles import leading_dims
 from mcc.backends.cpu.lowering import Choice, Lowering
 from mcc.backends.cpu.microkernel import Parameter, flat, kernel_function, product
+from mcc.backends.kernel import Requantize
 from mcc.backends.relax import RULES
 from mcc.backends.relax.emitter import DTYPES, Emitter, Expression, is_tensor, static
 from mcc.cost import weight_expression
@@ -116,7 +119,7 @@ class _Writer:
                 continue
             live.add(node)
             choice = self.lowering.choices.get(node)
-            queue += [choice.region.source.fx] if choice is not None else node.all_input_nodes
+            queue += [choice.region.source.fx] if choice is not None else self._operands(node)
         return live
 
     def write(self) -> Any:  # noqa: ANN401 (an IRModule)
@@ -178,12 +181,18 @@ class _Writer:
                 names.append(name)
             self.packed[output] = names
         for node in [n for n in self.graph.module.graph.nodes if n in self.live]:
-            reads = [] if node in self.lowering.choices else node.all_input_nodes
+            reads = [] if node in self.lowering.choices else self._operands(node)
             for read in [*reads, *([node] if node.op == "get_attr" else [])]:
                 if node in self.constants or node in self.absorbed:
                     continue
                 if read.op == "get_attr" or isinstance(self.constants.get(read), Tensor):
                     self._store(read)
+
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
+        """What an op reads at run time: of a quantize kernel not scale and zero point, which are in its code."""
+        if ops.lookup(node.target) is ops.QUANTIZE and requantize_step(self.graph.node(node.name)) is not None:
+            return node.all_input_nodes[:1]
+        return node.all_input_nodes
 
     def _store(self, node: fx.Node) -> None:
         name = str(node.target) if node.op == "get_attr" else f"computed.{node.name}"
@@ -208,6 +217,8 @@ class _Writer:
         if node.op is ops.GETITEM:
             return self._value(node.fx.args[0])[node.fx.args[1]]  # type: ignore[arg-type, index]
         assert node.op is not None
+        if node.op is ops.QUANTIZE and (step := requantize_step(node)) is not None:
+            return self._quantize(emitter, node, step)
         rule = RULES.get(node.op.name)
         if rule is None:
             raise BackendError(
@@ -254,9 +265,15 @@ class _Writer:
         function = emitter.builder.add_func(choice.lowered.function.without_attr("global_symbol"), name)
         operands = [self._value(region.source.fx), *(self._read[n] for n in self.packed[region.output.fx])]
         output = relax.TensorType(self.sizes.shape(region.output.value), region.output_dtype)
-        stored = sum(self.weights[n].nbytes for n in self.packed[region.output.fx])
+        stored = sum(stored_bytes(self.weights[n]) for n in self.packed[region.output.fx])
         self._row(region.anchor, region.text, f"{choice.kernel.name} {choice.tile}", (region.weight.text, stored), choice.reason)
         return emitter(relax.call_tir(function, operands, output))
+
+    def _quantize(self, emitter: Emitter, node: Node, step: Requantize) -> Any:  # noqa: ANN401
+        source = self._value(node.fx.all_input_nodes[0])
+        dims = [static(s) if static(s) is not None else s for s in source.ty.shape]
+        function = emitter.builder.add_func(quantize_function(dims, step, self.lowering.target), "quantize")
+        return emitter(relax.call_tir(function, [source], relax.TensorType(self.sizes.shape(node.value), "uint8")))
 
     def _fallback_row(self, node: Node) -> None:
         stored, size = "float32", 0
@@ -303,6 +320,9 @@ class _Writer:
                 continue
             if ops.lookup(reader.target) is ops.RESHAPE and not self.graph.node(reader.name).is_output:
                 if not self._only_kernels_read(reader):
+                    return False
+            elif ops.lookup(reader.target) is ops.QUANTIZE:
+                if requantize_step(self.graph.node(reader.name)) is None:
                     return False
             elif not any(c.region.source.fx is source and c.region.anchor.fx is reader for c in self.lowering.choices.values()):
                 return False

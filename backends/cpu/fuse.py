@@ -43,12 +43,17 @@ def _step(node: Node, source: Node) -> EpilogueStep | None:
     if node.op in (ops.CLAMP, ops.HARDTANH, ops.CLAMP_MIN):
         low, high = _bounds(node)
         return Clamp(low, high) if isinstance(low, int | float) and isinstance(high, int | float) else None
-    if node.op is ops.QUANTIZE and node.argument(3) is None and node.argument(4) >= 0:
-        scale, zero_point = node.operand(1), node.operand(2)
-        if scale is None or zero_point is None or not (scale.is_parameter and zero_point.is_parameter):
-            return None
-        return Requantize(float(scale.tensor), int(zero_point.tensor), node.argument(4), node.argument(5))
-    return None
+    return requantize_step(node) if node.op is ops.QUANTIZE else None
+
+
+def requantize_step(node: Node) -> Requantize | None:
+    """A quantize node with one stored scale and unsigned codes as an epilogue step, or None."""
+    scale, zero_point = node.operand(1), node.operand(2)
+    if node.argument(3) is not None or node.argument(4) < 0 or scale is None or zero_point is None:
+        return None
+    if not (scale.is_parameter and zero_point.is_parameter):
+        return None
+    return Requantize(float(scale.tensor), int(zero_point.tensor), node.argument(4), node.argument(5))
 
 
 def _bounds(node: Node) -> tuple[object, object]:

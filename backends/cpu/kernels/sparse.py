@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -146,19 +147,13 @@ class _Body:
         lanes = self.vectors.lanes
         whole = tirx.floordiv(rows, TILE_ROWS)
         done = whole * TILE_ROWS
-        small = tirx.floordiv(rows - done + lanes - 1 - FEW_ROWS, lanes)
-        after = done + small * lanes
-
-        def tile_of(start: Expression, width: int) -> None:
-            # rows past the end repeat the last one: their results are written twice, and equal
-            self._tile(lambda r: tirx.min(start + r, rows - 1), width)
-
-        def many() -> None:
-            parallel(whole, lambda t: self._tile(lambda r: t * TILE_ROWS + r, TILE_ROWS))
-            serial(small, lambda t: tile_of(done + t * lanes, lanes))
-            serial(tirx.max(rows - after, 0), lambda r: self._one_row(after + r))
-
-        branch(rows > FEW_ROWS, many, lambda: serial(rows, self._one_row))
+        # with few rows left, or in all, a gathered pass a row beats a tile; else the last tile repeats the last row
+        small = tirx.max(tirx.floordiv(rows - done + lanes - 1 - FEW_ROWS, lanes), 0)
+        after = tirx.min(done + small * lanes, rows)
+        tiles = partial(parallel, whole, lambda t: self._tile(lambda r: t * TILE_ROWS + r, TILE_ROWS))
+        branch(whole > 0, tiles)  # even an empty parallel loop wakes the threads
+        serial(small, lambda t: self._tile(lambda r: tirx.min(done + t * lanes + r, rows - 1), lanes))
+        serial(rows - after, lambda r: self._one_row(after + r))
 
     def _finish(self, total: Expression, splat: Callable[[Expression], Expression]) -> Expression:
         """Scale and bias of a vector of sums; `splat` reads a per-output array."""
@@ -184,7 +179,7 @@ class _Body:
             total = tirx.call_llvm_pure_intrin(f"float32x{GROUP}", f"llvm.fma.v{GROUP}f32", w, x, register.get())
             register.set(total)
 
-        def group(g: Expression, used: int) -> None:
+        def group(g: Expression) -> None:
             sums = self.vectors.registers(1, 2, "float32", GROUP)[0]
             for register in sums:
                 register.set(T.broadcast(T.float32(0), GROUP))
@@ -195,12 +190,9 @@ class _Body:
                     step(B.Bind(first + i * 2 + u), sums[u])
             with B.serial(0, tirx.floormod(count, 2)) as _:
                 step(B.Bind(first + count - 1), sums[0])
-            total = B.Bind(sums[0].get() + sums[1].get())
-            self._write_group(row, g, total, used)
+            self._write_group(row, g, B.Bind(sums[0].get() + sums[1].get()))
 
-        serial(self.outputs // GROUP, lambda g: group(g, GROUP))
-        if self.outputs % GROUP:
-            group(self.outputs // GROUP, self.outputs % GROUP)
+        serial(self.groups, group)
 
     def _float_row(self, base: Expression) -> Expression:
         """A row of codes as float32."""
@@ -233,19 +225,25 @@ class _Body:
                 columns.append(B.Bind(T.cast(T.cast(part, "int32"), "int64")))
         return columns
 
-    def _write_group(self, row: Expression, g: Expression, total: Expression, used: int) -> None:
+    def _write_group(self, row: Expression, g: Expression, total: Expression) -> None:
         """Scatter a group's lanes to the outputs they are, vector by vector of the target."""
         v, arrays = self.vectors, self.arrays
-        for half in range(-(-used // v.lanes)):
+        for half in range(GROUP // v.lanes):
             outputs = [B.Bind(arrays["outputs"][g * GROUP + half * v.lanes + i]) for i in range(v.lanes)]
-            part = total if v.lanes == GROUP else tirx.Shuffle([total], list(range(half * v.lanes, (half + 1) * v.lanes)))
+            lanes = list(range(half * v.lanes, (half + 1) * v.lanes))
+            part = total if v.lanes == GROUP else tirx.Shuffle([total], lanes)
 
             def gathered(array: Expression, outputs: list[Expression] = outputs) -> Expression:
                 return tirx.Shuffle([array[o] for o in outputs], list(range(v.lanes)))
 
             value = B.Bind(emit_epilogue(v, self._finish(part, gathered), self.region.epilogue))
-            for i in range(min(v.lanes, used - half * v.lanes)):
-                B.buffer_store(self.y, lane(value, i), [T.cast(row, "int64") * self.outputs + outputs[i]])
+            for i, position in enumerate(lanes):
+
+                def write(i: int = i, value: Expression = value, outputs: list[Expression] = outputs) -> None:
+                    B.buffer_store(self.y, lane(value, i), [T.cast(row, "int64") * self.outputs + outputs[i]])
+
+                always = position < self.outputs - (self.groups - 1) * GROUP
+                branch(True if always else g * GROUP + position < self.outputs, write)
 
     def _tile(self, row_of: Callable[[Expression], Expression], width: int) -> None:
         """`width` rows at once: transpose x, multiply group by group, transpose back."""
@@ -259,21 +257,22 @@ class _Body:
     def _transpose_in(self, source: Expression, row_of: Callable[[Expression], Expression], width: int) -> None:
         v = self.vectors
 
-        def block(k: Expression) -> None:
-            for t in range(0, width, v.lanes):
-                rows = [B.Bind(self._load_floats(T.cast(row_of(t + r), "int64") * self.inputs + k)) for r in range(v.lanes)]
-                for c, column in enumerate(v.transpose(rows)):
-                    v.store(source, (k + c) * width + t, column)
+        def block(k: Expression, t: Expression) -> None:
+            rows = [B.Bind(self._load_floats(T.cast(row_of(t + r), "int64") * self.inputs + k)) for r in range(v.lanes)]
+            for c, column in enumerate(v.transpose(rows)):
+                v.store(source, (k + c) * width + t, column)
 
         if self.inputs >= v.lanes:
-            serial(self.inputs // v.lanes, lambda b: block(b * v.lanes))
-            if self.inputs % v.lanes:
-                block(self.inputs - v.lanes)
+            # the last block overlaps the one before it where the inputs are no multiple of the lanes
+            last = self.inputs - v.lanes
+            serial(-(-self.inputs // v.lanes), lambda b: serial(width // v.lanes, lambda t: block(tirx.min(b * v.lanes, last), t * v.lanes)))
             return
-        for r in range(width):
-            base = T.cast(row_of(r), "int64") * self.inputs
-            for k in range(self.inputs):
-                B.buffer_store(source, T.cast(self.x[base + k], "float32"), [k * width + r])
+
+        def element(r: Expression, k: Expression) -> None:
+            value = self.x[T.cast(row_of(r), "int64") * self.inputs + k]
+            B.buffer_store(source, T.cast(value, "float32"), [k * width + r])
+
+        serial(width, lambda r: serial(self.inputs, lambda k: element(r, k)))
 
     def _load_floats(self, index: Expression) -> Expression:
         value = self.vectors.load(self.x, index)
@@ -299,31 +298,29 @@ class _Body:
                 total = self._finish(register.get(), lambda array: v.splat(array[n]))
                 v.store(result, n * width + t * v.lanes, total)
 
-        def group(g: Expression, used: int) -> None:
-            with B.serial(0, used) as i:
+        def group(g: Expression) -> None:
+            with B.serial(0, tirx.min(self.outputs - g * GROUP, GROUP)) as i:
                 output(g, i)
 
-        serial(self.outputs // GROUP, lambda g: group(g, GROUP))
-        if self.outputs % GROUP:
-            group(self.outputs // GROUP, self.outputs % GROUP)
+        serial(self.groups, group)
 
     def _transpose_out(self, result: Expression, row_of: Callable[[Expression], Expression], width: int) -> None:
         v = self.vectors
 
-        def block(n: Expression) -> None:
-            for t in range(0, width, v.lanes):
-                rows = [B.Bind(v.load(result, (n + r) * width + t)) for r in range(v.lanes)]
-                for c, column in enumerate(v.transpose(rows)):
-                    value = emit_epilogue(v, column, self.region.epilogue)
-                    v.store(self.y, T.cast(row_of(t + c), "int64") * self.outputs + n, value)
+        def block(n: Expression, t: Expression) -> None:
+            rows = [B.Bind(v.load(result, (n + r) * width + t)) for r in range(v.lanes)]
+            for c, column in enumerate(v.transpose(rows)):
+                value = emit_epilogue(v, column, self.region.epilogue)
+                v.store(self.y, T.cast(row_of(t + c), "int64") * self.outputs + n, value)
 
         if self.outputs >= v.lanes:
-            serial(self.outputs // v.lanes, lambda b: block(b * v.lanes))
-            if self.outputs % v.lanes:
-                block(self.outputs - v.lanes)
+            last = self.outputs - v.lanes
+            serial(-(-self.outputs // v.lanes), lambda b: serial(width // v.lanes, lambda t: block(tirx.min(b * v.lanes, last), t * v.lanes)))
             return
-        for n in range(self.outputs):
-            for t in range(0, width, v.lanes):
-                value = B.Bind(emit_epilogue(v, v.load(result, n * width + t), self.region.epilogue))
-                for r in range(v.lanes):
-                    B.buffer_store(self.y, lane(value, r), [T.cast(row_of(t + r), "int64") * self.outputs + n])
+
+        def column(n: Expression, t: Expression) -> None:
+            value = B.Bind(emit_epilogue(v, v.load(result, n * width + t), self.region.epilogue))
+            for r in range(v.lanes):
+                B.buffer_store(self.y, lane(value, r), [T.cast(row_of(t + r), "int64") * self.outputs + n])
+
+        serial(self.outputs, lambda n: serial(width // v.lanes, lambda t: column(n, t * v.lanes)))

@@ -1,0 +1,90 @@
+"""Timing engines against each other: interleaved, equal run counts, minimum and median."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+TURN_SECONDS = 2e-3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of single calls.
+
+    Attributes:
+        min_ms, median_ms: over all runs.
+        runs: calls timed.
+    """
+
+    min_ms: float
+    median_ms: float
+    runs: int
+
+
+def interleave(engines: Mapping[str, Callable[[], object]], runs: int = 200) -> dict[str, Timing]:
+    """Time each engine `runs` times, in turns.
+
+    In a turn an engine runs as many times in a row as fit into 2 ms (at least once), so that short calls find their
+    weights in cache as they would in service; the turns alternate, so that a change in the machine's speed meets all.
+    """
+    per_turn: dict[str, int] = {}
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for name, call in engines.items():
+        call()
+        per_turn[name] = max(1, min(runs, int(TURN_SECONDS / max(_timed(call), 1e-7))))
+    while any(len(t) < runs for t in times.values()):
+        for name, call in engines.items():
+            for _ in range(min(per_turn[name], runs - len(times[name]))):
+                times[name].append(_timed(call))
+    return {name: Timing(min(t) * 1e3, statistics.median(t) * 1e3, len(t)) for name, t in times.items()}
+
+
+def _timed(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def onnxruntime_engine(model: ModelProto | bytes, threads: int) -> Callable[..., list[NDArray[Any]]]:
+    """An ONNX Runtime session on the CPU as a function of numpy inputs."""
+    import onnxruntime  # an optional peer
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+
+    def run(*inputs: NDArray[Any]) -> list[NDArray[Any]]:
+        outputs: list[NDArray[Any]] = session.run(None, dict(zip(names, inputs, strict=True)))
+        return outputs
+
+    return run
+
+
+def openvino_engine(model: ModelProto | bytes, threads: int) -> Callable[..., list[NDArray[Any]]]:
+    """An OpenVINO model on the CPU, held to float32 (left to itself it computes in bfloat16 where it can)."""
+    import openvino  # an optional peer
+
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    core = openvino.Core()
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    request = core.compile_model(core.read_model(data, b""), "CPU", settings).create_infer_request()
+
+    def run(*inputs: NDArray[Any]) -> list[NDArray[Any]]:
+        found = request.infer(list(inputs))
+        return [np.asarray(found[i]) for i in range(len(found))]
+
+    return run
