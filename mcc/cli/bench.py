@@ -1,0 +1,98 @@
+"""`mcc bench`: time a model under mcc and its peers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from mcc import compiler
+from mcc.benchmark import interleave, onnxruntime_engine, openvino_engine
+from mcc.cli.arguments import clear_errors, print_json, read_data, read_inputs, read_model
+from mcc.errors import SpecError
+
+_PEERS = {"ONNX Runtime": onnxruntime_engine, "OpenVINO": openvino_engine}
+
+
+def bench_model(
+    model: Annotated[str, typer.Argument(help="model.onnx or package.module:name")],
+    inputs: Annotated[list[str] | None, typer.Option("--input", "-i", help="name=f32[batch:8,784]")] = None,
+    passes: Annotated[str, typer.Option("--passes", "-p", help="pass list, or a .yaml recipe")] = "",
+    data: Annotated[Path | None, typer.Option(help=".npz for passes that need data")] = None,
+    threads: Annotated[int, typer.Option(help="for every engine")] = 1,
+    runs: Annotated[int, typer.Option(help="of every engine")] = 200,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,  # noqa: FBT002 (a flag)
+) -> None:
+    """Time mcc, torch eager, ONNX Runtime and OpenVINO in turns, with equal threads; peers that lack are named.
+
+    Example: mcc bench nets:make_mlp -i input=f32[1,784] --threads 1
+    """
+    with clear_errors():
+        if threads < 1 or runs < 1:
+            raise SpecError("threads and runs are at least 1")
+        example, dims = read_inputs(inputs or [])
+        found = read_model(model)
+        graph = compiler.load_graph(found, example, {}, dims)
+        example = example or compiler.example_of(graph)
+        engines: dict[str, Callable[[], Any]] = {}
+        torch.set_num_threads(threads)
+        eager = found.eval() if isinstance(found, torch.nn.Module) else graph
+        engines["torch eager"] = lambda: _without_gradients(eager, example)
+        arrays = [x.numpy() for x in example]
+        missing = _add_peers(engines, found, example, arrays, threads)
+        artifact = compiler.compile(graph, example, passes=passes, data=read_data(data), threads=threads)
+        engines[f"mcc {passes}".strip()] = lambda: artifact(*arrays)
+        timings = interleave(engines, runs)
+    if as_json:
+        print_json({name: vars(timing) for name, timing in timings.items()})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{threads} thread{'s' if threads > 1 else ''}, {runs} runs of each, in turns")
+    for column in ("engine", "min ms", "median ms", "median, torch eager = 1"):
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    for name, timing in timings.items():
+        ratio = timings["torch eager"].median_ms / timing.median_ms
+        table.add_row(name, f"{timing.min_ms:.4f}", f"{timing.median_ms:.4f}", f"{ratio:.2f} times as fast")
+    Console().print(table)
+    for name, reason in missing.items():
+        typer.echo(f"not measured: {name}: {reason}")
+
+
+def _without_gradients(model: Callable[..., Any], inputs: tuple[Any, ...]) -> object:
+    with torch.inference_mode():
+        return model(*inputs)
+
+
+def _add_peers(
+    engines: dict[str, Callable[[], Any]], model: Any, example: tuple[Any, ...], arrays: list[np.ndarray], threads: int  # noqa: ANN401
+) -> dict[str, str]:
+    """Add the peers that can run the model; returns those that cannot, with the reason."""
+    missing: dict[str, str] = {}
+    try:
+        proto = Path(model).read_bytes() if isinstance(model, str) else _to_onnx(model, example)
+    except Exception as error:  # noqa: BLE001 (a peer that cannot be measured is a row of the report, whatever ails it)
+        return dict.fromkeys(_PEERS, f"no ONNX form: {(str(error) or repr(error)).splitlines()[0]}")
+    for name, make in _PEERS.items():
+        try:
+            run = make(proto, threads)
+            run(*arrays)
+        except Exception as error:  # noqa: BLE001 (as above)
+            missing[name] = (str(error) or repr(error)).strip().splitlines()[0]
+            continue
+        engines[name] = lambda run=run: run(*arrays)  # type: ignore[misc]
+    return missing
+
+
+def _to_onnx(model: torch.nn.Module, example: tuple[Any, ...]) -> bytes:
+    buffer = io.BytesIO()
+    program = torch.onnx.export(model.eval(), example, dynamo=True, verbose=False)
+    assert program is not None
+    program.save(buffer)
+    return buffer.getvalue()

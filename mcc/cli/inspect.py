@@ -1,0 +1,67 @@
+"""`mcc inspect`: what is in a model or an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mcc import compiler
+from mcc.cli.arguments import clear_errors, print_json, read_data, read_inputs, read_model
+from mcc.cost import graph_size, layer_costs
+from mcc.graph import Graph
+from mcc.pipeline import Pipeline
+from mcc.runtime import load
+from mcc.target import parse_target
+
+
+def inspect_model(
+    model: Annotated[str, typer.Argument(help="artifact.mcc, model.onnx, program.pt2, or package.module:name")],
+    inputs: Annotated[list[str] | None, typer.Option("--input", "-i", help="name=f32[batch:8,784]")] = None,
+    passes: Annotated[str, typer.Option("--passes", "-p", help="show the model after these passes, too")] = "",
+    data: Annotated[Path | None, typer.Option(help=".npz for passes that need data")] = None,
+    graph: Annotated[bool, typer.Option("--graph", help="print the graph as text")] = False,  # noqa: FBT002 (a flag)
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,  # noqa: FBT002 (a flag)
+) -> None:
+    """Show layers with parameters, bytes and MACs; with passes, before and after.
+
+    Example: mcc inspect nets:make_mlp -i input=f32[batch:64,784] -p "prune-weights{ratio=0.9}"
+    """
+    with clear_errors():
+        if model.endswith(".mcc"):
+            artifact = load(model)
+            if as_json:
+                print_json(artifact.report.as_dict())
+                return
+            typer.echo(repr(artifact))
+            typer.echo(str(artifact.report))
+            typer.echo(artifact.report.layers_text())
+            return
+        example, dims = read_inputs(inputs or [])
+        before = compiler.load_graph(read_model(model), example, {}, dims)
+        states = {"before": before}
+        steps = compiler.resolve_passes(passes)
+        if steps:
+            pipeline = Pipeline(steps, parse_target("cpu"), read_data(data))
+            states["after"], _ = pipeline.run(before, example or compiler.example_of(before))
+        if as_json:
+            print_json({name: [vars(row) for row in layer_costs(state)] for name, state in states.items()})
+            return
+        for name, state in states.items():
+            _print_state(name, state, graph)
+
+
+def _print_state(name: str, state: Graph, graph: bool) -> None:  # noqa: FBT001 (a flag handed on)
+    from rich.console import Console
+    from rich.table import Table
+
+    if graph:
+        typer.echo(str(state))
+    total = graph_size(state)
+    table = Table(title=f"{name}: {total.parameters:,} parameters, {total.stored_bytes:,} bytes, {total.macs:,} MACs")
+    for column in ("layer", "op", "parameters", "bytes", "MACs"):
+        table.add_column(column, justify="left" if column in ("layer", "op") else "right")
+    for row in layer_costs(state):
+        table.add_row(row.layer, row.op, f"{row.parameters:,}", f"{row.stored_bytes:,}", f"{row.macs:,}")
+    Console().print(table)
