@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mcc.graph import Node
-from mcc.target import Target
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from mcc.graph import Node
+    from mcc.ops import Op
+    from mcc.target import Target
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class StoredWeight:
 
     @property
     def dtype(self) -> str:
-        """"float32" or "int8"."""
+        """Element type: float32 or int8."""
         stored = self.dense if self.dense is not None else self.sparse.values if self.sparse is not None else None
         assert stored is not None
         return str(stored.dtype)
@@ -159,6 +163,10 @@ class Kernel(Protocol):
     @property
     def name(self) -> str:
         """In reports and in the tuner's cache."""
+
+    @property
+    def anchor(self) -> Op:
+        """The op it runs."""
 
     def refuses(self, region: Region, target: Target) -> str | None:
         """Why the kernel cannot take this region, or None if it can."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,11 @@ class Digits:
 
     @classmethod
     def load(cls, path: Path) -> Digits:
+        """Read the committed .npz."""
         with np.load(path, allow_pickle=False) as data:
-            images = [torch.from_numpy(data[k].reshape(-1, 784).astype(np.float32) / 255) for k in ("x_train", "x_test")]
+            images = [
+                torch.from_numpy(data[k].reshape(-1, 784).astype(np.float32) / 255) for k in ("x_train", "x_test")
+            ]
             labels = [torch.from_numpy(data[k].astype(np.int64)) for k in ("y_train", "y_test")]
         mean, deviation = images[0].mean(), images[0].std()
         train, test = ((x - mean) / deviation for x in images)
@@ -69,7 +72,7 @@ class Batches:
     def __len__(self) -> int:
         return len(self.images) // BATCH
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.images), generator=self.generator)
         for start in range(0, len(self) * BATCH, BATCH):
             chosen = order[start : start + BATCH]
@@ -100,7 +103,9 @@ def accuracy(run: Engine, digits: Digits) -> float:
     """Fraction of the 10,000 test images that are classified right."""
     images, labels = digits.test
     with torch.no_grad():
-        right = sum(int((run(x).argmax(1) == y).sum()) for x, y in zip(images.split(1000), labels.split(1000), strict=True))
+        right = sum(
+            int((run(x).argmax(1) == y).sum()) for x, y in zip(images.split(1000), labels.split(1000), strict=True)
+        )
     return right / len(images)
 
 
@@ -173,12 +178,16 @@ def measure(engines: dict[str, dict[int, Engine]], digits: Digits) -> dict[str, 
             image = digits.test[0][:batch].contiguous()
             array = image.numpy()
 
-            def call(name: str, threads: int = threads, image: Tensor = image, array: np.ndarray = array) -> Callable[[], Any]:
+            def call(
+                name: str, threads: int = threads, image: Tensor = image, array: np.ndarray = array
+            ) -> Callable[[], Any]:
                 run, value = engines[name][threads], image if name == "torch eager" else array
                 return lambda: run(value)
 
             with torch.inference_mode():
-                for name, timing in interleave({name: call(name) for name in engines}, 2000 if batch == 1 else 600).items():
+                for name, timing in interleave(
+                    {name: call(name) for name in engines}, 2000 if batch == 1 else 600
+                ).items():
                     results[name][batch, threads] = timing
     return results
 
@@ -229,7 +238,9 @@ def main() -> None:
     for name, passes in recipes(options.tune_epochs).items():
         data = mcc.Data(calibration=calibration(digits), train=Batches(digits, SEED))
         example = (digits.test[0][:64].clone(),)
-        artifact = mcc.compile(network, example, passes=passes, data=data, dynamic_shapes={"input": {0: "batch"}}, seed=SEED)
+        artifact = mcc.compile(
+            network, example, passes=passes, data=data, dynamic_shapes={"input": {0: "batch"}}, seed=SEED
+        )
         path = options.out / f"{name.removeprefix('mcc ').replace(' % ', '_').replace(' %', '').replace(' ', '_')}.mcc"
         artifact.save(path)
         engines[name] = {t: mcc.load(path, threads=t) for t in THREADS}

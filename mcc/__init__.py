@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mcc.frontend import capture
-    from mcc.compiler import compile
+    from mcc.compiler import compile  # noqa: A004 (the public name)
     from mcc.data import Data
     from mcc.errors import MccError
+    from mcc.frontend import capture
     from mcc.graph import Graph, Node
     from mcc.report import Report
     from mcc.rewrite import Context, Exact, Lossy, Match, Pass, Reject, Rewrite, Rewriter, Within
@@ -20,8 +20,10 @@ __version__ = "0.1.0"
 
 # names are imported at first use: `import mcc` must not load torch, which a deployed program may not have
 _HOMES = {
-    "Artifact": "runtime", "Context": "rewrite", "Data": "data", "Exact": "rewrite", "Graph": "graph", "Lossy": "rewrite",
-    "Match": "rewrite", "MccError": "errors", "Node": "graph", "Pass": "rewrite", "Reject": "rewrite", "Report": "report",
+    "Artifact": "runtime", "Context": "rewrite", "Data": "data", "Exact": "rewrite", "Graph": "graph",
+    "Lossy": "rewrite",
+    "Match": "rewrite", "MccError": "errors", "Node": "graph", "Pass": "rewrite", "Reject": "rewrite",
+    "Report": "report",
     "Rewrite": "rewrite", "Rewriter": "rewrite", "Target": "target", "Within": "rewrite", "capture": "frontend",
     "compile": "compiler", "load": "runtime", "parse_target": "target",
 }  # fmt: skip

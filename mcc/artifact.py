@@ -3,7 +3,8 @@
 Members are `manifest.json`, `weights.safetensors`, `library.so` and, where asked for, `graph.pt2`. The manifest holds
 the SHA-256 of every other member; the zip's comment holds the SHA-256 of all bytes outside those members, so any
 changed byte is noticed. Nothing is ever unpickled. An array with many zeros that a kernel reads dense is stored as a
-bitmap and its non-zero values, and spread out when it is loaded; all others are mapped. This file is loaded by deployed programs: it imports numpy alone.
+bitmap and its non-zero values, and spread out when it is loaded; all others are mapped. This file is loaded by
+deployed programs: it imports numpy alone.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mcc.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 FORMAT_VERSION = 1
 ALIGNMENT = 64
@@ -192,7 +195,12 @@ def read_safetensors(data: memoryview) -> dict[str, NDArray[Any]]:
         start, stop = entry["data_offsets"]
         dtype = np.dtype(_DTYPES[entry["dtype"]])
         shape = tuple(int(s) for s in entry["shape"])
-        if start != end or stop > len(body) or stop - start != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
+        if (
+            start != end
+            or stop > len(body)
+            or stop - start != math.prod(shape) * dtype.itemsize
+            or min(shape, default=0) < 0
+        ):
             raise ValueError(f"tensor {name} has a wrong extent")
         tensors[name] = np.frombuffer(body[start:stop], dtype).reshape(shape)
         end = stop
@@ -287,8 +295,18 @@ def read_artifact(path: str | os.PathLike[str]) -> Contents:
     try:
         members = _read_members(name, view)
         return _read_contents(name, members)
-    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, OverflowError) as error:
-        raise ArtifactError(f"{name} is damaged or not an mcc artifact: {error}", remedy="copy or compile it again") from error
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        NotImplementedError,
+        OverflowError,
+    ) as error:
+        raise ArtifactError(
+            f"{name} is damaged or not an mcc artifact: {error}", remedy="copy or compile it again"
+        ) from error
 
 
 def _read_members(name: str, view: memoryview) -> dict[str, memoryview]:
@@ -318,11 +336,10 @@ def _read_contents(name: str, members: dict[str, memoryview]) -> Contents:
         if hashlib.sha256(members[member]).hexdigest() != digest:
             raise ValueError(f"the hash of {member} does not match")
     specs = {
-        key: tuple(TensorSpec(s["name"], tuple(s["shape"]), s["dtype"], s["alignment"]) for s in data[key]) for key in ("inputs", "outputs")
+        key: tuple(TensorSpec(s["name"], tuple(s["shape"]), s["dtype"], s["alignment"]) for s in data[key])
+        for key in ("inputs", "outputs")
     }
-    manifest = Manifest(
-        **{**data, **specs, "features": tuple(data["features"]), "weights": tuple(data["weights"])}  # type: ignore[arg-type]
-    )
+    manifest = Manifest(**{**data, **specs, "features": tuple(data["features"]), "weights": tuple(data["weights"])})
     weights = _without_bitmaps(read_safetensors(members[WEIGHTS]))
     if not set(manifest.weights) <= set(weights):
         raise ValueError("a weight that the library takes is missing")

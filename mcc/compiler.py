@@ -6,9 +6,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,15 +17,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mcc import onnx_import
-from mcc.artifact import Contents, Manifest, pack_tree
+from mcc.artifact import Contents, Manifest, pack_tree, stored_bytes
 from mcc.backends import cpu
-from mcc.backends.cpu import Lowering
-from mcc.backends.tune import Tuning
-from mcc.frontend import capture
 from mcc.cost import graph_size
 from mcc.data import Data
 from mcc.encode import encode
 from mcc.errors import CaptureError, SpecError
+from mcc.frontend import capture
 from mcc.graph import Graph
 from mcc.passes import PASSES
 from mcc.pipeline import Pipeline
@@ -38,10 +35,13 @@ from mcc.target import Target, missing_features, parse_target
 from mcc.verify import sample_inputs, verify_artifact
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from onnx import ModelProto
     from rich.progress import Progress
+
+    from mcc.backends.cpu import Lowering
+    from mcc.backends.tune import Tuning
 
     Model = torch.nn.Module | torch.export.ExportedProgram | Graph | str | Path | ModelProto
     Passes = str | Path | Sequence[Pass | str]
@@ -65,7 +65,7 @@ class Options:
     """
 
     target: Target | str = "cpu"
-    data: Data = Data()
+    data: Data = field(default_factory=Data)
     verify: bool = True
     measure: Measure = "ends"
     tuning: Tuning = "measure"
@@ -89,14 +89,14 @@ class Deferred:
         self._compile = compile_now
         self.artifact: Artifact | None = None
 
-    def __call__(self, *args: Any, **named: Any) -> Any:  # noqa: ANN401 (what the model takes and returns)
+    def __call__(self, *args: Any, **named: Any) -> Any:
         """Run the model."""
         if self.artifact is None:
             self.artifact = self._compile(args, named)
         return self.artifact(*args, **named)
 
 
-def compile(  # noqa: A001, PLR0913 (the public name and its options, design.md section 3)
+def compile(  # noqa: A001, PLR0913 (the public name; its options are those of design and docs)
     model: Model,
     example_inputs: tuple[Any, ...] | None = None,
     *,
@@ -110,7 +110,7 @@ def compile(  # noqa: A001, PLR0913 (the public name and its options, design.md 
     tuning: Tuning = "measure",
     threads: int | None = None,
     seed: int = 0,
-) -> Any:  # noqa: ANN401 (an Artifact, or a Deferred where the example inputs are left out)
+) -> Any:
     """Compress and compile a model.
 
     Args:
@@ -151,7 +151,7 @@ def compile(  # noqa: A001, PLR0913 (the public name and its options, design.md 
     return compile_graph(graph, flat, steps, options)
 
 
-def _as_tensor(value: Any) -> Any:  # noqa: ANN401
+def _as_tensor(value: Any) -> Any:
     is_array = hasattr(value, "__array__") and not isinstance(value, Tensor)
     return torch.from_numpy(value) if is_array else value
 
@@ -166,12 +166,12 @@ def load_graph(
     """
     if isinstance(model, Graph):
         return model.copy()
-    if isinstance(model, str | Path) or type(model).__name__ == "ModelProto":
+    if not isinstance(model, torch.nn.Module | torch.export.ExportedProgram):
         module, inputs, dims = onnx_import.import_onnx(model)
         graph = capture(module, example_inputs or inputs, dynamic_shapes=dynamic_shapes or dims)
         graph.rename_inputs(module.input_names)
         return graph
-    return capture(model, example_inputs, keyword_inputs=keyword_inputs, dynamic_shapes=dynamic_shapes)  # type: ignore[arg-type]
+    return capture(model, example_inputs, keyword_inputs=keyword_inputs, dynamic_shapes=dynamic_shapes)
 
 
 def example_of(graph: Graph) -> tuple[Tensor, ...]:
@@ -215,7 +215,9 @@ def resolve_passes(passes: Passes) -> tuple[Pass, ...]:
         elif isinstance(step, Pass):
             steps.append(step)
         else:
-            raise SpecError(f"{step!r} is not a pass", remedy="give pass objects, such as FoldBatchNorm(), or their text")
+            raise SpecError(
+                f"{step!r} is not a pass", remedy="give pass objects, such as FoldBatchNorm(), or their text"
+            )
     return tuple(steps)
 
 
@@ -239,12 +241,12 @@ def compile_graph(graph: Graph, example: tuple[Any, ...], steps: tuple[Pass, ...
             started = time.perf_counter()
             error = verify_artifact(encoded, artifact, inputs)
             seconds = last.seconds + time.perf_counter() - started
-            last = PassRow(**(vars(last) | {"largest_error": error, "seconds": seconds}))
+            last = replace(last, largest_error=error, seconds=seconds)
         if options.measure != "never" and runnable:
-            last = PassRow(**(vars(last) | {"latency_ms": median_latency(artifact, example)}))
+            last = replace(last, latency_ms=median_latency(artifact, example))
         progress.remove_task(task)
     if before is not None:
-        rows[0] = PassRow(**(vars(rows[0]) | {"latency_ms": before}))
+        rows[0] = replace(rows[0], latency_ms=before)
     report = Report((*rows, last), artifact.report.layers)
     return artifact.with_manifest(
         passes="; ".join(step.full_text() for step in steps), report=json.loads(report.as_json())
@@ -258,8 +260,9 @@ def _lower(graph: Graph, options: Options) -> tuple[Artifact, Graph, PassRow]:
     encoded, dense = encode(graph.copy().eval(), cpu.prefer_dense)
     lowering = cpu.lower(encoded, target, options.tuning)
     notes = tuple(f"{row.layer} ({row.op}): {row.reason}" for row in lowering.layers if row.reason)
+    size = replace(graph_size(encoded), stored_bytes=sum(stored_bytes(w) for w in lowering.weights.values()))
     row = PassRow(
-        "encode and lower", len(lowering.choices), tuple(dense), graph_size(encoded),
+        "encode and lower", len(lowering.choices), tuple(dense), size,
         seconds=time.perf_counter() - started, notes=notes,
     )  # fmt: skip
     report = Report((), lowering.layers)

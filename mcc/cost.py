@@ -58,7 +58,8 @@ class WeightExpression:
     @property
     def kept(self) -> int:
         """Elements stored as non-zero."""
-        return int(self.mask.count_nonzero()) if self.mask is not None else self.root.tensor.numel()
+        values = self.root.tensor.detach()
+        return int(torch.count_nonzero(values if self.mask is None else values * self.mask))
 
     @property
     def stored_bytes(self) -> int:

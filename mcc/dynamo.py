@@ -5,14 +5,16 @@ Dynamo hands over a graph at torch level with parameters as inputs; it is export
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
 from mcc import compiler
 from mcc.errors import CaptureError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 
 def compile_static(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
@@ -27,12 +29,15 @@ def compile_static(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Cal
         )
     if torch.is_grad_enabled() and any(x.requires_grad for x in example_inputs):
         raise CaptureError("mcc compiles inference only", remedy="call the model under torch.inference_mode()")
-    fixed = [isinstance(x, torch.nn.Parameter) or _is_buffer(x, n) for x, n in zip(example_inputs, _placeholders(module), strict=True)]
+    fixed = [
+        isinstance(x, torch.nn.Parameter) or _is_buffer(x, n)
+        for x, n in zip(example_inputs, _placeholders(module), strict=True)
+    ]
     held = _Held(module, example_inputs, fixed)
     varying = tuple(x.detach().clone() for x, f in zip(example_inputs, fixed, strict=True) if not f)
     artifact = compiler.compile(held.eval(), varying, measure="never", tuning="model")
 
-    def run(*inputs: Any) -> tuple[Any, ...]:  # noqa: ANN401 (what dynamo calls with)
+    def run(*inputs: Any) -> tuple[Any, ...]:
         result = artifact(*(x.detach() for x, f in zip(inputs, fixed, strict=True) if not f))
         return result if isinstance(result, tuple) else tuple(result) if isinstance(result, list) else (result,)
 
@@ -60,6 +65,6 @@ class _Held(torch.nn.Module):
             if is_fixed:
                 self.register_buffer(f"held_{i}", value.detach().clone())
 
-    def forward(self, *inputs: Tensor) -> Any:  # noqa: ANN401
+    def forward(self, *inputs: Tensor) -> Any:
         varying = iter(inputs)
         return self.module(*(getattr(self, f"held_{i}") if f else next(varying) for i, f in enumerate(self._fixed)))

@@ -101,9 +101,7 @@ def _stored_values(expression: WeightExpression) -> Tensor:
     return codes
 
 
-def _dense_reason(
-    node: Node, expression: WeightExpression, stored: Tensor, prefer_dense: SparseVerdict
-) -> str | None:
+def _dense_reason(node: Node, expression: WeightExpression, stored: Tensor, prefer_dense: SparseVerdict) -> str | None:
     assert expression.mask is not None
     density = expression.kept / max(expression.elements, 1)
     dense_bytes = stored.numel() * stored.element_size()

@@ -20,7 +20,7 @@ def along_axis(vector: Tensor, like: Tensor, axis: int | None) -> Tensor:
 
 
 @torch.library.custom_op("mcc::quantize", mutates_args=())
-def quantize(
+def quantize(  # noqa: PLR0913 (an op's schema)
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low: int, high: int, dtype: torch.dtype
 ) -> Tensor:
     """Codes of x: clamp(round(x / scale) + zero_point, low, high), rounding half to even.
@@ -30,7 +30,8 @@ def quantize(
         scale: float32, [] or [x.shape[axis]].
         zero_point: int32, the shape of scale.
         axis: the dim of x that scale runs along, or None for one scale.
-        low, high: the range of codes, inclusive.
+        low: the smallest code.
+        high: the largest code.
         dtype: of the codes: torch.uint8 or torch.int8.
     """
     codes = torch.round(x / along_axis(scale, x, axis)) + along_axis(zero_point, x, axis)
@@ -38,7 +39,7 @@ def quantize(
 
 
 @quantize.register_fake
-def _(
+def _(  # noqa: PLR0913 (as above)
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low: int, high: int, dtype: torch.dtype
 ) -> Tensor:
     del scale, zero_point, axis, low, high

@@ -8,6 +8,7 @@ tensor, one spelling for reshapes, names from module paths, and look every op up
 from __future__ import annotations
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,25 +53,43 @@ def capture(
             remedy="give an nn.Module, a torch.export.ExportedProgram, an mcc.Graph or an ONNX model",
         )
     _refuse_untrackable(model)
-    shapes = _named_dims(dynamic_shapes, {})
     kwargs = dict(keyword_inputs or {})
+    shapes = _named_dims(dynamic_shapes, {}, {})
     asked = _asked_dims(model, example_inputs, kwargs, shapes)
     args, kwargs = _widened(example_inputs, kwargs, asked)
     modes = {module: module.training for module in model.modules()}
     model.eval()  # train mode would record stochastic depth, auxiliary heads and batch counters
     try:
-        with torch.enable_grad():  # under no_grad some modules take a fused inference path
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        summary = (str(error).strip() or repr(error)).splitlines()[0]
-        raise CaptureError(
-            f"torch.export could not capture {type(model).__name__}: {summary}",
-            remedy="make `torch.export.export(model, example_inputs, strict=False)` work first",
-        ) from error
+        program = _export(model, args, kwargs, dynamic_shapes)
     finally:
         for module, training in modes.items():
             module.training = training
     return _from_program(program, asked)
+
+
+_SUGGESTED_BOUND = re.compile(r"^\s*(\w+) = Dim\('\w+',(?: min=(\d+),?)?(?: max=(\d+))?\)$", re.MULTILINE)
+
+
+def _export(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: object
+) -> ExportedProgram:
+    """Export; a dim given by name alone takes the bounds that the model puts on it, such as its longest sequence."""
+    bounds: dict[str, tuple[int, int]] = {}
+    for last_try in (False, True):
+        shapes = _named_dims(dynamic_shapes, {}, bounds)
+        try:
+            with torch.enable_grad():  # under no_grad some modules take a fused inference path
+                return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            for name, low, high in _SUGGESTED_BOUND.findall(str(error)):
+                bounds[name] = (int(low or 1), int(high or LARGEST_DIM))
+            if last_try or not bounds:
+                summary = (str(error).strip() or repr(error)).splitlines()[0]
+                raise CaptureError(
+                    f"torch.export could not capture {type(model).__name__}: {summary}",
+                    remedy="make `torch.export.export(model, example_inputs, strict=False)` work first",
+                ) from error
+    raise AssertionError("the last try returns or raises")
 
 
 def _from_program(program: ExportedProgram, asked: Mapping[tuple[int, int], str]) -> Graph:
@@ -94,25 +113,26 @@ def _from_program(program: ExportedProgram, asked: Mapping[tuple[int, int], str]
 
 def _refuse_untrackable(model: torch.nn.Module) -> None:
     for path, module in model.named_modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.momentum is None:  # noqa: SLF001
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.momentum is None:
             raise CaptureError(
                 f"{path or type(module).__name__}: BatchNorm(momentum=None) averages over a counter that a graph lacks",
                 remedy="set its momentum to a number, such as 0.1",
             )
 
 
-def _named_dims(shapes: object, dims: dict[str, Any]) -> Any:  # noqa: ANN401 (the structure torch.export takes)
-    """`shapes` with each string replaced by one Dim of that name."""
+def _named_dims(shapes: object, dims: dict[str, Any], bounds: Mapping[str, tuple[int, int]]) -> Any:
+    """`shapes` with each string replaced by one Dim of that name, within its bounds where it has any."""
     if isinstance(shapes, str):
-        return dims.setdefault(shapes, Dim(shapes, min=1, max=LARGEST_DIM))
+        low, high = bounds.get(shapes, (1, LARGEST_DIM))
+        return dims.setdefault(shapes, Dim(shapes, min=low, max=high))
     if isinstance(shapes, Mapping):
-        return {key: _named_dims(value, dims) for key, value in shapes.items()}
+        return {key: _named_dims(value, dims, bounds) for key, value in shapes.items()}
     if isinstance(shapes, list | tuple):
-        return type(shapes)(_named_dims(value, dims) for value in shapes)
+        return type(shapes)(_named_dims(value, dims, bounds) for value in shapes)
     return shapes
 
 
-def _leaf_specs(value: Any, spec: Any) -> list[Any]:  # noqa: ANN401 (nested inputs)
+def _leaf_specs(value: Any, spec: Any) -> list[Any]:
     """The dynamic dims of every tensor in a nested input, in order."""
     if isinstance(value, Mapping):
         return [s for k, v in value.items() for s in _leaf_specs(v, spec.get(k) if isinstance(spec, Mapping) else None)]
@@ -192,12 +212,13 @@ def _rename(graph: Graph) -> None:
         path = module_path(node.fx).replace(".", "_")
         operation = ops.op_name(node.fx.target).partition(".")[0].strip("_")
         alone = per_module[module_path(node.fx)] == 1
-        wanted.append(path if path and alone else f"{path}_{operation}" if path else operation)
+        name = path if path and alone else f"{path}_{operation}" if path else operation
+        wanted.append(name if name[0].isalpha() else f"{operation}_{path}")  # layers of a Sequential have numbers
     # a fresh namespace: names that export gave and dropped would otherwise push ours to `relu_1`
-    namespace = fx.graph._Namespace()  # noqa: SLF001
-    graph.module.graph._graph_namespace = namespace  # noqa: SLF001
+    namespace = fx.graph._Namespace()
+    graph.module.graph._graph_namespace = namespace
     chosen = {n.fx: name for n, name in zip(calls, wanted, strict=True)}
     for node in graph.module.graph.nodes:
         name = chosen.get(node, node.name)
-        node.name = namespace.create_name(name if name.isidentifier() else f"m{name}", node)
+        node.name = namespace.create_name(name, node)
     graph.module.recompile()

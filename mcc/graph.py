@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from mcc import ops
 from mcc.errors import MccError
+from mcc.text import graph_text
 
 WEIGHT_WRAPPERS = (ops.MUL, ops.FAKE_QUANTIZE, ops.DEQUANTIZE, ops.DECODE_SPARSE, ops.OPS["mcc.quantize"])
 
@@ -50,7 +51,7 @@ class Node:
         return ops.lookup(self.fx.target) if self.fx.op == "call_function" else None
 
     @property
-    def value(self) -> Any:  # noqa: ANN401 (a fake tensor, a tuple of them, or a symbolic integer)
+    def value(self) -> Any:
         """The fake value: shape, dtype and symbolic dims."""
         return self.fx.meta["val"]
 
@@ -65,12 +66,12 @@ class Node:
         dtype: torch.dtype = self.value.dtype
         return dtype
 
-    def argument(self, position: int, default: object = None) -> Any:  # noqa: ANN401 (whatever the op's schema has)
+    def argument(self, position: int, default: object = None) -> Any:
         """The raw argument at `position`, given by place or by keyword, or `default`."""
         if position < len(self.fx.args):
             return self.fx.args[position]
-        if isinstance(self.fx.target, torch._ops.OpOverload):  # noqa: SLF001 (torch has no public name for it)
-            arguments = self.fx.target._schema.arguments  # noqa: SLF001
+        if isinstance(self.fx.target, torch._ops.OpOverload):
+            arguments = self.fx.target._schema.arguments
             if position < len(arguments):
                 return self.fx.kwargs.get(arguments[position].name, default)
         return default
@@ -102,7 +103,7 @@ class Node:
 
     def rename(self, name: str) -> None:
         """Give the node another name; one that is taken gets a number."""
-        self.fx._rename(name)  # noqa: SLF001 (fx has no public way)
+        self.fx._rename(name)
 
     def take_place_of(self, old: Node) -> None:
         """Be read wherever `old` was, and bear its name if nothing reads it any more."""
@@ -139,7 +140,7 @@ def _has_effect(node: fx.Node) -> bool:
     """Whether a node must stay though nothing reads it; fx would also keep dropout, for its random numbers."""
     if node.op in ("placeholder", "output"):
         return True
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable  # noqa: SLF001
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def weight_root(node: Node | None) -> Node | None:
@@ -202,13 +203,11 @@ class Graph:
         self.dims = dict(dims or {})
         self.schedules = schedules
 
-    def __call__(self, *args: object, **kwargs: object) -> Any:  # noqa: ANN401 (whatever the model returns)
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """Run the graph in PyTorch on inputs of the captured structure."""
         return self.module(*args, **kwargs)
 
     def __str__(self) -> str:
-        from mcc.text import graph_text  # text sits above graph: printing is the one thing a graph asks of it
-
         return graph_text(self)
 
     @property
@@ -228,13 +227,14 @@ class Graph:
 
     @property
     def _output(self) -> fx.Node:
-        return next(n for n in reversed(self.module.graph.nodes) if n.op == "output")
+        output: fx.Node = self.module.graph.output_node()
+        return output
 
     @property
     def signature(self) -> Signature:
         """Names and structure of inputs and outputs."""
         leaves = [n.name for n in self.output_nodes]
-        codegen: Any = self.module.graph._codegen  # noqa: SLF001 (where fx keeps the calling convention)
+        codegen: Any = self.module.graph._codegen
         info = getattr(codegen, "pytree_info", None)
         tree = pytree.tree_unflatten(leaves, info.out_spec) if info is not None else self._output.args[0]
         inputs = tuple(str(n.fx.target) for n in self.inputs if isinstance(n.value, Tensor))
@@ -267,7 +267,7 @@ class Graph:
     def set_tensor(self, name: str, tensor: Tensor) -> None:
         """Create or replace a tensor; it stays a parameter if it was one, and is a buffer otherwise."""
         owner, leaf = self._owner(name)
-        old = owner._parameters.get(leaf)  # noqa: SLF001 (nn.Module has no public test for a direct parameter)
+        old = owner._parameters.get(leaf)
         if old is not None:
             # in place of the Parameter object itself, so that tied names go on sharing it
             old.data = tensor
@@ -359,7 +359,7 @@ class Graph:
 
 def deep_copy(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of a module that shares its calling convention, whose tree specs warn when they are copied."""
-    info = getattr(module.graph._codegen, "pytree_info", None)  # noqa: SLF001
+    info = getattr(module.graph._codegen, "pytree_info", None)
     kept = [] if info is None else [info]
     return copy.deepcopy(module, {id(x): x for x in kept})
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
 from mcc.errors import CaptureError
 from mcc.graph import source_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _A = torch.ops.aten
 _DROP = {
@@ -26,13 +28,13 @@ _SCATTER = {_A.slice.Tensor: _A.slice_scatter.default, _A.select.int: _A.select_
 def plain_module(exported: fx.GraphModule | torch.nn.Module) -> fx.GraphModule:
     """The exported module without its hooks and its train/eval guard, which cannot be copied or pickled."""
     assert isinstance(exported, fx.GraphModule)
-    exported.graph._tracer_cls = None  # noqa: SLF001 (else a copy re-creates export's tracer and fails)
+    exported.graph._tracer_cls = None
     module = fx.GraphModule(exported, exported.graph, class_name="Captured")
     saved = set(exported.state_dict())
     for path, child in module.named_modules():
         # the copy forgets which buffers stay out of state_dict(): strict loading of a checkpoint would fail
-        child._non_persistent_buffers_set = {  # noqa: SLF001
-            name for name in child._buffers if f"{path}.{name}".lstrip(".") not in saved  # noqa: SLF001
+        child._non_persistent_buffers_set = {
+            name for name in child._buffers if f"{path}.{name}".lstrip(".") not in saved
         }
     return module
 
@@ -111,7 +113,7 @@ def _inline_wrappers(module: fx.GraphModule) -> None:
             module.graph.erase_node(reader)
 
 
-def _copy_body(module: fx.GraphModule, body: fx.GraphModule, before: fx.Node, operands: tuple[Any, ...]) -> Any:  # noqa: ANN401
+def _copy_body(module: fx.GraphModule, body: fx.GraphModule, before: fx.Node, operands: tuple[Any, ...]) -> Any:
     inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
     made: dict[fx.Node, Any] = dict(zip(inputs, operands, strict=True))
     returned: Any = ()
@@ -125,7 +127,7 @@ def _copy_body(module: fx.GraphModule, body: fx.GraphModule, before: fx.Node, op
 
 
 def _is_view(node: fx.Node) -> bool:
-    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target.is_view  # noqa: SLF001
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
 
 
 def _make_functional(module: fx.GraphModule) -> None:
@@ -133,7 +135,7 @@ def _make_functional(module: fx.GraphModule) -> None:
     order = {node: i for i, node in enumerate(module.graph.nodes)}
     for node in _calls(module):
         target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:  # noqa: SLF001
+        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
             continue
         written = node.args[0]
         assert isinstance(written, fx.Node)
@@ -148,14 +150,14 @@ def _make_functional(module: fx.GraphModule) -> None:
         if _is_view(written):
             base = written.args[0]
             assert isinstance(base, fx.Node)
-            assert isinstance(written.target, torch._ops.OpOverload)  # noqa: SLF001
+            assert isinstance(written.target, torch._ops.OpOverload)
             with module.graph.inserting_after(node):
                 whole = module.graph.call_function(_SCATTER[written.target], (base, node, *written.args[1:]))
             whole.meta = dict(node.meta) | {"val": base.meta["val"]}
             base.replace_all_uses_with(whole, delete_user_cb=lambda u, w=whole: u is not w and later(u))  # type: ignore[misc]
-        namespace, name = target._schema.name.split("::")  # noqa: SLF001
+        namespace, name = target._schema.name.split("::")
         packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"))
-        node.target = getattr(packet, target._overloadname)  # noqa: SLF001
+        node.target = getattr(packet, target._overloadname)
         written.replace_all_uses_with(node, delete_user_cb=later)
 
 

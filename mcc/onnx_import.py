@@ -38,8 +38,13 @@ def import_onnx(model: str | Path | ModelProto) -> tuple[OnnxModule, tuple[Tenso
         except Exception as error:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise CaptureError(f"cannot read {model} as ONNX: {reason}") from error
-    else:
+    elif isinstance(model, onnx.ModelProto):
         proto = model
+    else:
+        raise CaptureError(
+            f"cannot compile a {type(model).__name__}",
+            remedy="give an nn.Module, a torch.export.ExportedProgram, an mcc.Graph or an ONNX model",
+        )
     module = OnnxModule(proto)
     graph_inputs = [i for i in proto.graph.input if i.name not in module.fixed]
     inputs, dims = [], []
@@ -95,7 +100,7 @@ class OnnxModule(nn.Module):
         self.input_names = [i.name for i in graph.input if i.name not in self.fixed]
         self._outputs = [o.name for o in graph.output]
 
-    def _stored_matrices(self, nodes: Any, arrays: dict[str, NDArray[Any]]) -> set[str]:  # noqa: ANN401
+    def _stored_matrices(self, nodes: Any, arrays: dict[str, NDArray[Any]]) -> set[str]:
         """Stored matrices that only ever stand on the right of a MatMul: kept transposed."""
         right = {n.input[1] for n in nodes if n.op_type == "MatMul" and n.input[1] in arrays}
         other = {name for n in nodes for i, name in enumerate(n.input) if not (n.op_type == "MatMul" and i == 1)}
@@ -120,7 +125,7 @@ class OnnxModule(nn.Module):
             owner.register_buffer(leaf, tensor)
         self.fixed[key] = ".".join([*[p for p in path.split(".") if p], leaf])
 
-    def forward(self, *inputs: Tensor) -> Any:  # noqa: ANN401 (one tensor or a tuple)
+    def forward(self, *inputs: Tensor) -> Any:
         """Run the graph."""
         stored = dict(self.named_parameters()) | dict(self.named_buffers())
         values: dict[str, Any] = {k: stored[v] if isinstance(v, str) else v for k, v in self.fixed.items()}
@@ -155,4 +160,6 @@ def _constant_value(node: NodeProto) -> NDArray[Any]:
             return onnx.numpy_helper.to_array(value)
         if attribute.name in ("value_float", "value_int", "value_floats", "value_ints"):
             return np.array(value, dtype=np.float32 if "float" in attribute.name else np.int64)
-    raise CaptureError(f"ONNX Constant {node.output[0]} holds strings or sparse values", remedy="remove it from the model")
+    raise CaptureError(
+        f"ONNX Constant {node.output[0]} holds strings or sparse values", remedy="remove it from the model"
+    )

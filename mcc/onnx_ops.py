@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (PyTorch's own habit)
+import torch.nn.functional as F
 from torch import Tensor
 
 from mcc.errors import CaptureError
@@ -34,7 +34,7 @@ class Sizes(list[Any]):
         self.scalar = scalar
 
 
-def as_tensor(value: Any) -> Any:  # noqa: ANN401 (a tensor, Sizes, or None)
+def as_tensor(value: Any) -> Any:
     """A `Sizes` as a tensor."""
     if not isinstance(value, Sizes):
         return value
@@ -47,7 +47,7 @@ def as_tensor(value: Any) -> Any:  # noqa: ANN401 (a tensor, Sizes, or None)
     return made.reshape(()) if value.scalar else made
 
 
-def _ints(value: Any) -> list[Any]:  # noqa: ANN401
+def _ints(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Sizes | list | tuple) else value.tolist()
 
 
@@ -60,7 +60,7 @@ def _plain(function: Operator) -> Operator:
 
 
 def _folded(function: Operator) -> Operator:
-    def rule(attributes: Attributes, first: Any, *rest: Any) -> Tensor:  # noqa: ANN401, ARG001
+    def rule(attributes: Attributes, first: Any, *rest: Any) -> Tensor:
         result: Tensor = as_tensor(first)
         for other in rest:
             result = function(result, as_tensor(other))
@@ -70,7 +70,7 @@ def _folded(function: Operator) -> Operator:
 
 
 def _arithmetic(on_sizes: Operator, on_tensors: Operator) -> Operator:
-    def rule(attributes: Attributes, a: Any, b: Any) -> Any:  # noqa: ANN401, ARG001
+    def rule(attributes: Attributes, a: Any, b: Any) -> Any:
         if isinstance(a, Sizes) and isinstance(b, Sizes):
             count = max(len(a), len(b))
             left, right = (list(v) * count if len(v) == 1 else list(v) for v in (a, b))
@@ -85,7 +85,7 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
     return torch.div(a, b) if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
 
 
-def _cast(attributes: Attributes, x: Any) -> Any:  # noqa: ANN401
+def _cast(attributes: Attributes, x: Any) -> Any:
     kind = _DTYPES.get(attributes["to"])
     if kind is None:
         raise _refuse(f"Cast to type {attributes['to']}")
@@ -98,13 +98,13 @@ def _shape(attributes: Attributes, x: Tensor) -> Sizes:
     return Sizes(list(x.shape)[attributes.get("start", 0) : attributes.get("end")])
 
 
-def _concat(attributes: Attributes, *inputs: Any) -> Any:  # noqa: ANN401
+def _concat(attributes: Attributes, *inputs: Any) -> Any:
     if all(isinstance(x, Sizes) for x in inputs):
         return Sizes([s for x in inputs for s in x])
     return torch.cat([as_tensor(x) for x in inputs], attributes["axis"])
 
 
-def _gather(attributes: Attributes, x: Any, indices: Any) -> Any:  # noqa: ANN401
+def _gather(attributes: Attributes, x: Any, indices: Any) -> Any:
     if isinstance(x, Sizes) and isinstance(indices, Sizes):
         return Sizes([x[i] for i in indices], scalar=indices.scalar)
     x = as_tensor(x)
@@ -118,7 +118,7 @@ def _gather(attributes: Attributes, x: Any, indices: Any) -> Any:  # noqa: ANN40
     return x[(slice(None),) * axis + (wrapped,)]
 
 
-def _slice(attributes: Attributes, x: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> Any:  # noqa: ANN401, ARG001
+def _slice(attributes: Attributes, x: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> Any:
     first, last = _ints(starts), _ints(ends)
     dims = _ints(axes) if axes is not None else list(range(len(first)))
     strides = _ints(steps) if steps is not None else [1] * len(first)
@@ -133,13 +133,13 @@ def _slice(attributes: Attributes, x: Any, starts: Any, ends: Any, axes: Any = N
     return x
 
 
-def _squeeze(attributes: Attributes, x: Any, axes: Any = None) -> Any:  # noqa: ANN401, ARG001
+def _squeeze(attributes: Attributes, x: Any, axes: Any = None) -> Any:
     if isinstance(x, Sizes):
         return Sizes(x, scalar=True)
     return x.squeeze(tuple(_ints(axes))) if axes is not None else x.squeeze()
 
 
-def _unsqueeze(attributes: Attributes, x: Any, axes: Any) -> Any:  # noqa: ANN401, ARG001
+def _unsqueeze(attributes: Attributes, x: Any, axes: Any) -> Any:
     if isinstance(x, Sizes) and x.scalar:
         return Sizes(x)
     x = as_tensor(x)
@@ -148,7 +148,7 @@ def _unsqueeze(attributes: Attributes, x: Any, axes: Any) -> Any:  # noqa: ANN40
     return x
 
 
-def _reshape(attributes: Attributes, x: Any, shape: Any) -> Any:  # noqa: ANN401
+def _reshape(attributes: Attributes, x: Any, shape: Any) -> Any:
     sizes = _ints(shape)
     if isinstance(x, Sizes) and len(sizes) == 1:
         return Sizes(x)
@@ -162,7 +162,7 @@ def _flatten(attributes: Attributes, x: Tensor) -> Tensor:
     return x.flatten(1) if axis == 1 else x.reshape(math.prod(x.shape[:axis]), -1)
 
 
-def _expand(attributes: Attributes, x: Any, shape: Any) -> Tensor:  # noqa: ANN401, ARG001
+def _expand(attributes: Attributes, x: Any, shape: Any) -> Tensor:
     x, sizes = as_tensor(x), _ints(shape)
     sizes = [1] * (x.dim() - len(sizes)) + sizes
     new = len(sizes) - x.dim()
@@ -178,7 +178,7 @@ def _gemm(attributes: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None
     weight = weight if attributes.get("transB") else weight.t()
     if alpha == 1 and beta == 1 and (bias is None or (bias.dim() == 1 and bias.shape[0] == weight.shape[0])):
         return F.linear(x, weight, bias)
-    product = alpha * F.linear(x, weight)
+    product: Tensor = alpha * F.linear(x, weight)
     return product if bias is None else product + beta * bias
 
 
@@ -189,7 +189,13 @@ def _window(attributes: Attributes, x: Tensor, kernel: Sequence[int]) -> tuple[l
     pads, auto = attributes.get("pads", [0] * 2 * dims), attributes.get("auto_pad", b"NOTSET")
     if auto in (b"SAME_UPPER", b"SAME_LOWER"):
         total = [
-            max((-(-x.shape[i + 2] // strides[i]) - 1) * strides[i] + (kernel[i] - 1) * dilations[i] + 1 - x.shape[i + 2], 0)
+            max(
+                (-(-x.shape[i + 2] // strides[i]) - 1) * strides[i]
+                + (kernel[i] - 1) * dilations[i]
+                + 1
+                - x.shape[i + 2],
+                0,
+            )
             for i in range(dims)
         ]
         less = [t // 2 for t in total]
@@ -217,7 +223,12 @@ def _conv(attributes: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None
 def _conv_transpose(attributes: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dims = x.dim() - 2
     strides, dilations, pads = _window(attributes, x, weight.shape[2:])
-    if dims != 2 or "output_shape" in attributes or attributes.get("auto_pad", b"NOTSET") != b"NOTSET" or pads[:2] != pads[2:]:
+    if (
+        dims != 2
+        or "output_shape" in attributes
+        or attributes.get("auto_pad", b"NOTSET") != b"NOTSET"
+        or pads[:2] != pads[2:]
+    ):
         raise _refuse("ConvTranspose with output_shape, auto_pad, uneven pads or other than two dims")
     extra = attributes.get("output_padding", [0] * dims)
     return F.conv_transpose2d(x, weight, bias, strides, pads[:2], extra, attributes.get("group", 1), dilations)
@@ -243,7 +254,7 @@ def _average_pool(attributes: Attributes, x: Tensor) -> Tensor:
     return function(x, kernel, strides, even, bool(attributes.get("ceil_mode")), counted)
 
 
-def _pad(attributes: Attributes, x: Tensor, pads: Any, value: Any = None, axes: Any = None) -> Tensor:  # noqa: ANN401
+def _pad(attributes: Attributes, x: Tensor, pads: Any, value: Any = None, axes: Any = None) -> Tensor:
     amounts = _ints(pads)
     dims = [a % x.dim() for a in _ints(axes)] if axes is not None else list(range(x.dim()))
     by_dim = {d: (amounts[i], amounts[i + len(dims)]) for i, d in enumerate(dims)}
@@ -256,20 +267,24 @@ def _pad(attributes: Attributes, x: Tensor, pads: Any, value: Any = None, axes: 
     return F.pad(x, flat, {"edge": "replicate", "reflect": "reflect", "wrap": "circular"}[mode])
 
 
-def _resize(attributes: Attributes, x: Tensor, roi: Any = None, scales: Any = None, sizes: Any = None) -> Tensor:  # noqa: ANN401, ARG001
+def _resize(attributes: Attributes, x: Tensor, roi: Any = None, scales: Any = None, sizes: Any = None) -> Tensor:
     mode = attributes.get("mode", b"nearest").decode()
     transform = attributes.get("coordinate_transformation_mode", b"half_pixel").decode()
     exact_nearest = (transform, attributes.get("nearest_mode")) == ("asymmetric", b"floor")
     if x.dim() != 4 or mode not in ("nearest", "linear") or (mode == "nearest" and not exact_nearest):
         raise _refuse(f"Resize {mode} with {transform}")
-    options = {"mode": "nearest"} if mode == "nearest" else {"mode": "bilinear", "align_corners": transform == "align_corners"}
+    options = (
+        {"mode": "nearest"}
+        if mode == "nearest"
+        else {"mode": "bilinear", "align_corners": transform == "align_corners"}
+    )
     if sizes:
         return F.interpolate(x, size=_ints(sizes)[2:], **options)
     return F.interpolate(x, scale_factor=list(scales)[2:], recompute_scale_factor=False, **options)
 
 
 def _reduction(function: Operator) -> Operator:
-    def rule(attributes: Attributes, x: Any, axes: Any = None) -> Tensor:  # noqa: ANN401
+    def rule(attributes: Attributes, x: Any, axes: Any = None) -> Tensor:
         x = as_tensor(x)
         dims = _ints(axes) if axes is not None else attributes.get("axes", [])
         dims = dims or list(range(x.dim()))
@@ -299,34 +314,35 @@ def _dequantize(attributes: Attributes, codes: Tensor, scale: Tensor, zero_point
     values = codes.to(scale.dtype)
     if zero_point is not None:
         values = values - _along(zero_point, codes, attributes).to(scale.dtype)
-    return values * _along(scale, codes, attributes)
+    dequantized: Tensor = values * _along(scale, codes, attributes)
+    return dequantized
 
 
-def _split(attributes: Attributes, x: Tensor, sizes: Any = None) -> Any:  # noqa: ANN401
+def _split(attributes: Attributes, x: Tensor, sizes: Any = None) -> Any:
     axis = attributes.get("axis", 0)
     if sizes is not None:
-        return x.split(_ints(sizes), axis)
-    return x.split(-(-x.shape[axis] // attributes.get("num_outputs", attributes["outputs"])), axis)
+        return torch.split(x, _ints(sizes), axis)
+    return torch.split(x, -(-x.shape[axis] // attributes.get("num_outputs", attributes["outputs"])), axis)
 
 
-def _clip(attributes: Attributes, x: Tensor, low: Any = None, high: Any = None) -> Tensor:  # noqa: ANN401
+def _clip(attributes: Attributes, x: Tensor, low: Any = None, high: Any = None) -> Tensor:
     low, high = (v[0] if isinstance(v, Sizes) else v for v in (low, high))
     low, high = (attributes.get(key) if v is None else v for key, v in (("min", low), ("max", high)))
     return x if low is None and high is None else torch.clamp(x, low, high)
 
 
-def _range(attributes: Attributes, start: Any, end: Any, step: Any) -> Tensor:  # noqa: ANN401, ARG001
+def _range(attributes: Attributes, start: Any, end: Any, step: Any) -> Tensor:
     first, last, stride = (v[0] if isinstance(v, Sizes) else v.item() for v in (start, end, step))
     return torch.arange(first, last, stride)
 
 
-def _constant_of_shape(attributes: Attributes, shape: Any) -> Tensor:  # noqa: ANN401
+def _constant_of_shape(attributes: Attributes, shape: Any) -> Tensor:
     value = attributes.get("value")
     filled = torch.zeros(1) if value is None else torch.from_numpy(value.copy())
     return torch.full(_ints(shape), filled.item(), dtype=filled.dtype)
 
 
-def _top_k(attributes: Attributes, x: Tensor, count: Any) -> Any:  # noqa: ANN401
+def _top_k(attributes: Attributes, x: Tensor, count: Any) -> Any:
     return torch.topk(x, _ints(count)[0], attributes.get("axis", -1), bool(attributes.get("largest", 1)))
 
 
@@ -340,7 +356,8 @@ _POINTWISE: dict[str, Operator] = {
     "IsNaN": torch.isnan, "Log": torch.log, "Neg": torch.neg, "Not": torch.logical_not, "Reciprocal": torch.reciprocal,
     "Relu": torch.relu, "Round": torch.round, "Sigmoid": torch.sigmoid, "Sign": torch.sign, "Sin": torch.sin,
     "Softplus": F.softplus, "Sqrt": torch.sqrt, "Tanh": torch.tanh, "HardSwish": F.hardswish, "Mish": F.mish,
-    "And": torch.logical_and, "Or": torch.logical_or, "Equal": torch.eq, "Greater": torch.gt, "GreaterOrEqual": torch.ge,
+    "And": torch.logical_and, "Or": torch.logical_or, "Equal": torch.eq, "Greater": torch.gt,
+    "GreaterOrEqual": torch.ge,
     "Less": torch.lt, "LessOrEqual": torch.le, "MatMul": torch.matmul, "Where": torch.where,
     "PRelu": lambda x, slope: torch.where(x < 0, x * slope, x), "Pow": lambda x, y: torch.pow(x, y).to(x.dtype),
 }  # fmt: skip
@@ -354,22 +371,27 @@ ONNX_OPS: dict[str, Operator] = {
     "Identity": lambda a, x: x, "Dropout": lambda a, x, *rest: F.dropout(x, 0.5, False),
     "Cast": _cast, "Shape": _shape, "Concat": _concat, "Gather": _gather, "Slice": _slice, "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze, "Reshape": _reshape, "Flatten": _flatten, "Expand": _expand, "Gemm": _gemm, "Conv": _conv,
-    "ConvTranspose": _conv_transpose, "MaxPool": _max_pool, "AveragePool": _average_pool, "Pad": _pad, "Resize": _resize,
-    "GlobalAveragePool": lambda a, x: F.adaptive_avg_pool2d(x, 1) if x.dim() == 4 else x.mean(tuple(range(2, x.dim())), True),
+    "ConvTranspose": _conv_transpose, "MaxPool": _max_pool, "AveragePool": _average_pool, "Pad": _pad,
+    "Resize": _resize,
+    "GlobalAveragePool": lambda a, x: F.adaptive_avg_pool2d(x, 1) if x.dim() == 4 else x.mean(tuple(range(2,
+    x.dim())), True),
     "GlobalMaxPool": lambda a, x: x.amax(list(range(2, x.dim())), True),
     "ReduceSum": _reduction(lambda x, d, k: x.sum(d, k)), "ReduceMean": _reduction(lambda x, d, k: x.mean(d, k)),
     "ReduceMax": _reduction(lambda x, d, k: x.amax(d, k)), "ReduceMin": _reduction(lambda x, d, k: x.amin(d, k)),
     "ReduceL2": _reduction(lambda x, d, k: x.square().sum(d, k).sqrt()),
     "Transpose": lambda a, x: x.permute(a.get("perm", list(range(x.dim()))[::-1])),
     "Tile": lambda a, x, counts: x.repeat(_ints(counts)), "ConstantOfShape": _constant_of_shape, "Range": _range,
-    "Softmax": lambda a, x: F.softmax(x, a.get("axis", -1)), "LogSoftmax": lambda a, x: F.log_softmax(x, a.get("axis", -1)),
+    "Softmax": lambda a, x: F.softmax(x, a.get("axis", -1)), "LogSoftmax": lambda a, x: F.log_softmax(x, a.get("axis",
+    -1)),
     "Elu": lambda a, x: F.elu(x, a.get("alpha", 1.0)), "LeakyRelu": lambda a, x: F.leaky_relu(x, a.get("alpha", 0.01)),
     "HardSigmoid": lambda a, x: (a.get("alpha", 0.2) * x + a.get("beta", 0.5)).clamp(0, 1),
     "Gelu": lambda a, x: F.gelu(x, approximate=a.get("approximate", b"none").decode()),
     "Clip": _clip, "Split": _split, "TopK": _top_k, "CumSum": lambda a, x, d: torch.cumsum(x, int(_ints(d)[0])),
-    "Trilu": lambda a, x, k=None: (torch.triu if a.get("upper", 1) else torch.tril)(x, 0 if k is None else int(_ints(k)[0])),
+    "Trilu": lambda a, x, k=None: (torch.triu if a.get("upper", 1) else torch.tril)(x,
+    0 if k is None else int(_ints(k)[0])),
     "ArgMax": lambda a, x: torch.argmax(x, a.get("axis", 0), bool(a.get("keepdims", 1))),
-    "GatherElements": lambda a, x, i: torch.gather(x, a.get("axis", 0), torch.where(i < 0, i + x.shape[a.get("axis", 0)], i)),
+    "GatherElements": lambda a, x, i: torch.gather(x, a.get("axis", 0), torch.where(i < 0, i + x.shape[a.get("axis",
+    0)], i)),
     "LayerNormalization": _layer_norm,
     "BatchNormalization": lambda a, x, w, b, m, v: F.batch_norm(x, m, v, w, b, False, 0.1, a.get("epsilon", 1e-5)),
     "GroupNormalization": lambda a, x, w, b: F.group_norm(x, a["num_groups"], w, b, a.get("epsilon", 1e-5)),
@@ -378,7 +400,8 @@ ONNX_OPS: dict[str, Operator] = {
 }  # fmt: skip
 
 STATIC_INPUTS: dict[str, tuple[int, ...]] = {
-    "Resize": (1, 2, 3), "Pad": (1, 2, 3), "Clip": (1, 2), "Range": (0, 1, 2), "CumSum": (1,), "Trilu": (1,), "TopK": (1,),
+    "Resize": (1, 2, 3), "Pad": (1, 2, 3), "Clip": (1, 2), "Range": (0, 1, 2), "CumSum": (1,), "Trilu": (1,),
+    "TopK": (1,),
     "Dropout": (1, 2),
 }  # fmt: skip
 """Inputs that must be Python numbers while the graph is traced."""

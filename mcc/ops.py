@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import fx
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Family = Literal[
     "weights", "contraction", "norm", "pointwise", "reduction", "along", "window",
@@ -32,7 +34,7 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(extent(s) for s in node.meta["val"].shape)
 
 
-def _no_macs(node: fx.Node) -> int:  # noqa: ARG001 (one signature for every row)
+def _no_macs(_node: fx.Node) -> int:
     return 0
 
 
@@ -151,9 +153,9 @@ _TABLE = (
     # dims pass through, equal dims of several inputs are tied
     *_rows(
         "pointwise",
-        "relu relu6 gelu silu mish neg abs exp log log1p sqrt rsqrt reciprocal sin cos tanh sigmoid hardsigmoid hardswish "
-        "hardtanh leaky_relu elu selu celu softplus log_sigmoid erf sign ceil floor round square clamp clamp_min "
-        "clamp_max pow.Tensor_Scalar pow.Scalar pow.Tensor_Tensor bitwise_not logical_not isnan "
+        "relu relu6 gelu silu mish neg abs exp log log1p sqrt rsqrt reciprocal sin cos tanh sigmoid hardsigmoid "
+        "hardswish hardtanh leaky_relu elu selu celu softplus log_sigmoid erf sign ceil floor round square clamp "
+        "clamp_min clamp_max pow.Tensor_Scalar pow.Scalar pow.Tensor_Tensor bitwise_not logical_not isnan "
         "sub.Tensor rsub.Scalar div.Tensor div.Tensor_mode floor_divide remainder.Scalar remainder.Tensor "
         "masked_fill.Scalar where.self where.ScalarOther where.ScalarSelf prelu "
         "le.Tensor le.Scalar lt.Tensor lt.Scalar ge.Tensor ge.Scalar gt.Tensor gt.Scalar eq.Scalar ne.Scalar",
@@ -209,7 +211,7 @@ DEQUANTIZE, DECODE_SPARSE = OPS["mcc.dequantize"], OPS["mcc.decode_sparse"]
 def op_name(target: object) -> str:
     """The table's name for what a graph node calls, whether or not the table has it."""
     if target in _PYTHON_NAMES:
-        return _PYTHON_NAMES[target]  # type: ignore[index]  # the membership test above says it is one
+        return _PYTHON_NAMES[target]
     return str(target).removeprefix("aten.").removesuffix(".default")
 
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mcc.cost import graph_size
-from mcc.data import Data
 from mcc.errors import DataError, MccError, PassError
-from mcc.graph import Graph
 from mcc.report import PassRow
 from mcc.rewrite import Context, Pass
-from mcc.target import Target
 from mcc.verify import sample_inputs, verify_pass
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from rich.progress import Progress
+
+    from mcc.data import Data
+    from mcc.graph import Graph
+    from mcc.target import Target
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Self
 
 
@@ -106,8 +106,8 @@ class Report:
 
     def reproducible(self) -> Self:
         """The report without what differs between two equal compilations: times."""
-        rows = (PassRow(**(vars(row) | {"seconds": 0.0, "latency_ms": None})) for row in self.passes)
-        return type(self)(tuple(rows), self.layers)
+        rows = tuple(replace(row, seconds=0.0, latency_ms=None) for row in self.passes)
+        return type(self)(rows, self.layers)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -119,30 +119,53 @@ class Report:
         data = json.loads(text)
         passes = tuple(
             PassRow(
-                **(row | {
-                    "declined": tuple(Declined(**d) for d in row["declined"]),
-                    "size": Size(**row["size"]),
-                    "notes": tuple(row["notes"]),
-                })
+                **(
+                    row
+                    | {
+                        "declined": tuple(Declined(**d) for d in row["declined"]),
+                        "size": Size(**row["size"]),
+                        "notes": tuple(row["notes"]),
+                    }
+                )
             )
             for row in data["passes"]
         )
         return cls(passes, tuple(LayerRow(**row) for row in data["layers"]))
 
     def __str__(self) -> str:
-        return _table_text(
-            ("pass", "edits", "declined", "parameters", "stored bytes", "MACs", "largest error", "metric", "latency ms", "s"),
-            [
+        return (
+            _table_text(
                 (
-                    row.text, str(row.edits), str(len(row.declined)), f"{row.size.parameters:,}",
-                    f"{row.size.stored_bytes:,}", f"{row.size.macs:,}", _number(row.largest_error, ".1e"),
-                    _number(row.metric, ".4g"), _number(row.latency_ms, ".3f"), f"{row.seconds:.1f}",
-                )
-                for row in self.passes
-            ],
-        ) + "".join(
-            f"{row.text}: not taken: {d.layer}: {d.reason}\n" for row in self.passes for d in row.declined
-        ) + "".join(f"{row.text}: {note}\n" for row in self.passes for note in row.notes)
+                    "pass",
+                    "edits",
+                    "declined",
+                    "parameters",
+                    "stored bytes",
+                    "MACs",
+                    "largest error",
+                    "metric",
+                    "latency ms",
+                    "s",
+                ),
+                [
+                    (
+                        row.text,
+                        str(row.edits),
+                        str(len(row.declined)),
+                        f"{row.size.parameters:,}",
+                        f"{row.size.stored_bytes:,}",
+                        f"{row.size.macs:,}",
+                        _number(row.largest_error, ".1e"),
+                        _number(row.metric, ".4g"),
+                        _number(row.latency_ms, ".3f"),
+                        f"{row.seconds:.1f}",
+                    )
+                    for row in self.passes
+                ],
+            )
+            + "".join(f"{row.text}: not taken: {d.layer}: {d.reason}\n" for row in self.passes for d in row.declined)
+            + "".join(f"{row.text}: {note}\n" for row in self.passes for note in row.notes)
+        )
 
     def layers_text(self) -> str:
         """The per-layer rows as a table."""

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils import _pytree as pytree
 
 from mcc import ops
-from mcc.data import Data
 from mcc.errors import PassError
 from mcc.graph import Graph, Node
 from mcc.report import Declined
 from mcc.spec import full_text, kebab_case, pass_text
-from mcc.target import Target
 from mcc.text import located_text
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from rich.progress import Progress
+
+    from mcc.data import Data
+    from mcc.target import Target
 
 
 @dataclass(frozen=True)
@@ -124,11 +127,11 @@ class Pass:
 class Match:
     """A place a rewrite takes: the node and whatever facts `match` found, as attributes."""
 
-    def __init__(self, node: Node, **facts: Any) -> None:  # noqa: ANN401 (facts are the rewrite's own)
+    def __init__(self, node: Node, **facts: Any) -> None:
         self.node = node
         self._facts = facts
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in self._facts:
             raise AttributeError(name)
         return self._facts[name]
@@ -161,10 +164,10 @@ class Rewriter:
 
     def call(self, op: ops.Op, *args: object, **kwargs: object) -> Node:
         """Add a call; `Node` arguments are read, `str` never stands for a parameter (use `read`)."""
-        plain = fx.node.map_aggregate(args, _unwrap)
-        named = fx.node.map_aggregate(kwargs, _unwrap)
+        plain: Any = pytree.tree_map(_unwrap, args)
+        named: Any = pytree.tree_map(_unwrap, kwargs)
         with self.graph.module.graph.inserting_before(self.place.fx):
-            made = self.graph.module.graph.call_function(op.target, plain, named)  # type: ignore[arg-type]
+            made = self.graph.module.graph.call_function(op.target, plain, named)
         made.meta = {k: v for k, v in self.place.fx.meta.items() if k in ("nn_module_stack", "stack_trace")}
         propagator = FakeTensorProp(self.graph.module, self.graph.fake_mode)
         propagator.env = {n: n.meta["val"] for n in made.all_input_nodes}
@@ -194,7 +197,7 @@ class Rewriter:
         return Node(result, self.graph)
 
 
-def _unwrap(argument: Any) -> Any:  # noqa: ANN401
+def _unwrap(argument: Any) -> Any:
     return argument.fx if isinstance(argument, Node) else argument
 
 
@@ -233,7 +236,7 @@ class Rewrite(Pass):
         literals = {n: v for n, v in bound.items() if not isinstance(v, fx.Node)}
         replacement = type(self).__dict__["replacement"]
 
-        def body(*tensors: Tensor) -> Any:  # noqa: ANN401
+        def body(*tensors: Tensor) -> Any:
             return replacement(self, **dict(zip(names, tensors, strict=True)), **literals)
 
         return rewriter.insert(body, *(Node(bound[n], rewriter.graph) for n in names))
@@ -241,7 +244,7 @@ class Rewrite(Pass):
     def run(self, graph: Graph, context: Context) -> Graph:
         """Visit every node once, in order; what a rewrite makes is not visited again."""
         for node in graph.nodes:
-            if node.fx._erased:  # noqa: SLF001 (fx keeps no public flag)
+            if node.fx._erased:
                 continue
             decision = self.match(node)
             if isinstance(decision, Reject):
@@ -266,7 +269,10 @@ def _traced_pattern(kind: type[Rewrite]) -> tuple[fx.Node, list[str]]:
     names = list(inspect.signature(function).parameters)[1:]
     traced = fx.Tracer().trace(function)
     for node in traced.nodes:
-        if node.op == "call_function" and ops.lookup(node.target) is None or node.op in ("call_method", "call_module"):
+        if (node.op == "call_function" and ops.lookup(node.target) is None) or node.op in (
+            "call_method",
+            "call_module",
+        ):
             raise PassError(
                 f"{kind.pass_name()}: the pattern calls {node.target}, which is not an op of the table",
                 remedy="write patterns in ATen ops, such as torch.ops.aten.relu.default(x)",
@@ -283,7 +289,7 @@ def _operand_orders(pattern: fx.Node, args: tuple[Any, ...]) -> Iterator[tuple[A
         yield (args[1], args[0], *args[2:])
 
 
-def _bind(pattern: Any, found: Any, bound: dict[str, Any], inner: list[fx.Node]) -> bool:  # noqa: ANN401
+def _bind(pattern: Any, found: Any, bound: dict[str, Any], inner: list[fx.Node]) -> bool:
     """Bind the pattern's parameters to what stands at `found`; `bound` and `inner` change only on success."""
     if isinstance(pattern, fx.Node) and pattern.op == "placeholder":
         name = str(pattern.target)

@@ -13,19 +13,22 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mcc.artifact import ALIGNMENT, Contents, Manifest, TensorSpec, read_artifact, write_artifact
 from mcc.errors import ArtifactError, TargetError
 from mcc.report import Report
 from mcc.target import host_features
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from numpy.typing import NDArray
 
 _CPU, _POOLED_ALLOCATOR = 1, 2
 _SHARE_LISTED_CORES = -3
@@ -66,7 +69,7 @@ class _Check:
 
 
 @cache
-def _tvm_ffi() -> Any:  # noqa: ANN401 (an untyped module)
+def _tvm_ffi() -> Any:
     """The tvm_ffi module with TVM's runtime library behind it.
 
     tvm_ffi imports torch where it is installed (231 MB instead of 45); hiding it for the moment of import avoids that.
@@ -100,7 +103,7 @@ class _Threads:
     def __init__(self) -> None:
         ffi, library = _tvm_ffi()
         self._configure = ffi.get_global_func("runtime.config_threadpool")
-        self._limit = library._ZN3tvm7runtime9threading17SetMaxConcurrencyEi  # noqa: SLF001 (C++ `SetMaxConcurrency`)
+        self._limit = library._ZN3tvm7runtime9threading17SetMaxConcurrencyEi
         self._limit.argtypes, self._limit.restype = [ctypes.c_int], None
         self._array = ffi.Array
         self._caller = threading.local()
@@ -179,7 +182,9 @@ class Artifact:
         self._ffi, _ = _tvm_ffi()
         self._pool = _threads()
         self._run = self._load_library()
-        self._weights = self._ffi.Array([self._ffi.from_dlpack(_aligned(contents.weights[n])) for n in manifest.weights])
+        self._weights = self._ffi.Array(
+            [self._ffi.from_dlpack(_aligned(contents.weights[n])) for n in manifest.weights]
+        )
         self._inputs = manifest.inputs
         self._checks = tuple(_Check.of(s) for s in manifest.inputs)
         self._input_names = {s.name: i for i, s in enumerate(manifest.inputs)}
@@ -200,7 +205,7 @@ class Artifact:
                 file.write(self._contents.library)
             module = self._ffi.load_module(path)["vm_load_executable"]()
         finally:
-            os.unlink(path)  # noqa: PTH108 (the mapping outlives the name)
+            os.unlink(path)
         module["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
         run: Callable[..., Any] = module["main"]
         return run
@@ -236,7 +241,7 @@ class Artifact:
         weights = sum(w.nbytes for w in self._contents.weights.values())
         return Memory(weights, len(self._contents.library))
 
-    def with_manifest(self, **changes: Any) -> Artifact:  # noqa: ANN401 (fields of Manifest)
+    def with_manifest(self, **changes: Any) -> Artifact:
         """The same library and weights under a manifest with other entries."""
         contents = replace(self._contents, manifest=replace(self._contents.manifest, **changes))
         changed = copy.copy(self)
@@ -251,7 +256,7 @@ class Artifact:
         """
         write_artifact(path, self._contents)
 
-    def __call__(self, *args: Any, **named: Any) -> Any:  # noqa: ANN401 (tensors of numpy or torch, as the model takes)
+    def __call__(self, *args: Any, **named: Any) -> Any:
         """Run the model; inputs by position or by name, numpy or torch; outputs are of the inputs' kind.
 
         Raises:
@@ -285,7 +290,7 @@ class Artifact:
             return output if foreign is None else foreign(output)
         return self._structured(result, foreign)
 
-    def _structured(self, result: Any, foreign: Callable[[Any], Any] | None) -> Any:  # noqa: ANN401
+    def _structured(self, result: Any, foreign: Callable[[Any], Any] | None) -> Any:
         values = [result[i] for i in range(len(self.outputs))] if len(self.outputs) != 1 else [result]
         named = {}
         for spec, value in zip(self.outputs, values, strict=True):
@@ -311,7 +316,7 @@ class Artifact:
             )
         return slots
 
-    def _refusal(self, values: Any, cause: Exception | None = None) -> ArtifactError:  # noqa: ANN401
+    def _refusal(self, values: Any, cause: Exception | None = None) -> ArtifactError:
         """The error for inputs the library did not take."""
         dims: dict[str, int] = {}
         for spec, value in zip(self._inputs, values, strict=False):
@@ -319,7 +324,9 @@ class Artifact:
             wanted = f"{spec.dtype}[{', '.join(map(str, spec.shape))}]"
             given = f"{dtype}[{', '.join(map(str, shape))}]"
             fits = len(shape) == len(spec.shape) and all(
-                size == dims.setdefault(dim, size) if isinstance(dim, str) and dim.isidentifier() else size == dim or isinstance(dim, str)
+                size == dims.setdefault(dim, size)
+                if isinstance(dim, str) and dim.isidentifier()
+                else size == dim or isinstance(dim, str)
                 for size, dim in zip(shape, spec.shape, strict=True)
             )
             if dtype != spec.dtype or not fits:
@@ -332,7 +339,7 @@ class Artifact:
         return f"Artifact({takes}; {self.target}; passes {self.passes or 'none'})"
 
 
-def _as_numpy(value: Any, foreign: Callable[[Any], Any] | None) -> tuple[NDArray[Any], Callable[[Any], Any] | None]:  # noqa: ANN401
+def _as_numpy(value: Any, foreign: Callable[[Any], Any] | None) -> tuple[NDArray[Any], Callable[[Any], Any] | None]:
     """A tensor of another library as numpy, and that library's `from_dlpack`; a scalar or list as numpy."""
     if not hasattr(value, "__dlpack__") or isinstance(value, np.generic):
         return np.asarray(value), foreign
@@ -341,7 +348,7 @@ def _as_numpy(value: Any, foreign: Callable[[Any], Any] | None) -> tuple[NDArray
     return np.from_dlpack(plain), library.from_dlpack
 
 
-def _leaves(values: Any) -> Iterator[Any]:  # noqa: ANN401
+def _leaves(values: Any) -> Iterator[Any]:
     for value in values.values() if isinstance(values, dict) else values:
         if isinstance(value, dict | list | tuple):
             yield from _leaves(value)
@@ -349,7 +356,7 @@ def _leaves(values: Any) -> Iterator[Any]:  # noqa: ANN401
             yield value
 
 
-def _unpack_tree(tree: Any, named: Mapping[str, Any]) -> Any:  # noqa: ANN401
+def _unpack_tree(tree: Any, named: Mapping[str, Any]) -> Any:
     """The structure `mcc.artifact.pack_tree` packed, names replaced by values."""
     if isinstance(tree, str):
         return named[tree]

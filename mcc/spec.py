@@ -12,16 +12,17 @@ import difflib
 import io
 import re
 import tokenize
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mcc.errors import SpecError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     from _typeshed import DataclassInstance
 
-    PassType = TypeVar("PassType", bound=DataclassInstance)
+PassType = TypeVar("PassType")
 
 _NAME = re.compile(r"\s*([a-z][a-z0-9]*(?:-[a-z0-9]+)*)\s*")
 
@@ -114,12 +115,10 @@ def build_pass(name: str, options: Mapping[str, object], known: Mapping[str, typ
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise SpecError(f"unknown pass {name!r}", remedy=f"{hint}known passes: {', '.join(sorted(known))}")
-    fields = {f.name: f for f in dataclasses.fields(known[name])}
+    fields = {f.name: f for f in dataclasses.fields(known[name])}  # type: ignore[arg-type]  # passes are dataclasses
     for option, value in options.items():
         if option not in fields:
-            raise SpecError(
-                f"{name} has no option {option!r}", remedy=f"its options: {', '.join(fields) or 'none'}"
-            )
+            raise SpecError(f"{name} has no option {option!r}", remedy=f"its options: {', '.join(fields) or 'none'}")
         default = _default(fields[option])
         if isinstance(default, int | float | str) and not _fits(value, default):
             raise SpecError(

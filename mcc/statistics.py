@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, fx
 
 from mcc.errors import DataError
-from mcc.graph import Graph
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from mcc.data import Batch
+    from mcc.graph import Graph
 
 Observer = Literal["min-max", "percentile-99.9", "percentile-99.99", "percentile-99.999", "mse"]
 OBSERVERS: tuple[Observer, ...] = ("min-max", "percentile-99.9", "percentile-99.99", "percentile-99.999", "mse")
@@ -132,7 +133,8 @@ def observe(graph: Graph, names: Iterable[str], batches: Iterable[Batch | Tensor
             except (RuntimeError, TypeError) as error:
                 shapes = ", ".join(str(list(t.shape)) for t in inputs if isinstance(t, Tensor))
                 raise DataError(
-                    f"calibration batch {count} with inputs {shapes} does not fit the graph: {str(error).splitlines()[0]}",
+                    f"calibration batch {count} with inputs {shapes} does not fit the graph: "
+                    f"{str(error).splitlines()[0]}",
                     remedy="give each batch as a tuple of the model's inputs",
                 ) from error
             count += 1

@@ -10,17 +10,22 @@ default value are left out; a list of equal integers is written as one of them.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import sympy
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mcc import ops
-from mcc.graph import Graph, Node
+
+if TYPE_CHECKING:
+    from mcc.graph import Graph, Node
 
 _SHORT = {
     torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",
-    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.uint16: "u16", torch.bool: "bool",
+    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.uint16: "u16",
+    torch.bool: "bool",
 }  # fmt: skip
 
 
@@ -74,7 +79,7 @@ def _holds_nodes(argument: object) -> bool:
 def _schema_text(node: fx.Node) -> list[str]:
     """Operands by place, options by name; the cudnn switch says nothing about what is computed."""
     parts: list[str] = []
-    schema = node.target._schema.arguments  # type: ignore[union-attr]  # noqa: SLF001
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
     by_name = False
     for position, spec in enumerate(schema):
         given = position < len(node.args) or spec.name in node.kwargs
@@ -94,7 +99,7 @@ def _schema_text(node: fx.Node) -> list[str]:
 def call_text(node: Node) -> str:
     """The right-hand side of a call: `conv2d(%x, @conv.weight, padding=1)`."""
     target = node.fx.target
-    if isinstance(target, torch._ops.OpOverload):  # noqa: SLF001
+    if isinstance(target, torch._ops.OpOverload):
         arguments = _schema_text(node.fx)
     else:
         arguments = [argument_text(a) for a in node.fx.args]

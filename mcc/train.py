@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mcc.errors import DataError
-from mcc.graph import Graph
-from mcc.rewrite import Context
 
 if TYPE_CHECKING:
     from mcc.data import Batch
+    from mcc.graph import Graph
+    from mcc.rewrite import Context
 
 OptimizerName = Literal["sgd", "adamw"]
 RateSchedule = Literal["cosine", "constant"]
@@ -57,7 +57,6 @@ def train(graph: Graph, plan: TrainingPlan, context: Context, label: str) -> lis
         DataError: the training data is empty or its batches do not fit the graph.
     """
     assert context.data.train is not None
-    loss_function = context.data.loss or torch.nn.functional.cross_entropy
     parameters = [p for _, p in graph.named_parameters() if p.is_floating_point()]
     optimizer = _optimizer(plan, parameters)
     start = _resume(graph, optimizer, plan)
@@ -66,7 +65,7 @@ def train(graph: Graph, plan: TrainingPlan, context: Context, label: str) -> lis
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed + start)
         for epoch in range(start, plan.epochs):
-            losses.append(_train_epoch(graph, optimizer, plan, epoch, context, loss_function, task))
+            losses.append(_train_epoch(graph, optimizer, plan, epoch, context, task))
             _save(graph, optimizer, plan, epoch + 1)
     graph.eval()
     if context.progress is not None and task is not None:
@@ -83,14 +82,9 @@ def _optimizer(plan: TrainingPlan, parameters: list[torch.nn.Parameter]) -> torc
 
 
 def _train_epoch(
-    graph: Graph,
-    optimizer: torch.optim.Optimizer,
-    plan: TrainingPlan,
-    epoch: int,
-    context: Context,
-    loss_function: Callable[[Tensor, Tensor], Tensor],
-    task: Any,  # noqa: ANN401 (rich's TaskID, or None)
+    graph: Graph, optimizer: torch.optim.Optimizer, plan: TrainingPlan, epoch: int, context: Context, task: Any
 ) -> float:
+    loss_function = context.data.loss or torch.nn.functional.cross_entropy
     graph.train()
     total, steps = 0.0, 0
     length = _epoch_length(context)
@@ -168,7 +162,8 @@ def _resume(graph: Graph, optimizer: torch.optim.Optimizer, plan: TrainingPlan) 
         raise DataError(f"cannot read the checkpoint {path}: {error}", remedy="delete it to train anew") from error
     if metadata.get("fingerprint") != plan.fingerprint:
         raise DataError(
-            f"the checkpoint {path} belongs to another training run", remedy="delete it, or name another checkpoint file"
+            f"the checkpoint {path} belongs to another training run",
+            remedy="delete it, or name another checkpoint file",
         )
     graph.module.load_state_dict({k.removeprefix("graph."): v for k, v in tensors.items() if k.startswith("graph.")})
     state = optimizer.state_dict()

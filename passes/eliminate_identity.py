@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mcc import ops
-from mcc.graph import Node
 from mcc.rewrite import Exact, Match, Reject, Rewrite, Rewriter
 
-_SAME_TYPE = ("reshape", "expand", "expand_as", "reshape_as", "to.dtype", "to.device", "to.dtype_layout", "type_as", "_to_copy")
+if TYPE_CHECKING:
+    from mcc.graph import Node
+
+_SAME_TYPE = (
+    "reshape",
+    "expand",
+    "expand_as",
+    "reshape_as",
+    "to.dtype",
+    "to.device",
+    "to.dtype_layout",
+    "type_as",
+    "_to_copy",
+)
 _IDEMPOTENT = ("relu", "relu6", "abs", "ceil", "floor", "round", "sign")
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mcc.errors import SpecError
-from mcc.graph import Graph
 from mcc.rewrite import Context, Lossy, Pass
 from mcc.text import graph_text
 from mcc.train import OptimizerName, RateSchedule, TrainingPlan, train
+
+if TYPE_CHECKING:
+    from mcc.graph import Graph
 
 
 @dataclass(frozen=True)

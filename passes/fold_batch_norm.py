@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mcc import ops
-from mcc.graph import Node
 from mcc.rewrite import Exact, Match, Reject, Rewrite, Rewriter
+
+if TYPE_CHECKING:
+    from mcc.graph import Node
 
 _FOLDABLE = (ops.LINEAR, ops.CONV1D, ops.CONV2D, ops.OPS["conv2d.padding"], ops.CONV3D, ops.CONV_TRANSPOSE2D)
 
@@ -24,7 +27,8 @@ class FoldBatchNorm(Rewrite):
         %bn: f32[1, 4, 8, 8] = conv2d(%x, @conv.weight, @conv.bias)
 
     with W' = W * g, b' = (b - mean) * g + beta, g = gamma / sqrt(var + eps), computed in float64.
-    Krishnamoorthi: Quantizing deep convolutional networks for efficient inference. arXiv 1806.08342, 2018, section 3.2.2.
+    Krishnamoorthi: Quantizing deep convolutional networks for efficient inference. arXiv 1806.08342, 2018, section
+    3.2.2.
     """
 
     guarantee = Exact()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -63,7 +64,7 @@ def _is_constant(node: Node, values: dict[fx.Node, object]) -> bool:
 
 
 def _evaluate(node: Node, values: dict[fx.Node, object]) -> object:
-    def load(n: fx.Node) -> object:
+    def load(n: fx.Node) -> Any:
         return values[n] if n in values else node.graph.tensor(str(n.target))
 
     args = fx.node.map_arg(node.fx.args, load)

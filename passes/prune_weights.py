@@ -174,7 +174,7 @@ def set_masks(graph: Graph, names: tuple[str, ...], ratio: float, scope: Literal
     scores = [_saliency(graph, name) for name in names]
     if scope == "global":
         whole = _kept(torch.cat([s.flatten() for s in scores]), ratio)
-        kept = list(whole.split([s.numel() for s in scores]))
+        kept = list(torch.split(whole, [s.numel() for s in scores]))
     else:
         kept = [_kept(s.flatten(), ratio) for s in scores]
     for name, score, mask in zip(names, scores, kept, strict=True):

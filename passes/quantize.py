@@ -30,11 +30,13 @@ class Quantize(Pass):
         %fc: f32[8, 10] = linear(%x, @fc.weight, @fc.bias)
     becomes
         %x_quantized: f32[8, 64] = mcc.fake_quantize(%x, @x_scale, @x_zero_point, axis=None, low=0, high=255)
-        %fc_weight_quantized: f32[10, 64] = mcc.fake_quantize(@fc.weight, @fc.weight_scale, …, axis=0, low=-127, high=127)
+        %fc_weight_quantized: f32[10, 64] = mcc.fake_quantize(@fc.weight, @fc.weight_scale, …, axis=0, low=-127,
+        high=127)
         %fc: f32[8, 10] = linear(%x_quantized, %fc_weight_quantized, @fc.bias)
 
     Weights are symmetric with a scale for each output channel; activations affine with one scale, zero exact.
-    Jacob et al.: Quantization and training of neural networks for efficient integer-arithmetic-only inference. CVPR 2018.
+    Jacob et al.: Quantization and training of neural networks for efficient integer-arithmetic-only inference. CVPR
+    2018.
 
     Attributes:
         weights: "int8".
@@ -61,7 +63,8 @@ class Quantize(Pass):
         ):  # fmt: skip
             if getattr(self, option) not in allowed:
                 raise SpecError(
-                    f"quantize: {option}={getattr(self, option)!r}", remedy=f"use one of {', '.join(map(repr, allowed))}"
+                    f"quantize: {option}={getattr(self, option)!r}",
+                    remedy=f"use one of {', '.join(map(repr, allowed))}",
                 )
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from mcc.backends.cpu.build import build
 from mcc.backends.cpu.emit import emit
 from mcc.backends.cpu.fuse import fuse
@@ -10,8 +12,10 @@ from mcc.backends.cpu.lowering import Lowering
 from mcc.backends.cpu.measure import measure
 from mcc.backends.cpu.select import prefer_dense, select
 from mcc.backends.tune import Tuner, Tuning
-from mcc.graph import Graph
-from mcc.target import Target
+
+if TYPE_CHECKING:
+    from mcc.graph import Graph
+    from mcc.target import Target
 
 STAGES = (integerize, fuse, select, emit, build)
 

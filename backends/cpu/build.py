@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tvm
 from tvm import relax, tirx
 
-from mcc.backends.cpu.lowering import Lowering
 from mcc.backends.cpu.microkernel import tvm_target
 from mcc.backends.relax.schedule import schedule_module
 from mcc.errors import BackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mcc.backends.cpu.lowering import Lowering
 
 _R = relax.transform
 _BEFORE_SCHEDULE = (
@@ -23,8 +26,9 @@ _BEFORE_SCHEDULE = (
     _R.FoldConstant, _R.FuseOps, _R.FuseTIR,
 )  # fmt: skip
 _AFTER_SCHEDULE = (
-    _R.RewriteDataflowReshape, _R.ToNonDataflow, _R.RemovePurityChecking, _R.CallTIRRewrite, _R.StaticPlanBlockMemory, _R.LowerAllocTensor,
-    _R.KillAfterLastUse, _R.LowerRuntimeBuiltin, _R.ComputePrimValue, _R.VMShapeLower,
+    _R.RewriteDataflowReshape, _R.ToNonDataflow, _R.RemovePurityChecking, _R.CallTIRRewrite,
+    _R.StaticPlanBlockMemory, _R.LowerAllocTensor, _R.KillAfterLastUse, _R.LowerRuntimeBuiltin, _R.ComputePrimValue,
+    _R.VMShapeLower,
 )  # fmt: skip
 _LINK_FLAGS = ("-shared", "-s", "-Wl,--gc-sections,--build-id=none,-z,noseparate-code,--hash-style=gnu")
 
@@ -37,8 +41,8 @@ def build(lowering: Lowering) -> Lowering:
     """
     target = tvm_target(lowering.target)
 
-    @tvm.transform.module_pass(opt_level=0)
-    def lower(module: Any, context: object) -> Any:  # noqa: ANN401 (an IRModule)
+    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]  # TVM has no types
+    def lower(module: Any, context: object) -> Any:
         del context
         with target:
             for stage in _BEFORE_SCHEDULE:
@@ -56,7 +60,8 @@ def build(lowering: Lowering) -> Lowering:
             return replace(lowering, library=path.read_bytes())
     except (RuntimeError, ValueError, TypeError, OSError) as error:
         raise BackendError(
-            f"TVM could not compile the model: {str(error).strip().splitlines()[-1]}", remedy="please report this with the model"
+            f"TVM could not compile the model: {str(error).strip().splitlines()[-1]}",
+            remedy="please report this with the model",
         ) from error
 
 

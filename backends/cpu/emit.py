@@ -5,13 +5,12 @@ from __future__ import annotations
 import operator
 from dataclasses import replace
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import sympy
 import torch
-import tvm.tirx.script.builder.ir as B  # noqa: N812
-from numpy.typing import NDArray
+import tvm.tirx.script.builder.ir as B
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
@@ -23,16 +22,20 @@ from mcc.artifact import TensorSpec, stored_bytes
 from mcc.backends.cpu.fuse import requantize_step
 from mcc.backends.cpu.kernels.quantize import quantize_function
 from mcc.backends.cpu.kernels.tiles import leading_dims
-from mcc.backends.cpu.lowering import Choice, Lowering
 from mcc.backends.cpu.microkernel import Parameter, flat, kernel_function, product
-from mcc.backends.kernel import Requantize
 from mcc.backends.relax import RULES
 from mcc.backends.relax.emitter import DTYPES, Emitter, Expression, is_tensor, static
 from mcc.cost import weight_expression
 from mcc.errors import BackendError, MccError
-from mcc.graph import Graph, Node
 from mcc.report import LayerRow
 from mcc.text import dim_text, located_text
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from mcc.backends.cpu.lowering import Choice, Lowering
+    from mcc.backends.kernel import Requantize
+    from mcc.graph import Graph, Node
 
 _SORTS = (ops.OPS["sort"], ops.OPS["topk"])
 _IGNORED_OPTIONS = ("device", "layout", "pin_memory", "non_blocking", "copy", "memory_format")
@@ -122,7 +125,7 @@ class _Writer:
             queue += [choice.region.source.fx] if choice is not None else self._operands(node)
         return live
 
-    def write(self) -> Any:  # noqa: ANN401 (an IRModule)
+    def write(self) -> Any:
         self._evaluate_constants()
         self._collect_weights()
         builder = relax.BlockBuilder()
@@ -141,7 +144,7 @@ class _Writer:
             builder.emit_func_output(result)
         return builder.get()
 
-    def _input(self, node: Node) -> Any:  # noqa: ANN401
+    def _input(self, node: Node) -> Any:
         if not isinstance(node.value, Tensor):
             raise BackendError(
                 f"input {node.name} is not a tensor but {node.value!r}", remedy="make it a constant of the module"
@@ -160,12 +163,13 @@ class _Writer:
             if any(isinstance(leaf, torch.SymInt) for leaf in pytree.tree_leaves((node.fx.args, node.fx.kwargs))):
                 continue
             load = self._constant
-            args, kwargs = (fx.node.map_arg(a, load) for a in (node.fx.args, node.fx.kwargs))
+            args: Any = fx.node.map_arg(node.fx.args, load)
+            kwargs: Any = fx.node.map_arg(node.fx.kwargs, load)
             assert callable(node.fx.target)
             with torch.no_grad():
                 self.constants[node.fx] = node.fx.target(*args, **kwargs)
 
-    def _constant(self, node: fx.Node) -> Any:  # noqa: ANN401
+    def _constant(self, node: fx.Node) -> Any:
         return self.constants[node] if node in self.constants else self.graph.tensor(str(node.target))
 
     def _collect_weights(self) -> None:
@@ -199,7 +203,7 @@ class _Writer:
         tensor = self._constant(node).detach().contiguous()
         self.weights[name] = tensor.numpy()
 
-    def _value(self, node: fx.Node) -> Any:  # noqa: ANN401
+    def _value(self, node: fx.Node) -> Any:
         if node in self.values:
             return self.values[node]
         if node.op == "get_attr":
@@ -207,7 +211,7 @@ class _Writer:
         constant = self.constants[node]
         return self._read[f"computed.{node.name}"] if isinstance(constant, Tensor) else constant
 
-    def _node(self, emitter: Emitter, node: Node) -> Any:  # noqa: ANN401
+    def _node(self, emitter: Emitter, node: Node) -> Any:
         value = node.value
         if isinstance(value, torch.SymInt | int):
             return self.sizes.expression(value)
@@ -215,7 +219,7 @@ class _Writer:
         if choice is not None:
             return self._kernel_call(emitter, choice)
         if node.op is ops.GETITEM:
-            return self._value(node.fx.args[0])[node.fx.args[1]]  # type: ignore[arg-type, index]
+            return self._value(node.fx.args[0])[node.fx.args[1]]  # type: ignore[arg-type]
         assert node.op is not None
         if node.op is ops.QUANTIZE and (step := requantize_step(node)) is not None:
             return self._quantize(emitter, node, step)
@@ -229,8 +233,8 @@ class _Writer:
             self._fallback_row(node)
         return self._expected(emitter, self._apply(rule, emitter, node), value)
 
-    def _apply(self, rule: Any, emitter: Emitter, node: Node) -> Any:  # noqa: ANN401
-        def argument(leaf: Any) -> Any:  # noqa: ANN401
+    def _apply(self, rule: Any, emitter: Emitter, node: Node) -> Any:
+        def argument(leaf: Any) -> Any:
             if isinstance(leaf, fx.Node):
                 return self._value(leaf)
             return self.sizes.expression(leaf) if isinstance(leaf, torch.SymInt) else leaf
@@ -247,7 +251,7 @@ class _Writer:
                 node=located_text(node), remedy="please report this with the model",
             ) from error  # fmt: skip
 
-    def _expected(self, emitter: Emitter, result: Any, value: Any) -> Any:  # noqa: ANN401
+    def _expected(self, emitter: Emitter, result: Any, value: Any) -> Any:
         """State the shape the graph knows, where relax inferred another form of it."""
         if not is_tensor(result) or not isinstance(value, Tensor):
             return result
@@ -259,17 +263,23 @@ class _Writer:
             return result
         return emitter.builder.match_cast(result, relax.TensorType(wanted, DTYPES[value.dtype]))
 
-    def _kernel_call(self, emitter: Emitter, choice: Choice) -> Any:  # noqa: ANN401
+    def _kernel_call(self, emitter: Emitter, choice: Choice) -> Any:
         region = choice.region
         name = f"{choice.kernel.name}_{'_'.join(map(str, region.weight.shape))}"
         function = emitter.builder.add_func(choice.lowered.function.without_attr("global_symbol"), name)
         operands = [self._value(region.source.fx), *(self._read[n] for n in self.packed[region.output.fx])]
         output = relax.TensorType(self.sizes.shape(region.output.value), region.output_dtype)
         stored = sum(stored_bytes(self.weights[n]) for n in self.packed[region.output.fx])
-        self._row(region.anchor, region.text, f"{choice.kernel.name} {choice.tile}", (region.weight.text, stored), choice.reason)
+        self._row(
+            region.anchor,
+            region.text,
+            f"{choice.kernel.name} {choice.tile}",
+            (region.weight.text, stored),
+            choice.reason,
+        )
         return emitter(relax.call_tir(function, operands, output))
 
-    def _quantize(self, emitter: Emitter, node: Node, step: Requantize) -> Any:  # noqa: ANN401
+    def _quantize(self, emitter: Emitter, node: Node, step: Requantize) -> Any:
         source = self._value(node.fx.all_input_nodes[0])
         dims = [static(s) if static(s) is not None else s for s in source.ty.shape]
         function = emitter.builder.add_func(quantize_function(dims, step, self.lowering.target), "quantize")
@@ -291,7 +301,7 @@ class _Writer:
         assert node.op is not None
         self.layers.append(LayerRow(node.layer, op, kernel, stored[0], stored[1], node.op.macs(node.fx), reason))
 
-    def _output(self, emitter: Emitter, node: Node) -> Any:  # noqa: ANN401
+    def _output(self, emitter: Emitter, node: Node) -> Any:
         """An output of its own memory: an input, a weight or a view of one is copied, and so is a second return."""
         value = self._value(node.fx)
         root: fx.Node = node.fx
@@ -324,7 +334,9 @@ class _Writer:
             elif ops.lookup(reader.target) is ops.QUANTIZE:
                 if requantize_step(self.graph.node(reader.name)) is None:
                     return False
-            elif not any(c.region.source.fx is source and c.region.anchor.fx is reader for c in self.lowering.choices.values()):
+            elif not any(
+                c.region.source.fx is source and c.region.anchor.fx is reader for c in self.lowering.choices.values()
+            ):
                 return False
         return True
 
@@ -336,7 +348,7 @@ class _Writer:
         return tuple(int(s) if isinstance(s, int) else dim_text(s, self.graph) for s in node.shape)
 
 
-def _copy(value: Any) -> tirx.PrimFunc:  # noqa: ANN401 (a relax tensor type)
+def _copy(value: Any) -> tirx.PrimFunc:
     """A kernel that copies: relax would take a computation that does for a reshape, and return the input itself."""
     dims, kind = leading_dims([static(s) if static(s) is not None else s for s in value.shape]), str(value.dtype)
 
@@ -350,6 +362,6 @@ def _copy(value: Any) -> tirx.PrimFunc:  # noqa: ANN401 (a relax tensor type)
     return function.without_attr("global_symbol")
 
 
-def _plain(argument: Any) -> Any:  # noqa: ANN401
-    """fx's immutable lists as plain ones."""
+def _plain(argument: Any) -> Any:
+    """Fx's immutable lists as plain ones."""
     return [_plain(a) for a in argument] if isinstance(argument, list | tuple) else argument

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
-from tvm.script import tirx as T  # noqa: N812
+from tvm.script import tirx as T
 
-from mcc.backends.cpu.microkernel import Expression, Vectors
 from mcc.backends.kernel import Clamp, EpilogueStep, Relu, Requantize
+
+if TYPE_CHECKING:
+    from mcc.backends.cpu.microkernel import Expression, Vectors
 
 
 def emit_epilogue(vectors: Vectors, value: Expression, steps: tuple[EpilogueStep, ...]) -> Expression:

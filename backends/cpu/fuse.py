@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-
-from torch import fx
+from typing import TYPE_CHECKING
 
 from mcc import ops
-from mcc.backends.cpu.lowering import Lowering
 from mcc.backends.kernel import Clamp, EpilogueStep, Region, Relu, Requantize
-from mcc.graph import Node
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from mcc.backends.cpu.lowering import Lowering
+    from mcc.graph import Node
 
 
 def fuse(lowering: Lowering) -> Lowering:

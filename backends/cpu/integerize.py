@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import fx
 
 from mcc import ops
-from mcc.backends.cpu.lowering import Lowering
 from mcc.backends.kernel import QuantizedInput, Region, SparseArrays, StoredWeight
-from mcc.graph import Node
+
+if TYPE_CHECKING:
+    from mcc.backends.cpu.lowering import Lowering
+    from mcc.graph import Node
 
 ANCHORS = (ops.LINEAR, ops.CONV2D)
 
@@ -73,7 +76,12 @@ def _stored_weight(node: Node) -> StoredWeight | None:
 
 def _quantized_source(source: Node) -> tuple[QuantizedInput | None, Node | None]:
     codes = source.operand(0) if source.op is ops.DEQUANTIZE else None
-    if codes is None or codes.op is not ops.QUANTIZE or codes.dtype is not torch.uint8 or source.argument(3) is not None:
+    if (
+        codes is None
+        or codes.op is not ops.QUANTIZE
+        or codes.dtype is not torch.uint8
+        or source.argument(3) is not None
+    ):
         return None, None
     scale, zero_point = source.operand(1), source.operand(2)
     assert scale is not None

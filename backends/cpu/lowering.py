@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import fx
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
-from mcc.artifact import TensorSpec
-from mcc.backends.kernel import Kernel, Lowered, Region
-from mcc.backends.tune import Tuner
-from mcc.graph import Graph
-from mcc.report import LayerRow
-from mcc.target import Target
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import fx
+
+    from mcc.artifact import TensorSpec
+    from mcc.backends.kernel import Kernel, Lowered, Region
+    from mcc.backends.tune import Tuner
+    from mcc.graph import Graph
+    from mcc.report import LayerRow
+    from mcc.target import Target
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import tvm
 
 from mcc.backends.cpu.microkernel import tvm_target
-from mcc.backends.kernel import Lowered, Region
 from mcc.ops import extent
-from mcc.target import Target
+
+if TYPE_CHECKING:
+    from mcc.backends.kernel import Lowered, Region
+    from mcc.target import Target
 
 REPEATS = 8
 

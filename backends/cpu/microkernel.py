@@ -6,18 +6,20 @@ exact sequence elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import tvm
-import tvm.tirx.script.builder.ir as B  # noqa: N812 (TVM's own name for it)
+import tvm.tirx.script.builder.ir as B
 from tvm import tirx
-from tvm.script import tirx as T  # noqa: N812
+from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target as TvmTarget
 
-from mcc.target import Target
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mcc.target import Target
 
 Expression: TypeAlias = Any
 """A TIR expression, buffer or variable: TVM's Python has no types for them."""
@@ -53,20 +55,17 @@ def kernel_function(name: str, parameters: Sequence[Parameter], body: Callable[.
     The root block and the opaque pattern are what relax needs to leave the kernel alone; buffers are declared with the
     alignment of their element, so that a user's array can be read where it lies.
     """
-    with IRBuilder() as builder:
-        with B.prim_func(is_private=False, s_tir=True):
-            B.func_name(name)
-            B.func_attr(
-                {"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": OPAQUE}
-            )
-            buffers = [
-                B.arg(p.name, B.buffer(p.shape, p.dtype, align=tvm.DataType(p.dtype).itemsize, layout=None))
-                for p in parameters
-            ]
-            with B.sblock("root"):
-                B.reads([])
-                B.writes([])
-                body(*buffers)
+    with IRBuilder() as builder, B.prim_func(is_private=False, s_tir=True):
+        B.func_name(name)
+        B.func_attr({"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": OPAQUE})
+        buffers = [
+            B.arg(p.name, B.buffer(p.shape, p.dtype, align=tvm.DataType(p.dtype).itemsize, layout=None))
+            for p in parameters
+        ]
+        with B.sblock("root"):
+            B.reads([])
+            B.writes([])
+            body(*buffers)
     return builder.get()
 
 
@@ -83,7 +82,7 @@ def flat(buffer: Expression, size: Expression, dtype: str | None = None) -> Expr
     return B.decl_buffer((size,), dtype or buffer.dtype, data=buffer.data, layout=None)
 
 
-def serial(extent: Any, body: Callable[[Expression], None]) -> None:  # noqa: ANN401
+def serial(extent: Any, body: Callable[[Expression], None]) -> None:
     """A loop; with a constant extent of one, the body alone."""
     if isinstance(extent, int) and extent <= 1:
         if extent == 1:
@@ -93,7 +92,7 @@ def serial(extent: Any, body: Callable[[Expression], None]) -> None:  # noqa: AN
         body(i)
 
 
-def parallel(extent: Any, body: Callable[[Expression], None]) -> None:  # noqa: ANN401
+def parallel(extent: Any, body: Callable[[Expression], None]) -> None:
     """A loop over the threads of the pool."""
     if isinstance(extent, int) and extent <= 1:
         serial(extent, body)
@@ -102,7 +101,7 @@ def parallel(extent: Any, body: Callable[[Expression], None]) -> None:  # noqa: 
         body(i)
 
 
-def branch(condition: Any, then: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:  # noqa: ANN401
+def branch(condition: Any, then: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:
     """If, at compile time where the condition is known then."""
     if isinstance(condition, bool | tirx.IntImm):
         if bool(condition):
@@ -179,7 +178,7 @@ class Vectors:
         return self.splat(tirx.const(value, dtype))
 
     def fma(self, a: Expression, b: Expression, c: Expression) -> Expression:
-        """a * b + c, rounded once."""
+        """A * b + c, rounded once."""
         n = self.lanes
         return tirx.call_llvm_pure_intrin(f"float32x{n}", f"llvm.fma.v{n}f32", a, b, c)
 
@@ -195,7 +194,7 @@ class Vectors:
     def registers(self, rows: int, columns: int, dtype: str, lanes: int | None = None) -> list[list[Register]]:
         """Accumulators, which LLVM keeps in registers.
 
-        They are slices of one local buffer: TVM asks its workspace allocator for each buffer, 20 ns a call of the kernel.
+        They are slices of one local buffer: TVM asks its workspace allocator for each, 20 ns a call of the kernel.
         """
         n = lanes or self.lanes
         pool = B.alloc_buffer((rows * columns * n,), dtype, scope="local", layout=None)
@@ -223,27 +222,31 @@ class Vectors:
         return columns
 
     def _gather_blocks(self, parts: list[Expression], column: int, columns: list[Expression]) -> None:
-        """Collect the 4-lane blocks of `parts` into whole columns `column`, column + 4, …"""
+        """Collect the 4-lane blocks of `parts` into whole columns: number `column`, column + 4 and so on."""
 
         def blocks(*indices: int) -> list[int]:
             return [4 * i + j for i in indices for j in range(4)]
 
         if self.lanes == 8:
-            columns[column] = shuffle(*parts, blocks(0, 2))
-            columns[column + 4] = shuffle(*parts, blocks(1, 3))
+            columns[column] = shuffle(parts[0], parts[1], blocks(0, 2))
+            columns[column + 4] = shuffle(parts[0], parts[1], blocks(1, 3))
             return
         even, odd = blocks(0, 2, 4, 6), blocks(1, 3, 5, 7)
         first_even, first_odd = shuffle(parts[0], parts[1], even), shuffle(parts[0], parts[1], odd)
         last_even, last_odd = shuffle(parts[2], parts[3], even), shuffle(parts[2], parts[3], odd)
         columns[column], columns[column + 8] = shuffle(first_even, last_even, even), shuffle(first_even, last_even, odd)
-        columns[column + 4], columns[column + 12] = shuffle(first_odd, last_odd, even), shuffle(first_odd, last_odd, odd)
+        columns[column + 4], columns[column + 12] = (
+            shuffle(first_odd, last_odd, even),
+            shuffle(first_odd, last_odd, odd),
+        )
 
     def dot4(self, accumulator: Expression, unsigned: Expression, signed: Expression, *, bounded: bool) -> Expression:
-        """accumulator + the products of 4 unsigned and 4 signed bytes in each int32 lane, exactly.
+        """Accumulator + the products of 4 unsigned and 4 signed bytes in each int32 lane, exactly.
 
         Args:
             accumulator: int32 lanes.
-            unsigned, signed: int32 lanes of four bytes.
+            unsigned: int32 lanes of four bytes.
+            signed: the same.
             bounded: neighbouring signed bytes satisfy |w0| + |w1| <= 128, so that `vpmaddubsw` cannot saturate.
         """
         if self.target.isa == "avx512vnni":

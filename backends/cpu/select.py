@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-
-from torch import fx
+from typing import TYPE_CHECKING
 
 from mcc import ops
 from mcc.backends.cpu.kernels import KERNELS
 from mcc.backends.cpu.lowering import Choice, Lowering
-from mcc.backends.kernel import Kernel, Region
-from mcc.graph import Node
 from mcc.ops import extent
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from mcc.backends.kernel import Kernel, Region
+    from mcc.graph import Node
 
 MANY_ROWS = 8
 DENSEST_FEW, DENSEST_MANY = 0.2, 0.35
@@ -42,7 +45,7 @@ def select(lowering: Lowering) -> Lowering:
 
 def _first(region: Region, lowering: Lowering) -> tuple[Kernel | None, str]:
     reasons = []
-    for kernel in KERNELS:
+    for kernel in (k for k in KERNELS if k.anchor is region.anchor.op):
         reason = kernel.refuses(region, lowering.target)
         if reason is None:
             return kernel, ""

@@ -11,7 +11,16 @@ import torch
 from tvm import relax, te, tirx, topi
 
 from mcc.backends.relax.emitter import (
-    DTYPES, Emitter, Expression, axis, dtype, is_float, rank, shape, static, tuple_of,
+    DTYPES,
+    Emitter,
+    Expression,
+    axis,
+    dtype,
+    is_float,
+    rank,
+    shape,
+    static,
+    tuple_of,
 )  # fmt: skip
 
 R, NN = relax.op, relax.op.nn
@@ -34,7 +43,7 @@ def addmm(e: Emitter, c: Expression, a: Expression, b: Expression, beta: float =
     return e(R.add(y, c))
 
 
-def paddings(padding: Any, kernel: list[int], dilation: list[int]) -> list[int]:  # noqa: ANN401 (int, list or word)
+def paddings(padding: Any, kernel: list[int], dilation: list[int]) -> list[int]:
     """Padding before each dim, then after each; "same" puts the odd one after."""
     if isinstance(padding, str):
         totals = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
@@ -51,8 +60,8 @@ def _channel_bias(e: Emitter, y: Expression, bias: Expression | None) -> Express
 
 def _convolution(dims: int, function: Rule) -> Rule:
     def rule(
-        e: Emitter, x: Expression, weight: Expression, bias: Expression | None = None, stride: Any = 1,  # noqa: ANN401
-        padding: Any = 0, dilation: Any = 1, groups: int = 1,  # noqa: ANN401
+        e: Emitter, x: Expression, weight: Expression, bias: Expression | None = None, stride: Any = 1,
+        padding: Any = 0, dilation: Any = 1, groups: int = 1,
     ) -> Expression:  # fmt: skip
         dilations = tuple_of(dilation, dims)
         kernel = [int(s) for s in shape(weight)[2:]]
@@ -71,8 +80,8 @@ def _convolution(dims: int, function: Rule) -> Rule:
 
 
 def conv3d(
-    e: Emitter, x: Expression, weight: Expression, bias: Expression | None = None, stride: Any = 1,  # noqa: ANN401
-    padding: Any = 0, dilation: Any = 1, groups: int = 1,  # noqa: ANN401
+    e: Emitter, x: Expression, weight: Expression, bias: Expression | None = None, stride: Any = 1,
+    padding: Any = 0, dilation: Any = 1, groups: int = 1,
 ) -> Expression:  # fmt: skip
     """Grouped ones by hand: relax's values for them are unchecked."""
     if groups == 1:
@@ -97,8 +106,8 @@ def conv3d(
 
 
 def conv_transpose2d(
-    e: Emitter, x: Expression, weight: Expression, bias: Expression | None = None, stride: Any = 1,  # noqa: ANN401
-    padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,  # noqa: ANN401
+    e: Emitter, x: Expression, weight: Expression, bias: Expression | None = None, stride: Any = 1,
+    padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
 ) -> Expression:  # fmt: skip
     """Weight [in, out / groups, kh, kw]."""
     p = tuple_of(padding, 2)
@@ -113,7 +122,7 @@ def conv_transpose2d(
 
 def attention(
     e: Emitter, query: Expression, key: Expression, value: Expression, mask: Expression | None = None,
-    dropout: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,  # noqa: FBT001, FBT002 (ATen's signature)
+    dropout: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Expression:  # fmt: skip
     """softmax(q k^T * scale + mask) v; dropout is a training matter."""
     del dropout
@@ -172,7 +181,9 @@ def layer_norm(
     return e(NN.layer_norm(x, weight, bias, axes=list(range(-len(sizes), 0)), epsilon=eps))
 
 
-def rms_norm(e: Emitter, x: Expression, normalized: list[int], weight: Expression | None = None, eps: float | None = None) -> Expression:
+def rms_norm(
+    e: Emitter, x: Expression, normalized: list[int], weight: Expression | None = None, eps: float | None = None
+) -> Expression:
     """X / sqrt(mean(x^2) + eps) * weight."""
     kind = dtype(x)
     eps = torch.finfo(getattr(torch, kind)).eps if eps is None else eps
@@ -186,7 +197,8 @@ def _per_channel(e: Emitter, vector: Expression, like: Expression) -> Expression
 
 
 def batch_norm(
-    e: Emitter, x: Expression, weight: Expression | None, bias: Expression | None, mean: Expression, variance: Expression,
+    e: Emitter, x: Expression, weight: Expression | None, bias: Expression | None, mean: Expression,
+    variance: Expression,
     training: object, momentum: object, eps: float, cudnn: object = None,
 ) -> Expression:  # fmt: skip
     """Evaluation: one multiply and one add a channel, folded at build time."""
@@ -213,13 +225,16 @@ def group_norm(
 
 def _instance_norm(
     e: Emitter, x: Expression, weight: Expression | None = None, bias: Expression | None = None, mean: object = None,
-    variance: object = None, use_input_stats: object = None, momentum: object = None, eps: float = 1e-5, cudnn: object = None,
+    variance: object = None, use_input_stats: object = None, momentum: object = None, eps: float = 1e-5,
+    cudnn: object = None,
 ) -> Expression:  # fmt: skip
     del mean, variance, use_input_stats, momentum, cudnn
     return group_norm(e, x, int(shape(x)[1]), weight, bias, eps)
 
 
-def vector_norm(e: Emitter, x: Expression, order: float = 2, dim: Any = None, keepdim: bool = False, dtype_: object = None) -> Expression:  # noqa: ANN401, FBT001, FBT002
+def vector_norm(
+    e: Emitter, x: Expression, order: float = 2, dim: Any = None, keepdim: bool = False, dtype_: object = None
+) -> Expression:
     """The norms of torch.linalg.vector_norm."""
     del dtype_
     dims = _dims(dim)
@@ -239,7 +254,7 @@ def _weight_norm(e: Emitter, v: Expression, g: Expression, dim: int = 0) -> Expr
     return e(R.multiply(v, e(R.divide(g, vector_norm(e, v, 2, others, True)))))
 
 
-def _dims(dim: Any) -> list[int] | None:  # noqa: ANN401
+def _dims(dim: Any) -> list[int] | None:
     if dim is None or (isinstance(dim, list | tuple) and not len(dim)):
         return None
     return [dim] if isinstance(dim, int) else list(dim)
@@ -250,12 +265,16 @@ def _summable(e: Emitter, x: Expression, kind: torch.dtype | None) -> Expression
     return e.cast(x, wanted)
 
 
-def mean(e: Emitter, x: Expression, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Expression:  # noqa: ANN401, FBT001, FBT002
+def mean(
+    e: Emitter, x: Expression, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None
+) -> Expression:
     """Of the dims, or of all."""
     return e(R.mean(x if dtype is None else e.cast(x, DTYPES[dtype]), _dims(dim), keepdim))
 
 
-def total(e: Emitter, x: Expression, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Expression:  # noqa: ANN401, FBT001, FBT002
+def total(
+    e: Emitter, x: Expression, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None
+) -> Expression:
     """The sum; integers and booleans sum as int64."""
     return e(R.sum(_summable(e, x, dtype), _dims(dim), keepdim))
 
@@ -264,11 +283,11 @@ def _extreme(function: Rule) -> Rule:
     return lambda e, x, dim=(), keepdim=False: e(function(x, _dims(dim), keepdim))
 
 
-def _max_with_index(e: Emitter, x: Expression, dim: int, keepdim: bool = False) -> list[Expression]:  # noqa: FBT001, FBT002
+def _max_with_index(e: Emitter, x: Expression, dim: int, keepdim: bool = False) -> list[Expression]:
     return [e(R.max(x, [dim], keepdim)), e(R.argmax(x, dim, keepdim))]
 
 
-def variance(e: Emitter, x: Expression, dim: Any = None, *, correction: float = 1, keepdim: bool = False) -> Expression:  # noqa: ANN401
+def variance(e: Emitter, x: Expression, dim: Any = None, *, correction: float = 1, keepdim: bool = False) -> Expression:
     """In two passes."""
     dims = _dims(dim)
     centered = e(R.subtract(x, e(R.mean(x, dims, True))))
@@ -283,13 +302,15 @@ def _cumsum(e: Emitter, x: Expression, dim: int, dtype: torch.dtype | None = Non
     return e(R.cumsum(_summable(e, x, dtype), axis(x, dim)))
 
 
-def _topk(e: Emitter, x: Expression, k: int, dim: int = -1, largest: bool = True, ordered: object = None) -> list[Expression]:  # noqa: FBT001, FBT002
+def _topk(
+    e: Emitter, x: Expression, k: int, dim: int = -1, largest: bool = True, ordered: object = None
+) -> list[Expression]:
     del ordered
     both = e(R.topk(x, k, axis(x, dim), "both", largest, "int64"))
     return [e.item(both, 0), e.item(both, 1)]
 
 
-def _sort(e: Emitter, x: Expression, dim: int = -1, descending: bool = False) -> list[Expression]:  # noqa: FBT001, FBT002
+def _sort(e: Emitter, x: Expression, dim: int = -1, descending: bool = False) -> list[Expression]:
     order = e(R.argsort(x, axis(x, dim), descending, "int64"))
     return [e(R.gather_elements(x, order, axis(x, dim))), order]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from tvm import relax, te, tirx
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 Expression: TypeAlias = Any
 """A relax expression or a tirx size: TVM's Python has no types for them."""
@@ -46,17 +48,17 @@ def axis(x: Expression, dim: int, extra: int = 0) -> int:
     return dim % n if n else 0
 
 
-def size(value: Any) -> Expression:  # noqa: ANN401 (int or tirx expression)
+def size(value: Any) -> Expression:
     """A size as a 64-bit tirx value."""
     return tirx.IntImm("int64", value) if isinstance(value, int) else value
 
 
-def static(value: Any) -> int | None:  # noqa: ANN401
+def static(value: Any) -> int | None:
     """The value of a constant size, or None."""
     return int(value) if isinstance(value, int | tirx.IntImm) else None
 
 
-def is_one(value: Any) -> bool:  # noqa: ANN401
+def is_one(value: Any) -> bool:
     """Whether a size is the constant 1."""
     return static(value) == 1
 
@@ -66,7 +68,7 @@ def is_float(kind: str) -> bool:
     return kind.startswith(("float", "bfloat"))
 
 
-def tuple_of(value: Any, count: int) -> list[int]:  # noqa: ANN401
+def tuple_of(value: Any, count: int) -> list[int]:
     """An int or a list, as a list of `count`."""
     values = list(value) if isinstance(value, list | tuple) else [value]
     return values * count if len(values) == 1 else values
@@ -105,11 +107,11 @@ class Emitter:
         """Emit a relax call."""
         return self.builder.emit(call)
 
-    def compute(self, function: Callable[..., Any], *operands: Any, name: str) -> Expression:  # noqa: ANN401
+    def compute(self, function: Callable[..., Any], *operands: Any, name: str) -> Expression:
         """Emit a te computation over tensors and sizes."""
         return self.builder.emit_te(function, *operands, primfunc_name_hint=name)
 
-    def constant(self, value: Any, kind: str) -> Expression:  # noqa: ANN401 (number or numpy array)
+    def constant(self, value: Any, kind: str) -> Expression:
         """A constant tensor."""
         return relax.const(value, kind)
 
@@ -125,7 +127,7 @@ class Emitter:
         """Integers and booleans as float32."""
         return x if is_float(dtype(x)) else self.cast(x, "float32")
 
-    def scalar(self, value: Any, kind: str) -> Expression:  # noqa: ANN401
+    def scalar(self, value: Any, kind: str) -> Expression:
         """A number or a symbolic size as a tensor of no dims."""
         known = static(value) if not isinstance(value, bool | float) else value
         if known is not None:
@@ -134,13 +136,13 @@ class Emitter:
             lambda s: te.compute((), lambda: s if kind == "int64" else tirx.Cast(kind, s)), value, name="size_as_tensor"
         )
 
-    def promote_scalar(self, value: Any, kind: str) -> str:  # noqa: ANN401
+    def promote_scalar(self, value: Any, kind: str) -> str:
         """The element type of a tensor of `kind` combined with a Python scalar."""
         if isinstance(value, float) and not is_float(kind):
             return "float32"
         return "int64" if kind == "bool" and not isinstance(value, bool | float) else kind
 
-    def pair(self, a: Any, b: Any) -> tuple[Expression, Expression]:  # noqa: ANN401
+    def pair(self, a: Any, b: Any) -> tuple[Expression, Expression]:
         """Two operands of one element type, promoted as PyTorch does; either may be a scalar."""
         if not is_tensor(b):
             kind = self.promote_scalar(b, dtype(a))
@@ -158,7 +160,7 @@ class Emitter:
         """One field of a tuple."""
         return self(relax.TupleGetItem(values, index))
 
-    def cut(self, x: Expression, dim: int, start: Any, end: Any, step: int = 1) -> Expression:  # noqa: ANN401
+    def cut(self, x: Expression, dim: int, start: Any, end: Any, step: int = 1) -> Expression:
         """Elements start to end of a dim, bounds known to be inside."""
         bounds = [size(start)], [size(end)], [size(step)]
         return self(relax.op.strided_slice(x, [dim], *bounds, assume_inbound=True))

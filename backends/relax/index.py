@@ -11,7 +11,17 @@ from tvm import relax, te, tirx
 from tvm.sym.analyzer import Analyzer
 
 from mcc.backends.relax.emitter import (
-    DTYPES, Emitter, Expression, axis, broadcast, dtype, rank, read_broadcast, shape, size, static, wrap_index,
+    DTYPES,
+    Emitter,
+    Expression,
+    axis,
+    broadcast,
+    dtype,
+    rank,
+    read_broadcast,
+    shape,
+    size,
+    wrap_index,
 )  # fmt: skip
 from mcc.errors import BackendError
 
@@ -70,7 +80,7 @@ def _gather(e: Emitter, x: Expression, dim: int, indices: Expression, sparse_gra
 
 
 def _slice_scatter(
-    e: Emitter, x: Expression, source: Expression, dim: int = 0, start: Any = None, end: object = None, step: int = 1  # noqa: ANN401
+    e: Emitter, x: Expression, source: Expression, dim: int = 0, start: Any = None, end: object = None, step: int = 1
 ) -> Expression:
     del end
     d = axis(x, dim)
@@ -92,12 +102,12 @@ def _slice_scatter(
     return e.compute(body, x, source, name="slice_scatter")
 
 
-def _select_scatter(e: Emitter, x: Expression, source: Expression, dim: int, place: Any) -> Expression:  # noqa: ANN401
+def _select_scatter(e: Emitter, x: Expression, source: Expression, dim: int, place: Any) -> Expression:
     d = axis(x, dim)
     return _slice_scatter(e, x, e(R.expand_dims(source, d)), d, place)
 
 
-def full(e: Emitter, sizes: list[Any], value: Any, dtype: torch.dtype | None = None, **options: object) -> Expression:  # noqa: ANN401
+def full(e: Emitter, sizes: list[Any], value: Any, dtype: torch.dtype | None = None, **options: object) -> Expression:
     """One value everywhere."""
     del options
     kinds = {bool: "bool", int: "int64", float: "float32"}
@@ -115,7 +125,9 @@ def full(e: Emitter, sizes: list[Any], value: Any, dtype: torch.dtype | None = N
     return e.compute(body, size(0) if isinstance(value, bool | int | float) else value, name="full")
 
 
-def arange(e: Emitter, start: Any, end: Any, step: Any = 1, dtype: torch.dtype | None = None, **options: object) -> Expression:  # noqa: ANN401
+def arange(
+    e: Emitter, start: Any, end: Any, step: Any = 1, dtype: torch.dtype | None = None, **options: object
+) -> Expression:
     """Static ones are constants."""
     del options
     if all(isinstance(v, int | float) for v in (start, end, step)):
@@ -123,10 +135,14 @@ def arange(e: Emitter, start: Any, end: Any, step: Any = 1, dtype: torch.dtype |
         return e.constant(values.numpy(), DTYPES[values.dtype])
     kind = DTYPES[dtype] if dtype is not None else "int64"
     span = size(end) - size(start)
-    count = Analyzer().simplify(span if step == 1 else tirx.floordiv(span + (step - (1 if step > 0 else -1)), size(step)))
+    count = Analyzer().simplify(
+        span if step == 1 else tirx.floordiv(span + (step - (1 if step > 0 else -1)), size(step))
+    )
 
     def body(first: Expression) -> Expression:
-        return te.compute((count,), lambda i: tirx.Cast(kind, first + i * step) if kind != "int64" else first + i * step)
+        return te.compute(
+            (count,), lambda i: tirx.Cast(kind, first + i * step) if kind != "int64" else first + i * step
+        )
 
     return e.compute(body, size(start), name="arange")
 
@@ -139,7 +155,9 @@ def _like(value: float) -> Rule:
 
 
 def _new(value: float) -> Rule:
-    def rule(e: Emitter, x: Expression, sizes: list[Any], dtype: torch.dtype | None = None, **options: object) -> Expression:
+    def rule(
+        e: Emitter, x: Expression, sizes: list[Any], dtype: torch.dtype | None = None, **options: object
+    ) -> Expression:
         return full(e, sizes, value, dtype or _torch_dtype(x), **options)
 
     return rule
@@ -156,23 +174,25 @@ def _torch_dtype(x: Expression) -> torch.dtype:
     return next(t for t, name in DTYPES.items() if name == dtype(x))
 
 
-def _full_like(e: Emitter, x: Expression, value: float, dtype: torch.dtype | None = None, **options: object) -> Expression:
+def _full_like(
+    e: Emitter, x: Expression, value: float, dtype: torch.dtype | None = None, **options: object
+) -> Expression:
     return full(e, shape(x), value, dtype or _torch_dtype(x), **options)
 
 
-def _new_full(e: Emitter, x: Expression, sizes: list[Any], value: float, dtype: torch.dtype | None = None, **options: object) -> Expression:
+def _new_full(
+    e: Emitter, x: Expression, sizes: list[Any], value: float, dtype: torch.dtype | None = None, **options: object
+) -> Expression:
     return full(e, sizes, value, dtype or _torch_dtype(x), **options)
 
 
-def _eye(e: Emitter, count: Any, dtype: torch.dtype | None = None, **options: object) -> Expression:  # noqa: ANN401
+def _eye(e: Emitter, count: Any, dtype: torch.dtype | None = None, **options: object) -> Expression:
     del options
     kind = DTYPES[dtype or torch.float32]
-    return e.compute(
-        lambda: te.compute((size(count), size(count)), lambda i, j: tirx.Cast(kind, i == j)), name="eye"
-    )
+    return e.compute(lambda: te.compute((size(count), size(count)), lambda i, j: tirx.Cast(kind, i == j)), name="eye")
 
 
-def _scalar_tensor(e: Emitter, value: Any, dtype: torch.dtype | None = None, **options: object) -> Expression:  # noqa: ANN401
+def _scalar_tensor(e: Emitter, value: Any, dtype: torch.dtype | None = None, **options: object) -> Expression:
     del options
     return e.scalar(value, DTYPES[dtype or torch.float32])
 
@@ -184,7 +204,14 @@ def _along(e: Emitter, vector: Expression, like: Expression, dim: int | None) ->
 
 
 def quantize(
-    e: Emitter, x: Expression, scale: Expression, zero_point: Expression, dim: int | None, low: int, high: int, kind: torch.dtype
+    e: Emitter,
+    x: Expression,
+    scale: Expression,
+    zero_point: Expression,
+    dim: int | None,
+    low: int,
+    high: int,
+    kind: torch.dtype,
 ) -> Expression:
     """clamp(round(x / scale) + zero_point, low, high)."""
     rounded = e(R.round(e(R.divide(x, _along(e, scale, x, dim)))))

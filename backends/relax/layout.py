@@ -9,7 +9,16 @@ from tvm import relax, te, tirx
 from tvm.sym.analyzer import Analyzer
 
 from mcc.backends.relax.emitter import (
-    Emitter, Expression, axis, dtype, is_float, is_one, rank, shape, size, static,
+    Emitter,
+    Expression,
+    axis,
+    dtype,
+    is_float,
+    is_one,
+    rank,
+    shape,
+    size,
+    static,
 )  # fmt: skip
 from mcc.backends.relax.pointwise import sigmoid
 
@@ -26,7 +35,7 @@ def _transpose(e: Emitter, x: Expression, a: int, b: int) -> Expression:
     return e(R.permute_dims(x, order))
 
 
-def _squeeze(e: Emitter, x: Expression, dims: Any) -> Expression:  # noqa: ANN401
+def _squeeze(e: Emitter, x: Expression, dims: Any) -> Expression:
     places = [axis(x, d) for d in ([dims] if isinstance(dims, int) else dims)]
     places = [d for d in places if is_one(shape(x)[d])]
     return e(R.squeeze(x, places)) if places else x
@@ -39,12 +48,12 @@ def _expand(e: Emitter, x: Expression, sizes: list[Any], implicit: object = None
     return e(R.broadcast_to(x, dims))
 
 
-def cut(e: Emitter, x: Expression, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Expression:  # noqa: ANN401
+def cut(e: Emitter, x: Expression, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Expression:
     """x[start:end:step] of one dim; bounds outside are clamped, negative ones count from the end."""
     d = axis(x, dim)
     extent = shape(x)[d]
 
-    def bound(value: Any, default: Any) -> Any:  # noqa: ANN401
+    def bound(value: Any, default: Any) -> Any:
         if value is None or (isinstance(value, int) and value > _NO_END):
             return default
         known = static(extent)
@@ -65,7 +74,7 @@ def cut(e: Emitter, x: Expression, dim: int = 0, start: Any = None, end: Any = N
     return e.cut(x, d, first, last, step)
 
 
-def select(e: Emitter, x: Expression, dim: int, index: Any) -> Expression:  # noqa: ANN401
+def select(e: Emitter, x: Expression, dim: int, index: Any) -> Expression:
     """One index of a dim; a negative one is resolved here, since TVM would read outside the buffer."""
     d = axis(x, dim)
     if isinstance(index, int) and index < 0:
@@ -114,7 +123,9 @@ def _glu(e: Emitter, x: Expression, dim: int = -1) -> Expression:
     return e(R.multiply(a, sigmoid(e, b)))
 
 
-def pad(e: Emitter, x: Expression, amounts: list[Any], mode: str = "constant", value: float | None = None) -> Expression:
+def pad(
+    e: Emitter, x: Expression, amounts: list[Any], mode: str = "constant", value: float | None = None
+) -> Expression:
     """torch.nn.functional.pad: amounts from the last dim on, negative ones crop."""
     n = rank(x)
     low: list[Any] = [0] * n
@@ -170,7 +181,7 @@ def _repeat_interleave(e: Emitter, x: Expression, count: int, dim: int | None = 
     return e(R.repeat(x, count, axis(x, dim)))
 
 
-def roll(e: Emitter, x: Expression, shifts: Any, dims: Any = ()) -> Expression:  # noqa: ANN401
+def roll(e: Emitter, x: Expression, shifts: Any, dims: Any = ()) -> Expression:
     """Rotate dims; without a modulo in the index, which TVM gets wrong once three loops are fused."""
     amounts = [shifts] if isinstance(shifts, int) else list(shifts)
     places = [dims] if isinstance(dims, int) else list(dims)
@@ -196,9 +207,7 @@ def _flip(e: Emitter, x: Expression, dims: list[int]) -> Expression:
     flipped = {axis(x, d) for d in dims}
 
     def body(t: Expression) -> Expression:
-        return te.compute(
-            t.shape, lambda *i: t(*[t.shape[k] - 1 - p if k in flipped else p for k, p in enumerate(i)])
-        )
+        return te.compute(t.shape, lambda *i: t(*[t.shape[k] - 1 - p if k in flipped else p for k, p in enumerate(i)]))
 
     return e.compute(body, x, name="flip")
 

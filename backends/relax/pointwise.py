@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tvm import relax, te, tirx, topi
 
 from mcc.backends.relax.emitter import (
-    DTYPES, Emitter, Expression, broadcast, dtype, is_float, rank, read_broadcast, shape,
+    DTYPES,
+    Emitter,
+    Expression,
+    broadcast,
+    dtype,
+    is_float,
+    rank,
+    read_broadcast,
+    shape,
 )  # fmt: skip
+
+if TYPE_CHECKING:
+    import torch
 
 R, NN = relax.op, relax.op.nn
 Rule = Callable[..., Any]
@@ -35,7 +45,7 @@ def _fast(function: Rule, name: str) -> Rule:
 
 
 def _binary(function: Rule) -> Rule:
-    def rule(e: Emitter, a: Any, b: Any, alpha: float = 1) -> Expression:  # noqa: ANN401
+    def rule(e: Emitter, a: Any, b: Any, alpha: float = 1) -> Expression:
         a, b = e.pair(a, b)
         if alpha != 1:
             b = e(R.multiply(b, e.constant(alpha, dtype(b))))
@@ -45,7 +55,7 @@ def _binary(function: Rule) -> Rule:
 
 
 def _logical(boolean: Rule, bitwise: Rule) -> Rule:
-    def rule(e: Emitter, a: Any, b: Any) -> Expression:  # noqa: ANN401
+    def rule(e: Emitter, a: Any, b: Any) -> Expression:
         a, b = e.pair(a, b)
         return e(boolean(a, b) if dtype(a) == "bool" else bitwise(a, b))
 
@@ -98,7 +108,7 @@ def clamp(e: Emitter, x: Expression, low: float | None = None, high: float | Non
 
 
 def elu(e: Emitter, x: Expression, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Expression:
-    """scale * (x where x > 0, else alpha * (exp(input_scale * x) - 1))."""
+    """Scale * (x where x > 0, else alpha * (exp(input_scale * x) - 1))."""
     kind = dtype(x)
     scaled = x if input_scale == 1 else e(R.multiply(x, e.constant(float(input_scale), kind)))
     exp = e(R.exp(e(R.minimum(scaled, e.constant(0.0, kind)))))
@@ -108,7 +118,7 @@ def elu(e: Emitter, x: Expression, alpha: float = 1, scale: float = 1, input_sca
 
 
 def power(e: Emitter, x: Expression, exponent: float) -> Expression:
-    """x to a scalar; small whole exponents multiply, since relax's power refuses integers."""
+    """X to a scalar; small whole exponents multiply, since relax's power refuses integers."""
     kind = e.promote_scalar(exponent, dtype(x))
     x = e.cast(x, kind)
     if exponent == 0:
@@ -126,19 +136,19 @@ def power(e: Emitter, x: Expression, exponent: float) -> Expression:
     return e(R.power(x, e.constant(float(exponent), kind)))
 
 
-def power_of_tensor(e: Emitter, base: Any, exponent: Any) -> Expression:  # noqa: ANN401
+def power_of_tensor(e: Emitter, base: Any, exponent: Any) -> Expression:
     """Either operand a tensor."""
     base, exponent = e.pair(base, exponent)
     return e(R.power(e.floating(base), e.floating(exponent)))
 
 
-def divide(e: Emitter, a: Any, b: Any) -> Expression:  # noqa: ANN401
+def divide(e: Emitter, a: Any, b: Any) -> Expression:
     """True division: integers become float32."""
     a, b = e.pair(a, b)
     return e(R.divide(e.floating(a), e.floating(b)))
 
 
-def divide_rounded(e: Emitter, a: Any, b: Any, rounding_mode: str | None = None) -> Expression:  # noqa: ANN401
+def divide_rounded(e: Emitter, a: Any, b: Any, rounding_mode: str | None = None) -> Expression:
     """Division rounded down or towards zero."""
     if rounding_mode is None:
         return divide(e, a, b)
@@ -161,7 +171,7 @@ def masked_fill(e: Emitter, x: Expression, mask: Expression, value: float) -> Ex
     return e(R.where(mask, e.scalar(value, dtype(x)), x))
 
 
-def where(e: Emitter, condition: Expression, a: Any, b: Any) -> Expression:  # noqa: ANN401
+def where(e: Emitter, condition: Expression, a: Any, b: Any) -> Expression:
     """Either branch may be a scalar."""
     a, b = e.pair(a, b)
     return e(R.where(e.cast(condition, "bool"), a, b))
@@ -180,7 +190,7 @@ def to_dtype(e: Emitter, x: Expression, kind: torch.dtype, *rest: object, **opti
     return e.cast(x, DTYPES[kind])
 
 
-def _to_copy(e: Emitter, x: Expression, **options: Any) -> Expression:  # noqa: ANN401
+def _to_copy(e: Emitter, x: Expression, **options: Any) -> Expression:
     kind = options.get("dtype")
     return x if kind is None else e.cast(x, DTYPES[kind])
 
@@ -202,7 +212,7 @@ def _mish(e: Emitter, x: Expression) -> Expression:
     return e(R.multiply(x, e.compute(topi.fast_tanh, _softplus(e, x), name="tanh")))
 
 
-def _remainder(e: Emitter, a: Any, b: Any) -> Expression:  # noqa: ANN401
+def _remainder(e: Emitter, a: Any, b: Any) -> Expression:
     return e(R.floor_mod(*e.pair(a, b)))
 
 
@@ -245,7 +255,8 @@ RULES: dict[str, Rule] = {
     "selu": lambda e, x: elu(e, x, 1.6732632423543772, 1.0507009873554805),
     "softplus": _softplus, "prelu": prelu,
     "pow.Tensor_Scalar": power, "pow.Scalar": power_of_tensor, "pow.Tensor_Tensor": power_of_tensor,
-    "__and__.Tensor": _logical(R.logical_and, R.bitwise_and), "bitwise_and.Tensor": _logical(R.logical_and, R.bitwise_and),
+    "__and__.Tensor": _logical(R.logical_and, R.bitwise_and), "bitwise_and.Tensor": _logical(R.logical_and,
+    R.bitwise_and),
     "__or__.Tensor": _logical(R.logical_or, R.bitwise_or), "bitwise_or.Tensor": _logical(R.logical_or, R.bitwise_or),
     "logical_and": _truth(R.logical_and), "logical_or": _truth(R.logical_or),
     "masked_fill.Scalar": masked_fill, "where.self": where, "where.ScalarOther": where, "where.ScalarSelf": where,

@@ -8,12 +8,14 @@ A function whose schedule fails stays serial.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 Block: TypeAlias = Any
 Loop: TypeAlias = Any
@@ -52,20 +54,20 @@ def schedule_function(function: tirx.PrimFunc) -> tirx.PrimFunc:
     return function
 
 
-def _visit(node: Any, visit: Callable[[Any], None]) -> None:  # noqa: ANN401 (any TIR object)
-    def walk(x: Any) -> None:  # noqa: ANN401
+def _visit(node: Any, visit: Callable[[Any], None]) -> None:
+    def walk(x: Any) -> None:
         visit(x)
 
     tvm_ffi.structural_walk(node, (tvm_ffi.Object, walk), order="post")
 
 
-def _holds(node: Any, test: Callable[[Any], bool]) -> bool:  # noqa: ANN401
+def _holds(node: Any, test: Callable[[Any], bool]) -> bool:
     found: list[bool] = []
     _visit(node, lambda x: found.append(True) if test(x) else None)
     return bool(found)
 
 
-def _call_name(x: Any) -> str:  # noqa: ANN401
+def _call_name(x: Any) -> str:
     return str(getattr(x.op, "name", "")) if isinstance(x, tvm.ir.Call) else ""
 
 
@@ -110,7 +112,7 @@ class _Blocks:
             return False
         last = variables[-1]
 
-        def is_last(x: Any) -> bool:  # noqa: ANN401
+        def is_last(x: Any) -> bool:
             return isinstance(x, tirx.Var) and bool(x.same_as(last))
 
         used_last = False
@@ -139,13 +141,11 @@ class _Blocks:
                 _visit(value, lambda x: reducing.append(x) if isinstance(x, tirx.Var) else None)
             elif int(variable.iter_type) != SPATIAL:
                 return None
-        spatial = [
-            loop for loop in loops if not any(self.schedule.get(loop).loop_var.same_as(r) for r in reducing)
-        ]
+        spatial = [loop for loop in loops if not any(self.schedule.get(loop).loop_var.same_as(r) for r in reducing)]
         return spatial, [loop for loop in loops if loop not in spatial]
 
 
-def _attempt(action: Callable[..., Any], *arguments: Any) -> None:  # noqa: ANN401
+def _attempt(action: Callable[..., Any], *arguments: Any) -> None:
     """Take a step that a schedule may refuse; it is then left as it was."""
     try:
         action(*arguments)
@@ -280,7 +280,7 @@ def _schedule_block(blocks: _Blocks, block: Block, outer: Loop | None) -> None:
         _schedule_elementwise(blocks, block, spatial, outer is None)
 
 
-def _schedule_reduction(blocks: _Blocks, block: Block, loops: tuple[list[Loop], list[Loop]], top: bool) -> None:  # noqa: FBT001
+def _schedule_reduction(blocks: _Blocks, block: Block, loops: tuple[list[Loop], list[Loop]], top: bool) -> None:
     schedule = blocks.schedule
     spatial, reduced = loops
     across = bool(spatial) and blocks.contiguous(block, SPATIAL)
@@ -305,7 +305,7 @@ def _schedule_reduction(blocks: _Blocks, block: Block, loops: tuple[list[Loop], 
     schedule.decompose_reduction(block, reduced[0])
 
 
-def _schedule_elementwise(blocks: _Blocks, block: Block, loops: list[Loop], top: bool) -> None:  # noqa: FBT001
+def _schedule_elementwise(blocks: _Blocks, block: Block, loops: list[Loop], top: bool) -> None:
     schedule = blocks.schedule
     inner: list[Loop] = []
     count: int | None = 1

@@ -22,7 +22,8 @@ def _batched(e: Emitter, x: Expression, dims: int, body: Callable[[Expression], 
 
 def _max_pool(dims: int, function: Rule) -> Rule:
     def rule(
-        e: Emitter, x: Expression, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil: bool = False,  # noqa: ANN401, FBT001, FBT002
+        e: Emitter, x: Expression, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+        ceil: bool = False,
     ) -> Expression:  # fmt: skip
         k, p = tuple_of(kernel, dims), tuple_of(padding, dims)
         s = tuple_of(stride, dims) if stride not in (None, [], ()) else k
@@ -34,8 +35,8 @@ def _max_pool(dims: int, function: Rule) -> Rule:
 
 def _avg_pool(dims: int, function: Rule) -> Rule:
     def rule(
-        e: Emitter, x: Expression, kernel: Any, stride: Any = None, padding: Any = 0, ceil: bool = False,  # noqa: ANN401, FBT001, FBT002
-        count_include_pad: bool = True, divisor: int | None = None,  # noqa: FBT001, FBT002
+        e: Emitter, x: Expression, kernel: Any, stride: Any = None, padding: Any = 0, ceil: bool = False,
+        count_include_pad: bool = True, divisor: int | None = None,
     ) -> Expression:  # fmt: skip
         k, p = tuple_of(kernel, dims), tuple_of(padding, dims)
         s = tuple_of(stride, dims) if stride not in (None, [], ()) else k
@@ -53,7 +54,7 @@ def _avg_pool(dims: int, function: Rule) -> Rule:
 
 
 def _adaptive_avg_pool(dims: int, average: Rule, function: Rule) -> Rule:
-    def rule(e: Emitter, x: Expression, wanted: Any) -> Expression:  # noqa: ANN401
+    def rule(e: Emitter, x: Expression, wanted: Any) -> Expression:
         space = shape(x)[-dims:]
         sizes = [s if w is None else w for s, w in zip(space, tuple_of(wanted, dims), strict=True)]
         if all(s == 1 for s in sizes):
@@ -67,7 +68,7 @@ def _adaptive_avg_pool(dims: int, average: Rule, function: Rule) -> Rule:
     return rule
 
 
-def _resized(x: Expression, sizes: Any, factors: Any) -> list[Any]:  # noqa: ANN401
+def _resized(x: Expression, sizes: Any, factors: Any) -> list[Any]:
     if sizes is not None:
         return list(sizes)
     result = []
@@ -77,13 +78,13 @@ def _resized(x: Expression, sizes: Any, factors: Any) -> list[Any]:  # noqa: ANN
     return result
 
 
-def upsample_nearest(e: Emitter, x: Expression, sizes: Any, factors: Any) -> Expression:  # noqa: ANN401
+def upsample_nearest(e: Emitter, x: Expression, sizes: Any, factors: Any) -> Expression:
     """Nearest: source index floor(o / factor), in integers where the factor is whole."""
     height, width = shape(x)[2:]
     new_height, new_width = _resized(x, sizes, factors)
     each = factors or [None, None]
 
-    def source(o: Expression, extent: Expression, wanted: Any, factor: float | None) -> Expression:  # noqa: ANN401
+    def source(o: Expression, extent: Expression, wanted: Any, factor: float | None) -> Expression:
         if factor is not None and float(factor).is_integer():
             return tirx.floordiv(o, int(factor))
         if factor is not None:
@@ -95,22 +96,24 @@ def upsample_nearest(e: Emitter, x: Expression, sizes: Any, factors: Any) -> Exp
     def body(values: Expression) -> Expression:
         return te.compute(
             (values.shape[0], values.shape[1], new_height, new_width),
-            lambda n, c, i, j: values(n, c, source(i, height, new_height, each[0]), source(j, width, new_width, each[1])),
+            lambda n, c, i, j: values(
+                n, c, source(i, height, new_height, each[0]), source(j, width, new_width, each[1])
+            ),
         )
 
     return e.compute(body, x, name="upsample_nearest")
 
 
-def upsample_bilinear(e: Emitter, x: Expression, sizes: Any, align: bool, factors: Any) -> Expression:  # noqa: ANN401, FBT001
+def upsample_bilinear(e: Emitter, x: Expression, sizes: Any, align: bool, factors: Any) -> Expression:
     """Bilinear, half-pixel centers or aligned corners."""
     height, width = shape(x)[2:]
     new_height, new_width = _resized(x, sizes, factors)
     each = factors or [None, None]
 
-    def as_float(value: Any) -> Expression:  # noqa: ANN401
+    def as_float(value: Any) -> Expression:
         return tirx.Cast("float32", size(value))
 
-    def source(o: Expression, extent: Expression, wanted: Any, factor: float | None) -> tuple[Any, Any, Any]:  # noqa: ANN401
+    def source(o: Expression, extent: Expression, wanted: Any, factor: float | None) -> tuple[Any, Any, Any]:
         if align:
             step = as_float(size(extent) - 1) / tirx.max(as_float(size(wanted) - 1), tirx.const(1, "float32"))
             place = as_float(o) * step

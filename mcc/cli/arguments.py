@@ -6,10 +6,9 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,9 +18,13 @@ from torch import Tensor
 from mcc.data import Data
 from mcc.errors import DataError, MccError, SpecError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 BAD_INPUT = 2
 _KINDS = {
-    "f32": torch.float32, "f64": torch.float64, "i64": torch.int64, "i32": torch.int32, "u8": torch.uint8, "bool": torch.bool,
+    "f32": torch.float32, "f64": torch.float64, "i64": torch.int64, "i32": torch.int32, "u8": torch.uint8,
+    "bool": torch.bool,
 }  # fmt: skip
 
 
@@ -35,7 +38,7 @@ def clear_errors() -> Iterator[None]:
         raise typer.Exit(BAD_INPUT) from error
 
 
-def read_model(text: str) -> Any:  # noqa: ANN401 (any kind of model mcc.compile takes)
+def read_model(text: str) -> Any:
     """A model: `model.onnx`, `program.pt2`, or `package.module:name` of a module or a function that makes one.
 
     Raises:
@@ -48,7 +51,7 @@ def read_model(text: str) -> Any:  # noqa: ANN401 (any kind of model mcc.compile
     module_name, _, name = text.partition(":")
     if not name:
         raise SpecError(f"{text!r} names no model", remedy="write model.onnx, program.pt2 or package.module:name")
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109 (users' modules lie where they stand, as with python -m)
+    sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
@@ -77,7 +80,8 @@ def read_inputs(texts: list[str]) -> tuple[tuple[Tensor, ...], dict[str, dict[in
             element = _KINDS[dtype]
         except (ValueError, KeyError) as error:
             raise SpecError(
-                f"cannot read the input {text!r}", remedy="write name=f32[batch:8,3,224,224]; types: " + ", ".join(_KINDS)
+                f"cannot read the input {text!r}",
+                remedy="write name=f32[batch:8,3,224,224]; types: " + ", ".join(_KINDS),
             ) from error
         floating = element.is_floating_point
         made = torch.randn(shape, generator=generator) if floating else torch.ones(shape)
@@ -99,8 +103,8 @@ def read_data(path: Path | None) -> Data:
     if "x" not in arrays:
         raise DataError(f"{path} holds no array x", remedy="save it with numpy.savez(path, x=inputs, y=labels)")
     x = torch.from_numpy(arrays["x"])
-    batches = list(x.split(64))
-    train = list(zip(batches, torch.from_numpy(arrays["y"]).split(64), strict=True)) if "y" in arrays else None
+    batches = list(torch.split(x, 64))
+    train = list(zip(batches, torch.split(torch.from_numpy(arrays["y"]), 64), strict=True)) if "y" in arrays else None
     return Data(calibration=batches, train=train)
 
 

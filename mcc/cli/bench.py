@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import torch
 import typer
 
@@ -15,6 +12,11 @@ from mcc import compiler
 from mcc.benchmark import interleave, onnxruntime_engine, openvino_engine
 from mcc.cli.arguments import clear_errors, print_json, read_data, read_inputs, read_model
 from mcc.errors import SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
 
 _PEERS = {"ONNX Runtime": onnxruntime_engine, "OpenVINO": openvino_engine}
 
@@ -26,7 +28,7 @@ def bench_model(
     data: Annotated[Path | None, typer.Option(help=".npz for passes that need data")] = None,
     threads: Annotated[int, typer.Option(help="for every engine")] = 1,
     runs: Annotated[int, typer.Option(help="of every engine")] = 200,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,  # noqa: FBT002 (a flag)
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Time mcc, torch eager, ONNX Runtime and OpenVINO in turns, with equal threads; peers that lack are named.
 
@@ -71,13 +73,13 @@ def _without_gradients(model: Callable[..., Any], inputs: tuple[Any, ...]) -> ob
 
 
 def _add_peers(
-    engines: dict[str, Callable[[], Any]], model: Any, example: tuple[Any, ...], arrays: list[np.ndarray], threads: int  # noqa: ANN401
+    engines: dict[str, Callable[[], Any]], model: Any, example: tuple[Any, ...], arrays: list[np.ndarray], threads: int
 ) -> dict[str, str]:
     """Add the peers that can run the model; returns those that cannot, with the reason."""
     missing: dict[str, str] = {}
     try:
         proto = Path(model).read_bytes() if isinstance(model, str) else _to_onnx(model, example)
-    except Exception as error:  # noqa: BLE001 (a peer that cannot be measured is a row of the report, whatever ails it)
+    except Exception as error:  # noqa: BLE001 (a peer that cannot be measured is a row, whatever ails it)
         return dict.fromkeys(_PEERS, f"no ONNX form: {(str(error) or repr(error)).splitlines()[0]}")
     for name, make in _PEERS.items():
         try:
@@ -91,8 +93,7 @@ def _add_peers(
 
 
 def _to_onnx(model: torch.nn.Module, example: tuple[Any, ...]) -> bytes:
-    buffer = io.BytesIO()
     program = torch.onnx.export(model.eval(), example, dynamo=True, verbose=False)
     assert program is not None
-    program.save(buffer)
-    return buffer.getvalue()
+    data: bytes = program.model_proto.SerializeToString()
+    return data

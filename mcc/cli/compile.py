@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mcc import compiler
 from mcc.cli.arguments import clear_errors, read_data, read_inputs, read_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def compile_model(

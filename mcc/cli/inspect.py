@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mcc import compiler
 from mcc.cli.arguments import clear_errors, print_json, read_data, read_inputs, read_model
 from mcc.cost import graph_size, layer_costs
-from mcc.graph import Graph
 from mcc.pipeline import Pipeline
 from mcc.runtime import load
 from mcc.target import parse_target
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mcc.graph import Graph
 
 
 def inspect_model(
@@ -21,8 +24,8 @@ def inspect_model(
     inputs: Annotated[list[str] | None, typer.Option("--input", "-i", help="name=f32[batch:8,784]")] = None,
     passes: Annotated[str, typer.Option("--passes", "-p", help="show the model after these passes, too")] = "",
     data: Annotated[Path | None, typer.Option(help=".npz for passes that need data")] = None,
-    graph: Annotated[bool, typer.Option("--graph", help="print the graph as text")] = False,  # noqa: FBT002 (a flag)
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,  # noqa: FBT002 (a flag)
+    graph: Annotated[bool, typer.Option("--graph", help="print the graph as text")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Show layers with parameters, bytes and MACs; with passes, before and after.
 
@@ -52,7 +55,7 @@ def inspect_model(
             _print_state(name, state, graph)
 
 
-def _print_state(name: str, state: Graph, graph: bool) -> None:  # noqa: FBT001 (a flag handed on)
+def _print_state(name: str, state: Graph, graph: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mcc import compiler
 from mcc.cli.arguments import clear_errors, print_json
-from mcc.rewrite import Pass
 from mcc.target import missing_features, parse_target, target_names
+
+if TYPE_CHECKING:
+    from mcc.rewrite import Pass
 
 
 def list_passes(
     name: Annotated[str | None, typer.Argument(help="one pass, with its whole text")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,  # noqa: FBT002 (a flag)
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """List every pass with its options and source; name one for its whole text.
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
@@ -11,6 +10,9 @@ import typer
 from mcc.cli.arguments import clear_errors, read_arrays
 from mcc.errors import DataError
 from mcc.runtime import load
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def run_artifact(
@@ -36,7 +38,7 @@ def run_artifact(
             for name, value in results.items():
                 typer.echo(f"{name}: {value.dtype}{list(value.shape)}\n{value}")
             return
-        np.savez(out, **results)
+        np.savez(out, allow_pickle=False, **results)
         typer.echo(f"wrote {', '.join(results)} to {out}")
 
 

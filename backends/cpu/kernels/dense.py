@@ -7,24 +7,39 @@ weights under float32 activations are converted in registers and scaled once at 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
-import tvm.tirx.script.builder.ir as B  # noqa: N812
-from numpy.typing import NDArray
+import tvm.tirx.script.builder.ir as B
 from tvm import tirx
-from tvm.script import tirx as T  # noqa: N812
+from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.epilogue import emit_epilogue
 from mcc.backends.cpu.kernels.tiles import TileShape, leading_dims, parse_tile, row_blocks
 from mcc.backends.cpu.microkernel import (
-    Expression, Parameter, Vectors, branch, flat, kernel_function, lane, parallel, product, serial,
+    Expression,
+    Parameter,
+    Register,
+    Vectors,
+    branch,
+    flat,
+    kernel_function,
+    lane,
+    parallel,
+    product,
+    serial,
 )  # fmt: skip
 from mcc.backends.kernel import Lowered, Region, apply_epilogue
-from mcc.target import Target
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from mcc.target import Target
+
+EmitTile: TypeAlias = Callable[[Expression, int, Expression, int], None]
 SERIAL_MACS = 1_500_000  # below about 30 us of work two threads cost more than they bring
 ROW_BLOCK = 64
 
@@ -34,12 +49,11 @@ class DenseFloat:
     """float32 activations; weights float32, or int8 with a scale for each output."""
 
     name: str = "dense_f32"
+    anchor: ClassVar[ops.Op] = ops.LINEAR
 
     def refuses(self, region: Region, target: Target) -> str | None:
         """Takes linear with a dense weight."""
         del target
-        if region.anchor.op is not ops.LINEAR:
-            return "not a linear layer"
         if region.weight.sparse is not None:
             return "the weight is sparse"
         return "the activations are quantized" if region.activation is not None else None
@@ -68,12 +82,11 @@ class DenseInt8:
     """uint8 activation codes times int8 weight codes, exact int32 sums, one float32 scale for each output."""
 
     name: str = "dense_int8"
+    anchor: ClassVar[ops.Op] = ops.LINEAR
 
     def refuses(self, region: Region, target: Target) -> str | None:
         """Takes linear with a dense int8 weight and quantized activations."""
         del target
-        if region.anchor.op is not ops.LINEAR:
-            return "not a linear layer"
         if region.activation is None or region.weight.scale is None:
             return "weight and activations are not both int8"
         return "the weight is sparse" if region.weight.sparse is not None else None
@@ -187,7 +200,7 @@ class _Plan:
         self.tail_vectors = -(-(self.outputs - self.full_panels * self.width) // vectors.lanes)
         self.leading = leading_dims(region.source.shape[:-1])
 
-    def function(self, name: str, packed: dict[str, NDArray[Any]], body: Any) -> tirx.PrimFunc:  # noqa: ANN401
+    def function(self, name: str, packed: dict[str, NDArray[Any]], body: Any) -> tirx.PrimFunc:
         """The PrimFunc around `body`."""
         dtype = "float32" if self.region.activation is None else "uint8"
         parameters = [
@@ -197,47 +210,46 @@ class _Plan:
         ]
         return kernel_function(name, parameters, body)
 
-    def loops(self, emit_tile: Any) -> None:  # noqa: ANN401
-        """Call `emit_tile(panel, vectors, first row, rows)` for every tile: rows of one alone, or blocks of rows."""
+    def loops(self, emit_tile: EmitTile) -> None:
+        """Call `emit_tile(panel, vectors, first row, rows)` for every tile: one row alone, or blocks of rows."""
         rows = product(self.leading)
-        panels = self.full_panels + (1 if self.tail_vectors else 0)
-
-        def panel_of(p: Expression, emit: Any) -> None:  # noqa: ANN401
-            def full() -> None:
-                emit(p, self.tile.vectors)
-
-            def tail() -> None:
-                emit(p, self.tail_vectors)
-
-            if not self.tail_vectors:
-                full()
-            elif not self.full_panels:
-                tail()
-            else:
-                branch(p < self.full_panels, full, tail)
-
-        def single() -> None:
-            loop = serial if self.inputs * self.outputs < SERIAL_MACS else parallel
-            loop(panels, lambda p: panel_of(p, lambda q, v: emit_tile(q, v, 0, 1)))
-
-        def blocks() -> None:
-            count = tirx.floordiv(rows + ROW_BLOCK - 1, ROW_BLOCK) if not isinstance(rows, int) else -(-rows // ROW_BLOCK)
-
-            def block(i: Expression) -> None:
-                p, b = (i, 0) if isinstance(count, int) and count == 1 else (tirx.floordiv(i, count), tirx.floormod(i, count))
-
-                def in_panel(q: Expression, v: int) -> None:
-                    row_blocks(rows, b, ROW_BLOCK, self.tile.rows, lambda first, n: emit_tile(q, v, first, n))
-
-                panel_of(p, in_panel)
-
-            few = rows * (self.inputs * self.outputs) < SERIAL_MACS
-            branch(few, lambda: serial(panels * count, block), lambda: parallel(panels * count, block))
-
         if isinstance(rows, int):
-            single() if rows == 1 else blocks()
+            self._single(emit_tile) if rows == 1 else self._blocks(rows, emit_tile)
         else:
-            branch(rows == 1, single, blocks)
+            branch(rows == 1, lambda: self._single(emit_tile), lambda: self._blocks(rows, emit_tile))
+
+    @property
+    def _panels(self) -> int:
+        return self.full_panels + (1 if self.tail_vectors else 0)
+
+    def _in_panel(self, p: Expression, emit: Callable[[Expression, int], None]) -> None:
+        """Call `emit` with the panel and its width in vectors: the last one may be narrower."""
+        if not self.tail_vectors:
+            emit(p, self.tile.vectors)
+        elif not self.full_panels:
+            emit(p, self.tail_vectors)
+        else:
+            branch(p < self.full_panels, lambda: emit(p, self.tile.vectors), lambda: emit(p, self.tail_vectors))
+
+    def _single(self, emit_tile: EmitTile) -> None:
+        loop = serial if self.inputs * self.outputs < SERIAL_MACS else parallel
+        loop(self._panels, lambda p: self._in_panel(p, lambda q, v: emit_tile(q, v, 0, 1)))
+
+    def _blocks(self, rows: Expression, emit_tile: EmitTile) -> None:
+        count = -(-rows // ROW_BLOCK) if isinstance(rows, int) else tirx.floordiv(rows + ROW_BLOCK - 1, ROW_BLOCK)
+
+        def block(i: Expression) -> None:
+            whole = isinstance(count, int) and count == 1
+            p, b = (i, 0) if whole else (tirx.floordiv(i, count), tirx.floormod(i, count))
+
+            def tiles(q: Expression, v: int) -> None:
+                row_blocks(rows, b, ROW_BLOCK, self.tile.rows, lambda first, n: emit_tile(q, v, first, n))
+
+            self._in_panel(p, tiles)
+
+        few = rows * (self.inputs * self.outputs) < SERIAL_MACS
+        total = self._panels * count
+        branch(few, lambda: serial(total, block), lambda: parallel(total, block))
 
     def store(self, out: Expression, row: Expression, column: Expression, value: Expression, used: int) -> None:
         """Write the first `used` lanes of an output vector."""
@@ -264,42 +276,43 @@ class _FloatBody:
 
     def emit(self, x: Expression, weight: Expression, bias: Expression, *rest: Expression) -> None:
         """Emit the whole kernel."""
-        plan, v = self.plan, self.plan.vectors
-        scale, out = rest if self.scaled else (None, rest[0])
+        plan = self.plan
         rows = product(plan.leading)
-        source, target = flat(x, rows * plan.inputs), flat(out, rows * plan.outputs)
+        self.weight, self.bias, self.scale = weight, bias, rest[0] if self.scaled else None
+        self.source, self.target = flat(x, rows * plan.inputs), flat(rest[-1], rows * plan.outputs)
+        plan.loops(self._tile)
 
-        def tile(panel: Expression, vectors: int, first: Expression, count: int) -> None:
-            chains = 2 if count * vectors <= 4 else 1  # FMAs in flight hide its latency of four cycles
-            sums = [v.registers(count, vectors, "float32") for _ in range(chains)]
-            for c, chain in enumerate(sums):
-                for row in chain:
-                    for j, register in enumerate(row):
-                        start = v.load(bias, panel * plan.width + j * v.lanes) if c == 0 and not self.scaled else v.constant(0.0)
-                        register.set(start)
+    def _tile(self, panel: Expression, vectors: int, first: Expression, count: int) -> None:
+        plan, v = self.plan, self.plan.vectors
+        chains = 2 if count * vectors <= 4 else 1  # FMAs in flight hide its latency of four cycles
+        sums = [v.registers(count, vectors, "float32") for _ in range(chains)]
+        for c, chain in enumerate(sums):
+            for row in chain:
+                for j, register in enumerate(row):
+                    from_bias = c == 0 and not self.scaled
+                    start = v.load(self.bias, panel * plan.width + j * v.lanes) if from_bias else v.constant(0.0)
+                    register.set(start)
 
-            def step(k: Expression, chain: int) -> None:
-                base = panel * (plan.width * plan.inputs) + k * (vectors * v.lanes)
-                loaded = [v.load(weight, base + j * v.lanes) for j in range(vectors)]
-                w = [B.Bind(v.to_float(part) if self.scaled else part) for part in loaded]
-                for i in range(count):
-                    a = B.Bind(v.splat(source[(first + i) * plan.inputs + k]))
-                    for j in range(vectors):
-                        register = sums[chain][i][j]
-                        register.set(v.fma(a, w[j], register.get()))
+        def step(k: Expression, chain: int) -> None:
+            base = panel * (plan.width * plan.inputs) + k * (vectors * v.lanes)
+            loaded = [v.load(self.weight, base + j * v.lanes) for j in range(vectors)]
+            w = [B.Bind(v.to_float(part) if self.scaled else part) for part in loaded]
+            for i in range(count):
+                a = B.Bind(v.splat(self.source[(first + i) * plan.inputs + k]))
+                for j in range(vectors):
+                    register = sums[chain][i][j]
+                    register.set(v.fma(a, w[j], register.get()))
 
-            def steps(ko: Expression) -> None:
-                for u in range(chains):
-                    step(ko * chains + u, u)
+        def steps(ko: Expression) -> None:
+            for u in range(chains):
+                step(ko * chains + u, u)
 
-            serial(plan.inputs // chains, steps)
-            for k in range(plan.inputs // chains * chains, plan.inputs):
-                step(k, 0)
-            self._finish(target, (panel, vectors, first, count), sums, bias, scale)
+        serial(plan.inputs // chains, steps)
+        for k in range(plan.inputs // chains * chains, plan.inputs):
+            step(k, 0)
+        self._finish((panel, vectors, first, count), sums)
 
-        plan.loops(tile)
-
-    def _finish(self, target: Expression, place: tuple[Expression, int, Expression, int], sums: Any, bias: Expression, scale: Expression) -> None:  # noqa: ANN401
+    def _finish(self, place: tuple[Expression, int, Expression, int], sums: list[list[list[Register]]]) -> None:
         plan, v = self.plan, self.plan.vectors
         panel, vectors, first, count = place
         for j in range(vectors):
@@ -309,9 +322,9 @@ class _FloatBody:
                 for chain in sums[1:]:
                     value = value + chain[i][j].get()
                 if self.scaled:
-                    value = v.fma(value, v.load(scale, column), v.load(bias, column))
+                    value = v.fma(value, v.load(self.scale, column), v.load(self.bias, column))
                 value = B.Bind(emit_epilogue(v, value, plan.region.epilogue))
-                plan.store(target, first + i, column, value, plan.used_lanes(vectors, j))
+                plan.store(self.target, first + i, column, value, plan.used_lanes(vectors, j))
 
 
 class _IntegerBody:
@@ -322,49 +335,50 @@ class _IntegerBody:
         self.bounded = bounded
         self.groups = -(-plan.inputs // 4)
 
-    def emit(self, x: Expression, weight: Expression, bias: Expression, scale: Expression, start: Expression, out: Expression) -> None:
+    def emit(self, x: Expression, weight: Expression, *rest: Expression) -> None:
         """Emit the whole kernel."""
-        plan, v = self.plan, self.plan.vectors
-        rows = product(plan.leading)
-        target = flat(out, rows * plan.outputs)
-        words = flat(weight, self.groups * plan.padded_outputs, "int32")
-        codes = flat(x, rows * plan.inputs)
-        whole = plan.inputs % 4 == 0
-        code_words = flat(x, rows * self.groups, "int32") if whole else None
-
-        def tile(panel: Expression, vectors: int, first: Expression, count: int) -> None:
-            source, base = (code_words, first * self.groups) if whole else (self._padded_rows(codes, first, count), 0)
-            sums = v.registers(count, vectors, "int32")
-            for row in sums:
-                for j, register in enumerate(row):
-                    register.set(v.load(start, panel * plan.width + j * v.lanes))
-
-            def step(k: Expression) -> None:
-                at = panel * (plan.width * self.groups) + k * (vectors * v.lanes)
-                w = [B.Bind(v.load(words, at + j * v.lanes)) for j in range(vectors)]
-                for i in range(count):
-                    a = B.Bind(v.splat(source[base + i * self.groups + k]))
-                    for j in range(vectors):
-                        total = v.dot4(sums[i][j].get(), a, w[j], bounded=self.bounded)
-                        sums[i][j].set(total)
-
-            serial(self.groups, step)
-            for j in range(vectors):
-                column = panel * plan.width + j * v.lanes
-                gain, offset = B.Bind(v.load(scale, column)), B.Bind(v.load(bias, column))
-                for i in range(count):
-                    value = v.fma(v.to_float(sums[i][j].get()), gain, offset)
-                    value = B.Bind(emit_epilogue(v, value, plan.region.epilogue))
-                    plan.store(target, first + i, column, value, plan.used_lanes(vectors, j))
-
-        plan.loops(tile)
-
-    def _padded_rows(self, codes: Expression, first: Expression, count: int) -> Expression:
-        """A copy of `count` rows, each padded to whole words; the padding meets zero weights."""
         plan = self.plan
-        room = B.alloc_buffer((count * self.groups * 4,), "uint8", scope="local", layout=None)
+        rows = product(plan.leading)
+        self.bias, self.scale, self.start, out = rest
+        self.target = flat(out, rows * plan.outputs)
+        self.words = flat(weight, self.groups * plan.padded_outputs, "int32")
+        self.codes = flat(x, rows * plan.inputs)
+        self.whole = plan.inputs % 4 == 0
+        self.code_words = flat(x, rows * self.groups, "int32") if self.whole else self.codes
+        plan.loops(self._tile)
+
+    def _tile(self, panel: Expression, vectors: int, first: Expression, count: int) -> None:
+        plan, v = self.plan, self.plan.vectors
+        source, base = (self.code_words, first * self.groups) if self.whole else (self._padded_rows(first, count), 0)
+        sums = v.registers(count, vectors, "int32")
+        for row in sums:
+            for j, register in enumerate(row):
+                register.set(v.load(self.start, panel * plan.width + j * v.lanes))
+
+        def step(k: Expression) -> None:
+            at = panel * (plan.width * self.groups) + k * (vectors * v.lanes)
+            w = [B.Bind(v.load(self.words, at + j * v.lanes)) for j in range(vectors)]
+            for i in range(count):
+                a = B.Bind(v.splat(source[base + i * self.groups + k]))
+                for j in range(vectors):
+                    sums[i][j].set(v.dot4(sums[i][j].get(), a, w[j], bounded=self.bounded))
+
+        serial(self.groups, step)
+        for j in range(vectors):
+            column = panel * plan.width + j * v.lanes
+            gain, offset = B.Bind(v.load(self.scale, column)), B.Bind(v.load(self.bias, column))
+            for i in range(count):
+                value = v.fma(v.to_float(sums[i][j].get()), gain, offset)
+                value = B.Bind(emit_epilogue(v, value, plan.region.epilogue))
+                plan.store(self.target, first + i, column, value, plan.used_lanes(vectors, j))
+
+    def _padded_rows(self, first: Expression, count: int) -> Expression:
+        """A copy of `count` rows, each padded to whole words; the padding meets zero weights."""
+        plan, width = self.plan, self.groups * 4
+        room = B.alloc_buffer((count * width,), "uint8", scope="local", layout=None)
         for i in range(count):
-            serial(plan.inputs, lambda k, i=i: B.buffer_store(room, codes[(first + i) * plan.inputs + k], [i * self.groups * 4 + k]))  # type: ignore[misc]
-            for k in range(plan.inputs, self.groups * 4):
-                B.buffer_store(room, T.uint8(0), [i * self.groups * 4 + k])
+            with B.serial(0, plan.inputs) as k:
+                B.buffer_store(room, self.codes[(first + i) * plan.inputs + k], [i * width + k])
+            for beyond in range(plan.inputs, width):
+                B.buffer_store(room, T.uint8(0), [i * width + beyond])
         return flat(room, count * self.groups, "int32")

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tvm.tirx.script.builder.ir as B  # noqa: N812
+import tvm.tirx.script.builder.ir as B
 from tvm import tirx
-from tvm.script import tirx as T  # noqa: N812
+from tvm.script import tirx as T
 
 from mcc.backends.cpu.epilogue import emit_epilogue
 from mcc.backends.cpu.kernels.tiles import leading_dims
-from mcc.backends.cpu.microkernel import Expression, Parameter, Vectors, branch, flat, kernel_function, parallel, product
-from mcc.backends.kernel import Requantize
-from mcc.target import Target
+from mcc.backends.cpu.microkernel import (
+    Expression,
+    Parameter,
+    Vectors,
+    branch,
+    flat,
+    kernel_function,
+    parallel,
+    product,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mcc.backends.kernel import Requantize
+    from mcc.target import Target
 
 BLOCK = 8192
 

@@ -3,33 +3,47 @@
 W is packed as SELL-16: outputs sorted by their number of non-zeros, in groups of 16; step s of a group holds the s-th
 non-zero of each of its outputs, zeros where an output has fewer. One row of x: lanes are the 16 outputs, x gathered by
 column. Many rows: lanes are rows of x, transposed tile by tile, so that one stored value meets a whole vector.
-Monakov, Lokhmotov, Avetisyan: Automatically tuning sparse matrix-vector multiplication for GPU architectures. HiPEAC 2010.
+Monakov, Lokhmotov, Avetisyan: Automatically tuning sparse matrix-vector multiplication for GPU architectures. HiPEAC
+2010.
 
 Integer codes go through the same loops: products of 8-bit codes sum exactly in float32 up to 2^24, which is checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import tvm.tirx.script.builder.ir as B  # noqa: N812
-from numpy.typing import NDArray
+import tvm.tirx.script.builder.ir as B
 from tvm import tirx
-from tvm.script import tirx as T  # noqa: N812
+from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.epilogue import emit_epilogue
 from mcc.backends.cpu.kernels.dense import dense_reference
 from mcc.backends.cpu.kernels.tiles import leading_dims
 from mcc.backends.cpu.microkernel import (
-    Expression, Parameter, Vectors, branch, flat, kernel_function, lane, parallel, product, serial,
+    Expression,
+    Parameter,
+    Vectors,
+    branch,
+    flat,
+    kernel_function,
+    lane,
+    parallel,
+    product,
+    serial,
 )  # fmt: skip
 from mcc.backends.kernel import Lowered, Region, SparseArrays
-from mcc.target import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from mcc.target import Target
 
 GROUP = 16
 TILE_ROWS = 32
@@ -42,12 +56,11 @@ class SparseDense:
     """Linear layers with a sparse weight: float32, int8 weights alone, or int8 weights and activations."""
 
     name: str = "sparse_dense"
+    anchor: ClassVar[ops.Op] = ops.LINEAR
 
     def refuses(self, region: Region, target: Target) -> str | None:
         """Takes linear with a sparse weight whose codes sum exactly."""
         del target
-        if region.anchor.op is not ops.LINEAR or len(region.weight.shape) != 2:
-            return "not a linear layer"
         if region.weight.sparse is None:
             return "the weight is dense"
         if region.activation is not None:
@@ -171,7 +184,7 @@ class _Body:
         source, start = (self._float_row(base), tirx.const(0, "int64")) if self.codes else (self.x, base)
         words = self._column_words()
 
-        def step(at: Expression, register: Any) -> None:  # noqa: ANN401
+        def step(at: Expression, register: Any) -> None:
             columns = self._columns(words, at)
             x = tirx.Shuffle([source[start + c] for c in columns], list(range(GROUP)))
             w = tirx.BufferLoad(arrays["values"], [T.ramp(at * GROUP, 1, GROUP)])
@@ -265,7 +278,10 @@ class _Body:
         if self.inputs >= v.lanes:
             # the last block overlaps the one before it where the inputs are no multiple of the lanes
             last = self.inputs - v.lanes
-            serial(-(-self.inputs // v.lanes), lambda b: serial(width // v.lanes, lambda t: block(tirx.min(b * v.lanes, last), t * v.lanes)))
+            serial(
+                -(-self.inputs // v.lanes),
+                lambda b: serial(width // v.lanes, lambda t: block(tirx.min(b * v.lanes, last), t * v.lanes)),
+            )
             return
 
         def element(r: Expression, k: Expression) -> None:
@@ -315,7 +331,10 @@ class _Body:
 
         if self.outputs >= v.lanes:
             last = self.outputs - v.lanes
-            serial(-(-self.outputs // v.lanes), lambda b: serial(width // v.lanes, lambda t: block(tirx.min(b * v.lanes, last), t * v.lanes)))
+            serial(
+                -(-self.outputs // v.lanes),
+                lambda b: serial(width // v.lanes, lambda t: block(tirx.min(b * v.lanes, last), t * v.lanes)),
+            )
             return
 
         def column(n: Expression, t: Expression) -> None:

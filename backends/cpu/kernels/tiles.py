@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
 
 from mcc.backends.cpu.microkernel import Expression, branch, serial
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def leading_dims(dims: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def row_blocks(
-    rows: Any,  # noqa: ANN401 (int or expression)
+    rows: Any,
     block: Expression,
     block_rows: int,
     tile_rows: int,
