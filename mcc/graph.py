@@ -158,7 +158,7 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path: str = list(stack.values())[-1][0]
-    return path
+    return "" if path.startswith("_empty_nn_module_stack") else path  # torch's mark for code outside any module
 
 
 def source_line(node: fx.Node) -> str:

@@ -29,6 +29,10 @@ _SHORT = {
 }  # fmt: skip
 
 
+# where a tensor lies and which library computes it is nothing of the graph's
+_SAYS_NOTHING = ("cudnn_enabled", "cudnn_enable", "device", "layout", "pin_memory", "non_blocking")
+
+
 def short_dtype(dtype: torch.dtype) -> str:
     """`f32` for torch.float32, and so on."""
     return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
@@ -85,7 +89,7 @@ def _schema_text(node: fx.Node) -> list[str]:
         given = position < len(node.args) or spec.name in node.kwargs
         argument = node.args[position] if position < len(node.args) else node.kwargs.get(spec.name)
         has_default = spec.has_default_value()
-        if not given or spec.name == "cudnn_enabled" or (has_default and _is_default(argument, spec.default_value)):
+        if not given or spec.name in _SAYS_NOTHING or (has_default and _is_default(argument, spec.default_value)):
             by_name = True
             continue
         if has_default and isinstance(argument, list | tuple) and len(set(map(str, argument))) == 1:

@@ -105,7 +105,7 @@ class Quantize(Pass):
         matched: set[str] = set()
         for node in graph.nodes:
             if node.op not in _QUANTIZABLE:
-                if node.op is not None and node.op.macs(node.fx):
+                if node.op is not None and (node.op.macs(node.fx) or node.op.family == "weights"):
                     context.decline(node, f"{node.op.name} stays in float")
                 continue
             excluded = [p for p in self.exclude if fnmatchcase(node.layer, p)]

@@ -231,6 +231,7 @@ class _Writer:
             )  # fmt: skip
         if node.op.macs(node.fx):
             self._fallback_row(node)
+        emitter.expected = self.sizes.shape(value) if isinstance(value, Tensor) else None
         return self._expected(emitter, self._apply(rule, emitter, node), value)
 
     def _apply(self, rule: Any, emitter: Emitter, node: Node) -> Any:
@@ -256,12 +257,15 @@ class _Writer:
         if not is_tensor(result) or not isinstance(value, Tensor):
             return result
         wanted = self.sizes.shape(value)
+        if str(result.ty.dtype) != DTYPES[value.dtype]:
+            raise BackendError(f"a lowering rule gave {result.ty.dtype} where the graph has {value.dtype}")
         analyzer = Analyzer()
         if len(wanted) == len(result.ty.shape) and all(
             analyzer.can_prove_equal(a, b) for a, b in zip(result.ty.shape, wanted, strict=True)
         ):
             return result
-        return emitter.builder.match_cast(result, relax.TensorType(wanted, DTYPES[value.dtype]))
+        # not match_cast: FuseTIR crashes the process on one
+        return emitter(relax.op.reshape(result, wanted))
 
     def _kernel_call(self, emitter: Emitter, choice: Choice) -> Any:
         region = choice.region

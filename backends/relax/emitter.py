@@ -98,10 +98,17 @@ def wrap_index(index: Expression, extent: Expression, kind: str) -> Expression:
 
 
 class Emitter:
-    """Emits relax calls into the function under construction."""
+    """Emits relax calls into the function under construction.
+
+    Attributes:
+        builder: of the function.
+        expected: the shape that the graph knows the present op to have, or None; rules may use it where relax would
+            derive another form of it, such as min(n, 512) for n.
+    """
 
     def __init__(self, builder: relax.BlockBuilder) -> None:
         self.builder = builder
+        self.expected: list[Expression] | None = None
 
     def __call__(self, call: Expression) -> Expression:
         """Emit a relax call."""

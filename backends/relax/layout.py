@@ -69,6 +69,8 @@ def cut(e: Emitter, x: Expression, dim: int = 0, start: Any = None, end: Any = N
     first, last = (analyzer.simplify(size(b)) for b in (bound(start, 0), bound(end, extent)))
     if static(first) == 0 and step == 1 and analyzer.can_prove_equal(last, extent):
         return x
+    if e.expected is not None and step == 1 and static(last) is None:
+        last = analyzer.simplify(first + e.expected[d])
     if static(first) is not None and static(last) is not None:
         last = size(max(int(first), int(last)))  # an end before the start aborts the process in strided_slice
     return e.cut(x, d, first, last, step)
