@@ -157,7 +157,7 @@ _TABLE = (
         "hardswish hardtanh leaky_relu elu selu celu softplus log_sigmoid erf sign ceil floor round square clamp "
         "clamp_min clamp_max pow.Tensor_Scalar pow.Scalar pow.Tensor_Tensor bitwise_not logical_not isnan "
         "sub.Tensor rsub.Scalar div.Tensor div.Tensor_mode floor_divide remainder.Scalar remainder.Tensor "
-        "masked_fill.Scalar where.self where.ScalarOther where.ScalarSelf prelu "
+        "copy masked_fill.Scalar where.self where.ScalarOther where.ScalarSelf prelu "
         "le.Tensor le.Scalar lt.Tensor lt.Scalar ge.Tensor ge.Scalar gt.Tensor gt.Scalar eq.Scalar ne.Scalar",
     ),
     *_commuting(

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 # rewrite shows far above this.
 ROUNDING = 1e-4
 # A sum that rounds differently may flip a quantizer's step, and that step flips others further on. How much of the
-# output's norm this moves is the model's own: it is judged by what a change of the parameters in their last digits does.
+# output's norm this moves is the model's own: it is judged by what a change of the parameters in their last digits
+# does.
 QUANTIZED_NORM = 1e-2
 PERTURBATION = 1e-5
 FLIPS_ALLOWED = 3.0

@@ -259,8 +259,10 @@ RULES: dict[str, Rule] = {
     "bitwise_and.Tensor": _logical(R.logical_and, R.bitwise_and),
     "__or__.Tensor": _logical(R.logical_or, R.bitwise_or), "bitwise_or.Tensor": _logical(R.logical_or, R.bitwise_or),
     "logical_and": _truth(R.logical_and), "logical_or": _truth(R.logical_or),
+    "copy": lambda e, x, source, *rest: e(R.broadcast_to(e.cast(source, dtype(x)), shape(x))),
     "masked_fill.Scalar": masked_fill, "where.self": where, "where.ScalarOther": where, "where.ScalarSelf": where,
-    "to.dtype": to_dtype, "_to_copy": _to_copy, "to.dtype_layout": _to_copy, "to.device": lambda e, x, device, kind, *rest: e.cast(x, DTYPES[kind]),
+    "to.dtype": to_dtype, "_to_copy": _to_copy, "to.dtype_layout": _to_copy, "to.device": lambda e, x, device, kind,
+    *rest: e.cast(x, DTYPES[kind]),
     "type_as": lambda e, x, other: e.cast(x, dtype(other)),
     "dropout": _same, "feature_dropout": _same,
 }  # fmt: skip

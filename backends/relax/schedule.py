@@ -325,7 +325,7 @@ def _schedule_elementwise(blocks: _Blocks, block: Block, loops: list[Loop], top:
         width = next((w for w in (512, 256, 128, 64) if count % w == 0), 512)
         outer_part, part = schedule.split(inner[0], [None, width])
         lead, inner, count = [outer_part], [part], blocks.extent(part)
-    if inner and count is not None and count % LANES == 0:
+    if inner and count and count % LANES == 0:
         joint = schedule.fuse(*inner) if len(inner) > 1 else inner[0]
         schedule.vectorize(schedule.split(joint, [None, LANES])[1] if count > LANES else joint)
     if lead and top:

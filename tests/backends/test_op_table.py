@@ -1,0 +1,90 @@
+"""Every row of the op table computes what PyTorch does, at several batch sizes of one artifact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from op_samples import NOT_CALLED, SAMPLES, Sample
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mcc import ops
+from mcc.compiler import Options, compile_graph
+from mcc.frontend import capture
+
+QUICK = Options(verify=False, measure="never", tuning="model")
+CASES = [(name, k) for name, samples in sorted(SAMPLES.items()) for k in range(len(samples))]
+
+
+class OneCall(nn.Module):
+    """Calls one op; tensors that are not inputs are its parameters and buffers."""
+
+    def __init__(self, op: ops.Op, sample: Sample, args: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.op, self.sample = op, sample
+        self.template = [None if i in sample.dynamic else a for i, a in enumerate(args)]
+        leaves = pytree.tree_leaves(self.template)
+        for k, leaf in enumerate(x for x in leaves if isinstance(x, Tensor)):
+            if leaf.is_floating_point():
+                self.register_parameter(f"stored_{k}", nn.Parameter(leaf, requires_grad=False))
+            else:
+                self.register_buffer(f"stored_{k}", leaf)
+
+    def forward(self, *inputs: Any) -> Any:
+        stored = iter(getattr(self, f"stored_{k}") for k in range(100) if hasattr(self, f"stored_{k}"))
+        template = pytree.tree_map(lambda x: next(stored) if isinstance(x, Tensor) else x, self.template)
+        given = iter(inputs)
+        args = [next(given) if i in self.sample.dynamic else a for i, a in enumerate(template)]
+        return self.op.target(*args, **dict(self.sample.options))
+
+
+def test_every_row_has_a_sample():
+    assert set(SAMPLES) | NOT_CALLED == set(ops.OPS)
+
+
+def _dims(args: tuple[Any, ...], sample: Sample) -> Any:
+    return (tuple([{0: "batch"}] * len(args[i]) if isinstance(args[i], list) else {0: "batch"} for i in sample.dynamic),)
+
+
+@pytest.mark.parametrize(("name", "k"), CASES, ids=lambda v: str(v))
+def test_an_op_equals_pytorch(name: str, k: int):
+    op, sample = ops.OPS[name], SAMPLES[name][k]
+    args = sample.args(2)
+    module = OneCall(op, sample, args)
+    inputs = tuple(args[i] for i in sample.dynamic)
+    graph = capture(module, inputs, dynamic_shapes=None if sample.fixed_batch else _dims(args, sample))
+    if op.family not in ("cast", "mode") and name not in ("reshape_as", "expand_as"):
+        assert op in {n.op for n in graph.nodes}, str(graph)
+    artifact = compile_graph(graph, tuple(pytree.tree_leaves(inputs)), (), QUICK)
+    for batch in (2,) if sample.fixed_batch else (1, 3, 7):
+        fresh = tuple(sample.args(batch)[i] for i in sample.dynamic)
+        with torch.no_grad():
+            expected = pytree.tree_leaves(module(*fresh))
+        found = pytree.tree_leaves(artifact(*fresh))
+        assert len(expected) == len(found)
+        for e, f in zip(expected, found, strict=True):
+            assert (e.shape, e.dtype) == (f.shape, f.dtype)
+            if name == "empty_like":
+                continue
+            if e.is_floating_point():
+                torch.testing.assert_close(f, e, rtol=1e-4, atol=2e-5)
+            else:
+                assert torch.equal(f, e)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "conv1d", "matmul", "scaled_dot_product_attention", "conv_transpose2d.input"])
+def test_macs_count_the_multiplications(name: str):
+    """Against torch's own counter, which counts two operations a MAC."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sample = SAMPLES[name][0]
+    args = sample.args(2)
+    module = OneCall(ops.OPS[name], sample, args)
+    inputs = tuple(args[i] for i in sample.dynamic)
+    graph = capture(module, inputs)
+    counted = sum(n.op.macs(n.fx) for n in graph.nodes if n.op is not None)
+    with FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    assert counted == counter.get_total_flops() // 2

@@ -1,0 +1,75 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mcc.data import Data
+from mcc.frontend import capture
+from mcc.pipeline import Pipeline
+from mcc.rewrite import Pass
+from mcc.spec import parse_passes
+from mcc.target import parse_target
+
+sys.path.insert(0, str(Path(__file__).parent))
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden")
+
+
+@pytest.fixture(autouse=True)
+def _seed(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    # the tuner's cache of the machine neither helps nor sees the tests
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp()))
+
+
+@pytest.fixture
+def mcc_data() -> Path:
+    """The folder of real data; tests that need it skip without it."""
+    folder = os.environ.get("MCC_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("needs real data: set MCC_DATA to its folder")
+    return Path(folder)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare text with tests/golden/<name>.txt, or rewrite it under --update-golden."""
+
+    def check(name: str, text: str) -> None:
+        path = GOLDEN / f"{name}.txt"
+        if request.config.getoption("--update-golden"):
+            path.write_text(text)
+        assert text == path.read_text()
+
+    return check
+
+
+@pytest.fixture
+def check_rewrite() -> Callable[..., None]:
+    """Run one pass on a model: text before and after, its guarantee, and its text's round trip."""
+
+    def check(model: torch.nn.Module, step: Pass, *, before: str, after: str, inputs: tuple = (), data: Data | None = None):
+        graph = capture(model.eval(), inputs, dynamic_shapes=None)
+        assert str(graph) == _dedent(before)
+        pipeline = Pipeline((step,), parse_target("cpu:avx512vnni"), data or Data())
+        changed, _ = pipeline.run(graph, inputs)
+        assert str(changed) == _dedent(after)
+        assert parse_passes(str(step), {step.pass_name(): type(step)}) == (step,)
+        assert parse_passes(step.full_text(), {step.pass_name(): type(step)}) == (step,)
+
+    return check
+
+
+def _dedent(text: str) -> str:
+    return textwrap.dedent(text).strip() + "\n"

@@ -1,0 +1,190 @@
+"""Capture: what becomes of a model, the traps of torch.export, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from networks import Attention, Branches, ConvBatchNorm, Residual, Shared, TiedLanguageModel, mlp
+from torch import nn
+
+from mcc.errors import CaptureError, UnsupportedOpError
+from mcc.frontend import capture
+
+IDS = {"ids": {0: "batch", 1: "length"}}
+
+
+def test_a_graph_is_whole_aten_ops_under_module_names(golden):
+    golden("residual", str(capture(Residual(), (torch.randn(2, 3, 8, 8),), dynamic_shapes={"x": {0: "batch"}})))
+
+
+def test_wrappers_ties_and_in_place_writes_are_normalized(golden):
+    golden("tied_language_model", str(capture(TiedLanguageModel(), (torch.randint(0, 50, (2, 6)),), dynamic_shapes=IDS)))
+
+
+def test_attention_keeps_its_ops_whole(golden):
+    shapes = {"x": {0: "batch", 1: "length"}}
+    golden("attention", str(capture(Attention(), (torch.randn(2, 6, 32),), dynamic_shapes=shapes)))
+
+
+@pytest.mark.parametrize(("model", "make"), [
+    (Residual(), lambda n: (torch.randn(n, 3, 8, 8),)),
+    (Attention(), lambda n: (torch.randn(n, n + 3, 32),)),
+    (TiedLanguageModel(), lambda n: (torch.randint(0, 50, (n, n + 2)),)),
+])  # fmt: skip
+def test_a_graph_equals_eager_at_other_sizes(model, make):
+    dims = {0: "batch"} if isinstance(model, Residual) else {0: "batch", 1: "length"}
+    graph = capture(model, make(2), dynamic_shapes=(dims,))
+    model.eval()
+    for n in (1, 3, 7):
+        inputs = make(n)
+        assert torch.equal(graph(*inputs), model(*inputs))
+
+
+def test_a_batch_of_one_is_widened_so_that_it_stays_dynamic():
+    graph = capture(mlp(4, 3), (torch.randn(1, 4),), dynamic_shapes={"input": {0: "batch"}})
+    assert graph(torch.randn(5, 4)).shape == (5, 3)
+
+
+def test_parameters_keep_their_names_and_a_checkpoint_loads():
+    model = Residual()
+    graph = capture(model, (torch.randn(2, 3, 8, 8),))
+    assert graph.module.load_state_dict(model.state_dict()).missing_keys == []
+
+
+def test_tied_weights_stay_one_tensor_after_a_copy():
+    graph = capture(TiedLanguageModel(), (torch.randint(0, 50, (2, 6)),), dynamic_shapes=IDS).copy()
+    assert graph.tensor("embed.weight") is graph.tensor("head.weight")
+    assert [name for name, _ in graph.named_parameters()].count("head.weight") == 0
+
+
+def test_a_graph_has_its_own_weights():
+    model = mlp(4, 3)
+    graph = capture(model, (torch.randn(2, 4),))
+    graph.tensor("0.weight").data.zero_()
+    assert model[0].weight.abs().sum() > 0
+
+
+def test_training_mode_equals_eager_in_outputs_gradients_and_statistics():
+    model = Residual()
+    model.drop.p = 0.0
+    graph = capture(model, (torch.randn(2, 3, 8, 8),), dynamic_shapes={"x": {0: "batch"}}).train()
+    eager, x = copy.deepcopy(model).train(), torch.randn(5, 3, 8, 8)
+    graph(x).square().mean().backward()
+    eager(x).square().mean().backward()
+    ours = dict(graph.named_parameters())
+    for name, parameter in eager.named_parameters():
+        torch.testing.assert_close(ours[name].grad, parameter.grad)
+    for name, buffer in eager.named_buffers():
+        if buffer.is_floating_point():
+            torch.testing.assert_close(graph.tensor(name), buffer)
+    graph.eval()
+    eager.eval()
+    torch.testing.assert_close(graph(x), eager(x))
+
+
+def test_capture_leaves_the_models_mode_alone():
+    model = Residual().train()
+    model.b1.eval()
+    capture(model, (torch.randn(2, 3, 8, 8),))
+    assert model.training
+    assert not model.b1.training
+
+
+def test_nested_outputs_and_keyword_inputs_have_a_signature():
+    graph = capture(Branches(), (torch.randn(2, 6),), keyword_inputs={"scale": torch.ones(5)})
+    assert graph.signature.inputs == ("x", "scale")
+    assert graph.signature.output_tree == {"z": "mul", "rest": ("a", "x", "mul_1")}
+
+
+def test_a_shared_module_is_named_once_a_call():
+    names = [n.name for n in capture(Shared(), (torch.randn(2, 12),)).nodes]
+    assert names == ["layer_linear", "relu", "layer_linear_1"]
+
+
+def test_an_exported_program_is_captured_too():
+    model = mlp(4, 3).eval()
+    program = torch.export.export(model, (torch.randn(2, 4),))
+    x = torch.randn(2, 4)
+    assert torch.equal(capture(program)(x), model(x))
+
+
+def test_repropagating_keeps_symbolic_dims():
+    graph = capture(ConvBatchNorm(), (torch.randn(2, 3, 8, 8),), dynamic_shapes={"x": {0: "batch"}})
+    text = str(graph)
+    assert str(graph.copy().repropagate()) == text
+
+
+def test_an_op_outside_the_table_is_refused_by_name_module_and_line():
+    class Histogram(nn.Module):
+        def forward(self, x):
+            return torch.histc(x, 4)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Histogram()
+
+        def forward(self, x):
+            return self.inner(x)
+
+    with pytest.raises(UnsupportedOpError, match=r"op not in the op table: histc \(in inner test_frontend.py:\d+\)\n") as caught:
+        capture(Outer(), (torch.randn(8),))
+    assert "keep it outside the compiled model" in str(caught.value)
+
+
+def test_a_dim_that_the_model_fixes_is_refused():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x.reshape(2, 8)
+
+    with pytest.raises(CaptureError, match="could not capture Fixed"):
+        capture(Fixed(), (torch.randn(2, 8),), dynamic_shapes={"x": {0: "batch"}})
+
+
+def test_a_named_dim_takes_the_models_own_bounds():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(16, 4)
+
+        def forward(self, x):
+            return x + self.table.weight[: x.shape[1]]
+
+    graph = capture(Positions(), (torch.randn(2, 5, 4),), dynamic_shapes={"x": {1: "length"}})
+    assert graph(torch.randn(2, 9, 4)).shape == (2, 9, 4)
+
+
+def test_a_write_into_a_view_that_is_read_later_is_refused():
+    class Aliased(nn.Module):
+        def forward(self, x):
+            y = x * 2
+            view = y[:, :2]
+            y.add_(1)
+            return view + y[:, :2]
+
+    with pytest.raises(CaptureError, match="a view of it made before is read after"):
+        capture(Aliased(), (torch.randn(2, 4),))
+
+
+def test_a_copy_before_a_write_is_kept():
+    class Cloned(nn.Module):
+        def forward(self, x):
+            y = x.clone()
+            y.mul_(2)
+            return x + y
+
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(capture(Cloned(), (x,))(x), 3 * x)
+
+
+def test_a_batch_norm_without_momentum_is_refused():
+    model = nn.Sequential(nn.BatchNorm1d(4, momentum=None))
+    with pytest.raises(CaptureError, match=r"0: BatchNorm\(momentum=None\)"):
+        capture(model, (torch.randn(2, 4),))
+
+
+def test_something_that_is_no_model_is_refused():
+    with pytest.raises(CaptureError, match="cannot capture a int"):
+        capture(3)
