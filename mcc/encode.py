@@ -10,7 +10,7 @@ from torch import Tensor
 from mcc import ops
 from mcc.cost import WeightExpression, weight_expression
 from mcc.formats import encode_sparse, quantize, sparse_bytes
-from mcc.graph import Graph, Node
+from mcc.graph import Graph, Node, identifier
 from mcc.report import Declined
 from mcc.rewrite import Rewriter
 
@@ -76,7 +76,7 @@ def _encode_weight(node: Node, prefer_dense: SparseVerdict) -> str | None:
             )
         ]  # fmt: skip
         made = rewriter.call(ops.DECODE_SPARSE, *operands, list(stored.shape))
-        made.rename(f"{name.replace('.', '_')}_sparse")
+        made.rename(f"{identifier(name)}_sparse")
     else:
         made = rewriter.read(f"{name}_{'codes' if expression.quantizer is not None else 'dense'}", stored)
     if expression.quantizer is not None:

@@ -136,6 +136,13 @@ class Node:
         return source_line(self.fx)
 
 
+def identifier(tensor_name: str) -> str:
+    """A node's name for a tensor: `c1.weight` gives c1_weight, `0.weight` (of a Sequential) weight_0."""
+    path, _, leaf = tensor_name.rpartition(".")
+    joined = tensor_name.replace(".", "_")
+    return joined if joined[0].isalpha() else f"{leaf}_{path.replace('.', '_')}"
+
+
 def _has_effect(node: fx.Node) -> bool:
     """Whether a node must stay though nothing reads it; fx would also keep dropout, for its random numbers."""
     if node.op in ("placeholder", "output"):

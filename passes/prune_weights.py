@@ -12,7 +12,7 @@ from torch import Tensor
 from mcc import ops
 from mcc.cost import weight_expression
 from mcc.errors import PassError, SpecError
-from mcc.graph import Graph, Node, Schedule
+from mcc.graph import Graph, Node, Schedule, identifier
 from mcc.rewrite import Context, Lossy, Pass, Rewriter
 
 _PRUNABLE = (
@@ -161,7 +161,7 @@ def _mask(graph: Graph, root: Node) -> None:
     rewriter = Rewriter(graph, Node(first, graph))
     mask = rewriter.read(f"{name}_mask", torch.ones(root.tensor.shape, dtype=torch.bool))
     masked = rewriter.call(ops.MUL, root, mask)
-    masked.rename(f"{name.replace('.', '_')}_masked")
+    masked.rename(f"{identifier(name)}_masked")
     for reader in readers:
         reader.replace_input_with(root.fx, masked.fx)
 

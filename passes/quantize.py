@@ -12,7 +12,7 @@ from torch import Tensor
 from mcc import ops
 from mcc.cost import weight_expression
 from mcc.errors import PassError, SpecError
-from mcc.graph import Graph, Node
+from mcc.graph import Graph, Node, identifier
 from mcc.rewrite import Context, Lossy, Pass, Rewriter
 from mcc.statistics import OBSERVERS, Observer, affine_parameters, observe
 
@@ -152,7 +152,9 @@ def channel_scales(weight: Tensor, axis: int, limit: int) -> Tensor:
     """Symmetric scales, float32 [weight.shape[axis]]: the largest |w| of a channel gets the code `limit`."""
     others = [i for i in range(weight.dim()) if i != axis]
     largest = weight.detach().abs().amax(dim=others)
-    return torch.where(largest > 0, largest / limit, 1.0).float()
+    # a channel too small for a float32 scale counts as zero
+    smallest = torch.finfo(torch.float32).tiny * limit
+    return torch.where(largest > smallest, largest / limit, 1.0).float()
 
 
 def _quantize_weight(node: Node, limit: int) -> None:
@@ -175,7 +177,7 @@ def _quantize_weight(node: Node, limit: int) -> None:
         ops.FAKE_QUANTIZE, top, rewriter.read(f"{name}_scale", scales),
         rewriter.read(f"{name}_zero_point", torch.zeros(scales.shape, dtype=torch.int32)), axis, -limit, limit,
     )  # fmt: skip
-    made.rename(f"{name.replace('.', '_')}_quantized")
+    made.rename(f"{identifier(name)}_quantized")
     node.fx.replace_input_with(top.fx, made.fx)
 
 

@@ -106,7 +106,6 @@ def conv_reference(region: Region, source: NDArray[Any]) -> NDArray[Any]:
     scale = np.float32(1) if region.weight.scale is None else region.weight.scale
     if region.activation is not None:
         scale = scale * np.float32(region.activation.scale)
-        sums = sums.astype(np.float32)
     bias = np.zeros(shape.outputs, np.float32) if region.bias is None else region.bias
-    values = sums * np.reshape(scale, (-1, 1, 1)) + bias.reshape(-1, 1, 1)
+    values = sums * np.reshape(scale, (-1, 1, 1)).astype(np.float64) + bias.reshape(-1, 1, 1)
     return apply_epilogue(values.astype(np.float32), region.epilogue)

@@ -183,7 +183,7 @@ def dense_reference(region: Region, source: NDArray[Any]) -> NDArray[Any]:
     assert region.weight.scale is not None
     exact = (source.astype(np.int64) - region.activation.zero_point) @ weight.T.astype(np.int64)
     scale = region.weight.scale * np.float32(region.activation.scale)
-    return apply_epilogue((exact.astype(np.float32) * scale + bias).astype(np.float32), region.epilogue)
+    return apply_epilogue((exact * scale.astype(np.float64) + bias).astype(np.float32), region.epilogue)
 
 
 class _Plan:

@@ -1,0 +1,90 @@
+"""Regions for kernel tests, made from numbers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+
+from mcc import ops
+from mcc.backends.cpu.microkernel import tvm_target
+from mcc.backends.kernel import EpilogueStep, Kernel, QuantizedInput, Region, SparseArrays, StoredWeight
+from mcc.target import Target, missing_features, parse_target
+
+TARGETS = [t for t in map(parse_target, ("cpu:avx2", "cpu:avx512", "cpu:avx512vnni")) if not missing_features(t)]
+
+
+class Symbolic:
+    """Stands for a dim that is read at run time."""
+
+
+@dataclass
+class Value:
+    """What a kernel asks of a node."""
+
+    shape: tuple[Any, ...] = ()
+    op: ops.Op | None = None
+    arguments: tuple[Any, ...] = ()
+
+    def argument(self, position: int, default: Any = None) -> Any:
+        return self.arguments[position] if position < len(self.arguments) else default
+
+
+def make_weight(shape: tuple[int, ...], dtype: str, seed: int, limit: int = 127, density: float | None = None) -> StoredWeight:
+    random = np.random.default_rng(seed)
+    weight = (random.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+    scale = None
+    if dtype == "int8":
+        scale = (np.abs(weight).reshape(shape[0], -1).max(1) / limit + 1e-6).astype(np.float32)
+        weight = np.clip(np.rint(weight / scale.reshape(-1, *[1] * (len(shape) - 1))), -limit, limit).astype(np.int8)
+    if density is None:
+        return StoredWeight("w", shape, weight, None, scale)
+    mask = random.random(shape) < density
+    row_pointers = np.concatenate([[0], mask.reshape(shape[0], -1).sum(1).cumsum()]).astype(np.int32)
+    columns = np.nonzero(mask.reshape(shape[0], -1))[1].astype(np.uint16)
+    return StoredWeight("w", shape, None, SparseArrays(weight[mask], columns, row_pointers), scale)
+
+
+def make_region(
+    op: ops.Op, source: tuple[Any, ...], weight: StoredWeight, epilogue: tuple[EpilogueStep, ...] = (),
+    activation: QuantizedInput | None = None, options: tuple[Any, ...] = (), bias: bool = True,
+) -> Region:  # fmt: skip
+    values = np.random.default_rng(7).standard_normal(weight.shape[0]).astype(np.float32) if bias else None
+    anchor = Value(op=op, arguments=(None, None, None, *options))
+    return Region(anchor, Value(shape=source), Value(), weight, values, activation, epilogue)  # type: ignore[arg-type]
+
+
+def run_kernel(kernel: Kernel, region: Region, target: Target, tile: str, sources: list[np.ndarray]) -> list[np.ndarray]:
+    """Compile a kernel and run it on each source."""
+    lowered = kernel.lower(region, target, tile)
+    module = tvm.tirx.build(tvm.IRModule.from_expr(lowered.function), target=tvm_target(target))
+    results = []
+    for source in sources:
+        out = np.full(kernel.reference(region, source).shape, 77, region.output_dtype)
+        arguments = [tvm.runtime.tensor(np.ascontiguousarray(a), tvm.cpu()) for a in (source, *lowered.packed.values(), out)]
+        module[kernel.name](*arguments)
+        results.append(arguments[-1].numpy())
+    return results
+
+
+def make_source(shape: tuple[int, ...], region: Region, seed: int) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    if region.activation is None:
+        return random.standard_normal(shape).astype(np.float32)
+    return random.integers(0, 256, shape).astype(np.uint8)
+
+
+def assert_kernel_equals_reference(kernel: Kernel, region: Region, target: Target, tile: str, shapes: list[tuple[int, ...]]) -> None:
+    """Float results within rounding of float64; codes within the one step that a rounding epilogue may flip."""
+    sources = [make_source(shape, region, k) for k, shape in enumerate(shapes)]
+    for source, found in zip(sources, run_kernel(kernel, region, target, tile, sources), strict=True):
+        expected = kernel.reference(region, source)
+        assert found.shape == expected.shape
+        apart = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+        if region.output_dtype == "uint8":
+            assert apart.max(initial=0) <= 1
+            assert (apart > 0).sum() <= max(2, 0.01 * apart.size)
+        else:
+            assert apart.max(initial=0) <= 1e-5 * max(np.abs(expected).max(initial=1), 1)

@@ -1,0 +1,160 @@
+"""Kernels against NumPy: random shapes, formats and epilogues, on every instruction set this machine has."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from regions import TARGETS, Symbolic, assert_kernel_equals_reference, make_region, make_weight
+
+from mcc import ops
+from mcc.backends.cpu.kernels.conv2d import Conv2dFloat, Conv2dInt8
+from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8, pack_panels, pairs_fit
+from mcc.backends.cpu.kernels.sparse import SparseDense, pack_groups
+from mcc.backends.cpu.kernels.tiles import TileShape, parse_tile
+from mcc.backends.kernel import Clamp, QuantizedInput, Relu, Requantize, SparseArrays
+
+# each example is compiled: shrinking one would take minutes, and a fixed choice keeps CI's verdict its own
+few = settings(
+    max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck),
+    phases=(Phase.explicit, Phase.generate),
+)  # fmt: skip
+epilogues = st.sampled_from([(), (Relu(),), (Clamp(0.0, 6.0),), (Relu(), Requantize(0.03, 0, 0, 255)), (Requantize(0.05, 121, 0, 255),)])
+sizes = st.sampled_from([1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 64, 70])
+targets = st.sampled_from(TARGETS)
+ROWS = [1, 2, 3, 5, 7, 16, 33, 64, 65, 131]
+
+
+@few
+@given(target=targets, inputs=sizes, outputs=sizes, dtype=st.sampled_from(["float32", "int8"]), epilogue=epilogues, bias=st.booleans(), pick=st.integers(0, 2))
+def test_dense_float(target, inputs, outputs, dtype, epilogue, bias, pick):
+    kernel = DenseFloat()
+    region = make_region(ops.LINEAR, (Symbolic(), inputs), make_weight((outputs, inputs), dtype, 1), epilogue, bias=bias)
+    tiles = kernel.tiles(region, target)
+    assert kernel.refuses(region, target) is None
+    assert_kernel_equals_reference(kernel, region, target, tiles[pick % len(tiles)], [(m, inputs) for m in (*ROWS, 0)])
+
+
+@few
+@given(target=targets, inputs=sizes, outputs=sizes, limit=st.sampled_from([63, 127]), epilogue=epilogues, zero=st.integers(0, 255), pick=st.integers(0, 2))
+def test_dense_int8_is_exact_for_any_weight(target, inputs, outputs, limit, epilogue, zero, pick):
+    kernel = DenseInt8()
+    weight = make_weight((outputs, inputs), "int8", 2, limit)
+    region = make_region(ops.LINEAR, (Symbolic(), inputs), weight, epilogue, QuantizedInput(0.02, zero))
+    tiles = kernel.tiles(region, target)
+    assert_kernel_equals_reference(kernel, region, target, tiles[pick % len(tiles)], [(m, inputs) for m in (*ROWS, 0)])
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_int8_sums_do_not_saturate_in_16_bits(target):
+    """The worst case: every product at its largest, where engines that add pairs with saturation are wrong."""
+    kernel = DenseInt8()
+    weight = make_weight((16, 64), "int8", 2)
+    weight.dense[:] = 127
+    region = make_region(ops.LINEAR, (Symbolic(), 64), weight, (), QuantizedInput(1.0, 0), bias=False)
+    from regions import run_kernel
+
+    (found,) = run_kernel(kernel, region, target, kernel.tiles(region, target)[0], [np.full((1, 64), 255, np.uint8)])
+    np.testing.assert_allclose(found, np.float32(64 * 255 * 127) * weight.scale[None], rtol=1e-6)
+
+
+@few
+@given(
+    target=targets, inputs=sizes, outputs=sizes, density=st.sampled_from([0.0, 0.05, 0.3, 1.0]), epilogue=epilogues,
+    kind=st.sampled_from(["float32", "int8", "codes"]),
+)  # fmt: skip
+def test_sparse_dense(target, inputs, outputs, density, epilogue, kind):
+    kernel = SparseDense()
+    weight = make_weight((outputs, inputs), "float32" if kind == "float32" else "int8", 3, density=density)
+    activation = QuantizedInput(0.02, 9) if kind == "codes" else None
+    region = make_region(ops.LINEAR, (Symbolic(), inputs), weight, epilogue, activation)
+    assert kernel.refuses(region, target) is None
+    assert_kernel_equals_reference(kernel, region, target, "32", [(m, inputs) for m in (*ROWS, 0)])
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_leading_dims_are_rows(target):
+    region = make_region(ops.LINEAR, (Symbolic(), 3, Symbolic(), 20), make_weight((24, 20), "float32", 1))
+    for kernel in (DenseFloat(),):
+        assert_kernel_equals_reference(kernel, region, target, "4x2", [(2, 3, 5, 20), (1, 3, 1, 20)])
+
+
+@few
+@given(
+    target=targets, channels=st.sampled_from([(1, 1, 8), (1, 3, 16), (1, 5, 37), (2, 4, 18), (1, 16, 64)]),
+    image=st.sampled_from([(1, 1), (5, 7), (8, 8), (9, 17), (14, 14)]), kernel_size=st.sampled_from([(1, 1), (3, 3), (5, 2)]),
+    stride=st.sampled_from([(1, 1), (2, 1), (2, 2)]), dilation=st.sampled_from([1, 2]), epilogue=epilogues,
+    kind=st.sampled_from(["float32", "int8", "codes"]), pick=st.integers(0, 3),
+)  # fmt: skip
+def test_conv2d(target, channels, image, kernel_size, stride, dilation, epilogue, kind, pick):
+    groups, inputs, outputs = channels
+    padding = [(k - 1) * dilation // 2 + 1 if k > 1 else 0 for k in kernel_size]
+    if any(i + 2 * p < d for i, p, d in zip(image, padding, ((k - 1) * dilation + 1 for k in kernel_size), strict=True)):
+        return
+    kernel = Conv2dInt8() if kind == "codes" else Conv2dFloat()
+    weight = make_weight((outputs, inputs // groups, *kernel_size), "float32" if kind == "float32" else "int8", 4)
+    activation = QuantizedInput(0.02, 17) if kind == "codes" else None
+    options = (list(stride), padding, [dilation] * 2, groups)
+    region = make_region(ops.CONV2D, (Symbolic(), inputs, *image), weight, epilogue, activation, options)
+    assert kernel.refuses(region, target) is None
+    tiles = kernel.tiles(region, target)
+    shapes = [(n, inputs, *image) for n in (1, 2, 3)]
+    assert_kernel_equals_reference(kernel, region, target, tiles[pick % len(tiles)], shapes)
+
+
+@pytest.mark.parametrize(("channels", "image", "reason"), [
+    ((6, 6, 6), (8, 8), "1 output channels a group would leave lanes idle"),
+    ((1, 3, 8), (8, Symbolic()), "its height, width or channels vary, or it has no batch dim"),
+])  # fmt: skip
+def test_a_convolution_that_the_kernel_cannot_take_is_refused_in_words(channels, image, reason):
+    groups, inputs, outputs = channels
+    weight = make_weight((outputs, inputs // groups, 3, 3), "float32", 4)
+    region = make_region(ops.CONV2D, (Symbolic(), inputs, *image), weight, options=([1, 1], [1, 1], [1, 1], groups))
+    assert Conv2dFloat().refuses(region, TARGETS[0]) == reason
+
+
+def test_kernels_say_why_they_refuse():
+    target = TARGETS[0]
+    sparse = make_region(ops.LINEAR, (4, 8), make_weight((8, 8), "float32", 1, density=0.5))
+    assert DenseFloat().refuses(sparse, target) == "the weight is sparse"
+    dense = make_region(ops.LINEAR, (4, 8), make_weight((8, 8), "float32", 1))
+    assert SparseDense().refuses(dense, target) == "the weight is dense"
+    assert DenseInt8().refuses(dense, target) == "weight and activations are not both int8"
+    wide = make_weight((1, 60_000), "int8", 1, density=1.0)
+    wide.sparse.values[:] = 127
+    codes = make_region(ops.LINEAR, (4, 60_000), wide, (), QuantizedInput(0.1, 0))
+    assert SparseDense().refuses(codes, target) == "its integer sums may reach 1943100000, float32 is exact to 16777216"
+
+
+def test_panels_hold_every_weight_once_and_zeros_beyond():
+    weight = np.arange(1, 37 * 5 + 1, dtype=np.float32).reshape(37, 5)
+    packed = pack_panels(weight, 32, 16)
+    assert sorted(packed[packed != 0]) == sorted(weight.reshape(-1))
+    assert packed.size == 48 * 5
+    assert np.array_equal(packed[: 32 * 5].reshape(5, 32), weight[:32].T)
+
+
+@given(st.lists(st.tuples(st.integers(-127, 127), st.integers(-127, 127)), min_size=1, max_size=8))
+def test_pairs_fit_exactly_when_16_bits_hold_their_sum(pairs):
+    weight = np.array([[w for pair in pairs for w in pair]], np.int8)
+    sums = [max(0, a) * 255 + max(0, b) * 255 for a, b in pairs] + [min(0, a) * 255 + min(0, b) * 255 for a, b in pairs]
+    assert pairs_fit(weight) == (max(sums) <= 32767 and min(sums) >= -32768)
+
+
+def test_groups_take_outputs_by_number_of_non_zeros():
+    weight = make_weight((20, 9), "float32", 5, density=0.4).sparse
+    packed = pack_groups(weight)
+    counts = np.diff(weight.row_pointers)
+    assert list(counts[packed["outputs"][:20]]) == sorted(counts, reverse=True)
+    assert packed["group_starts"].tolist() == [0, counts.max(), counts.max() + np.sort(counts)[3]]
+
+
+def test_an_empty_layer_packs_to_something_a_kernel_can_take():
+    empty = SparseArrays(np.zeros(0, np.float32), np.zeros(0, np.uint16), np.zeros(4, np.int32))
+    assert pack_groups(empty)["values"].size == 16
+
+
+@given(st.integers(1, 99), st.integers(1, 9))
+def test_a_tile_reads_what_it_wrote(rows, vectors):
+    assert parse_tile(str(TileShape(rows, vectors))) == TileShape(rows, vectors)

@@ -1,0 +1,160 @@
+"""The stages of the CPU backend: what fuses, what is chosen, and what is said of the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import Branches, Residual, mlp
+from torch import nn
+
+import mcc
+from mcc.backends import cpu
+from mcc.backends.cpu.fuse import fuse
+from mcc.backends.cpu.integerize import integerize
+from mcc.backends.cpu.lowering import Lowering
+from mcc.backends.cpu.measure import measure
+from mcc.backends.tune import Tuner
+from mcc.compiler import Options, compile_graph
+from mcc.data import Data
+from mcc.encode import encode
+from mcc.passes import FoldBatchNorm, PruneWeights, Quantize
+from mcc.pipeline import Pipeline
+from mcc.target import parse_target
+
+
+def regions(model, x, *steps):
+    graph = mcc.capture(model.eval(), (x,))
+    graph, _ = Pipeline(steps, parse_target("cpu"), Data(calibration=[x])).run(graph, (x,))
+    encoded, _ = encode(graph, cpu.prefer_dense)
+    lowering = fuse(integerize(Lowering(encoded, parse_target("cpu"), Tuner("model", measure))))
+    return {r.anchor.layer: r for r in lowering.regions.values()}
+
+
+def compiled(model, x, *steps, **options):
+    graph = mcc.capture(model.eval(), (x,), dynamic_shapes=({0: "batch"},))
+    settings = Options(data=Data(calibration=[x]), measure="never", tuning="model", **options)
+    return compile_graph(graph, (x,), tuple(steps), settings)
+
+
+def test_activation_and_requantize_fuse_and_a_chain_stays_in_codes():
+    found = regions(mlp(12, 16, 16, 4), torch.randn(2, 12), Quantize())
+    assert [found[k].text for k in ("0", "2", "4")] == ["linear + relu + requantize", "linear + relu + requantize", "linear"]
+    assert all(r.activation is not None for r in found.values())
+
+
+def test_a_value_that_is_read_twice_ends_its_region():
+    found = regions(Residual(), torch.randn(2, 3, 8, 8), FoldBatchNorm(), Quantize())
+    assert found["c1"].text == "conv2d + relu"
+
+
+def test_an_output_ends_its_region():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.a(x)
+            return y, torch.relu(y)
+
+    assert regions(Two(), torch.randn(2, 4))["a"].text == "linear"
+
+
+@pytest.mark.parametrize(("activation", "text"), [(nn.ReLU6(), "linear + clamp"), (nn.Hardtanh(), "linear + clamp"), (nn.GELU(), "linear")])
+def test_which_activations_fuse(activation, text):
+    assert regions(nn.Sequential(nn.Linear(4, 4), activation), torch.randn(2, 4))["0"].text == text
+
+
+def test_a_sparse_convolution_is_decoded_at_build_time_and_the_report_says_so():
+    x = torch.randn(4, 8, 10, 10)
+    artifact = compiled(nn.Conv2d(8, 16, 3), x, PruneWeights(ratio=0.9))
+    assert artifact.report.passes[-1].declined[0].reason == "stored dense: there is no kernel for sparse convolution weights yet"
+
+
+def test_a_layer_left_to_the_op_library_is_in_the_report_with_the_reason():
+    class Depthwise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.depthwise = nn.Conv2d(6, 6, 3, groups=6)
+
+        def forward(self, x):
+            return self.depthwise(x)
+
+    row = compiled(Depthwise(), torch.randn(2, 6, 9, 9)).report.layers[0]
+    assert (row.layer, row.kernel) == ("depthwise", "op library")
+    assert row.reason == "conv2d_int8: weight and activations are not both int8; conv2d_f32: 1 output channels a group would leave lanes idle"
+
+
+@pytest.mark.parametrize("shape", [(1, 12), (7, 12), (0, 12)])
+@pytest.mark.parametrize("steps", [(), (Quantize(),), (Quantize(activations=None),), (PruneWeights(ratio=0.9),), (PruneWeights(ratio=0.9), Quantize())])
+def test_an_artifact_runs_at_any_batch_and_equals_its_graph(shape, steps):
+    x = torch.randn(64, 12)
+    artifact = compiled(mlp(12, 33, 5), x, *steps)
+    y = artifact(torch.randn(shape))
+    assert y.shape == (shape[0], 5)
+
+
+def test_outputs_have_memory_of_their_own():
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("constant", torch.ones(3))
+
+        def forward(self, x):
+            return x, x.reshape(2, 6), self.constant, x + 1
+
+    x = torch.randn(3, 4)
+    artifact = mcc.compile(Views(), (x,), measure="never", tuning="model")
+    same, view, constant, _ = artifact(x)
+    for output, expected in ((same, x), (view, x.reshape(2, 6)), (constant, torch.ones(3))):
+        assert torch.equal(output, expected)
+        output.zero_()
+    assert torch.equal(artifact(x)[2], torch.ones(3))
+    assert x.abs().sum() > 0
+
+
+def test_one_value_returned_twice_and_used_inside():
+    x, scale = torch.randn(4, 6), torch.ones(5)
+    artifact = mcc.compile(Branches(), (x, scale), measure="never", tuning="model")
+    found, expected = artifact(x, scale=scale), Branches.forward(artifact_model := Branches(), x, scale)
+    del artifact_model, expected
+    assert set(found) == {"z", "rest"}
+    torch.testing.assert_close(found["rest"][2], found["rest"][0] * found["rest"][0])
+
+
+def test_equal_compilations_give_equal_bytes(tmp_path):
+    x = torch.randn(16, 12)
+    model = mlp(12, 33, 5)
+    for name in ("a", "b"):
+        compiled(model, x, PruneWeights(ratio=0.9)).with_manifest(report={}).save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_the_tuner_times_each_candidate_once_and_remembers_the_winner(tmp_path):
+    timed = []
+
+    def count(lowered, region, target):
+        timed.append(lowered)
+        return float(len(timed))
+
+    graph = mcc.capture(mlp(40, 70), (torch.randn(3, 40),))
+    for _ in range(2):
+        tuner = Tuner("measure", count, tmp_path / "tune.sqlite")
+        lowering = fuse(integerize(Lowering(graph, parse_target("cpu"), tuner)))
+        (region,) = lowering.regions.values()
+        from mcc.backends.cpu.kernels.dense import DenseFloat
+
+        kernel = DenseFloat()
+        assert tuner.choose(kernel, region, parse_target("cpu")) == kernel.tiles(region, parse_target("cpu"))[0]
+    assert len(timed) == len(kernel.tiles(region, parse_target("cpu"))[:3])
+
+
+def test_a_measured_time_is_a_time():
+    graph = mcc.capture(mlp(40, 70), (torch.randn(3, 40),))
+    tuner = Tuner("measure", measure, None)
+    lowering = fuse(integerize(Lowering(graph, parse_target("cpu"), tuner)))
+    (region,) = lowering.regions.values()
+    from mcc.backends.cpu.kernels.dense import DenseFloat
+
+    target = parse_target("cpu")
+    assert 0 < measure(DenseFloat().lower(region, target, "4x2"), region, target) < 1

@@ -1,0 +1,155 @@
+"""quantize: ranges, scales, placement, targets; numerics against NumPy integers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from networks import Residual, Shared, mlp
+from torch import nn
+
+import mcc
+from mcc.data import Data
+from mcc.errors import DataError, PassError
+from mcc.passes import Quantize
+from mcc.passes.quantize import channel_scales
+from mcc.pipeline import Pipeline
+from mcc.statistics import OBSERVERS, Histogram, affine_parameters
+from mcc.target import parse_target
+
+
+def run(model, x, step, target="cpu:avx512vnni", calibration=None):
+    graph = mcc.capture(model.eval(), (x,))
+    return Pipeline((step,), parse_target(target), Data(calibration=calibration or [x])).run(graph, (x,))
+
+
+def test_quantizers_stand_on_the_weight_and_on_what_the_layer_reads(golden):
+    x = torch.randn(2, 12)
+    graph, _ = run(mlp(12, 8, 4), x, Quantize())
+    golden("quantized_mlp", str(graph))
+
+
+def test_weights_alone_need_no_data(check_rewrite):
+    check_rewrite(nn.Linear(4, 3), Quantize(activations=None), inputs=(torch.randn(2, 4),), before="""
+        %input_1: f32[2, 4]
+        %linear: f32[2, 3] = linear(%input_1, @weight, @bias)
+        return %linear
+    """, after="""
+        %input_1: f32[2, 4]
+        %weight_quantized: f32[3, 4] = mcc.fake_quantize(@weight, @weight_scale, @weight_zero_point, axis=0, low=-127, high=127)
+        %linear: f32[2, 3] = linear(%input_1, %weight_quantized, @bias)
+        return %linear
+    """)  # fmt: skip
+
+
+float32_weights = arrays(np.float32, st.tuples(st.integers(1, 7), st.integers(1, 9)), elements=st.floats(-4, 4, width=32))
+
+
+@given(weight=float32_weights, limit=st.sampled_from([63, 127]))
+def test_a_symmetric_code_is_within_half_a_step_and_in_range(weight, limit):
+    tensor = torch.from_numpy(weight)
+    scale = channel_scales(tensor, 0, limit).numpy()[:, None]
+    codes = torch.ops.mcc.quantize(
+        tensor, torch.from_numpy(scale[:, 0]), torch.zeros(len(weight), dtype=torch.int32), 0, -limit, limit, torch.int8
+    ).numpy()  # fmt: skip
+    assert np.array_equal(codes, np.clip(np.rint(weight / scale), -limit, limit))
+    assert np.abs(codes).max(initial=0) <= limit
+    assert (np.abs(codes * scale - weight) <= scale * (0.5 + 1e-5)).all()
+
+
+@given(low=st.floats(-1e4, 1e4), high=st.floats(-1e4, 1e4))
+def test_an_affine_range_has_an_exact_zero_and_holds_its_ends(low, high):
+    low, high = min(low, high), max(low, high)
+    scale, zero_point = affine_parameters(low, high, 0, 255)
+    assert scale > 0
+    assert 0 <= zero_point <= 255
+    assert (0 - zero_point) * scale <= min(low, 0) + scale
+    assert (255 - zero_point) * scale >= max(high, 0) - scale
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_every_observer_keeps_zero_and_stays_within_what_it_saw(observer):
+    histogram = Histogram()
+    for scale in (0.1, 1.0, 30.0):
+        histogram.add(torch.randn(4000, generator=torch.Generator().manual_seed(1)) * scale)
+    low, high = histogram.choose_range(observer, 256)
+    assert histogram.low <= low <= 0 <= high <= histogram.high
+
+
+def test_a_percentile_leaves_an_outlier_out_and_mse_shrinks_towards_the_bulk():
+    histogram = Histogram()
+    histogram.add(torch.cat([torch.randn(100_000, generator=torch.Generator().manual_seed(1)), torch.tensor([400.0])]))
+    assert histogram.choose_range("min-max", 256)[1] == 400
+    assert histogram.choose_range("percentile-99.9", 256)[1] < 10
+    assert histogram.choose_range("mse", 256)[1] < 400
+
+
+def test_a_histogram_of_growing_ranges_counts_everything():
+    histogram = Histogram()
+    for scale in (1e-3, 1.0, 1e3):
+        histogram.add(torch.linspace(-scale, scale, 1001))
+    assert int(histogram.counts.sum()) == 3003
+    assert (histogram.low, histogram.high) == (-1e3, 1e3)
+
+
+def test_an_all_zero_channel_and_constant_activations_quantize():
+    model = nn.Linear(4, 3)
+    model.weight.data[1] = 0
+    graph, _ = run(model, torch.zeros(2, 4), Quantize())
+    torch.testing.assert_close(graph(torch.zeros(2, 4)), model.bias.expand(2, 3))
+
+
+def test_the_weight_range_follows_the_target_and_the_report_says_so():
+    x = torch.randn(2, 12)
+    for target, limit, notes in (("cpu:avx2", 63, 1), ("cpu:avx512", 63, 1), ("cpu:avx512vnni", 127, 0)):
+        graph, rows = run(mlp(12, 4), x, Quantize(), target)
+        quantizer = graph.node("weight_0_quantized")
+        assert quantizer.argument(5) == limit
+        assert len(rows[1].notes) == notes
+    graph, _ = run(mlp(12, 4), x, Quantize(weight_range="full"), "cpu:avx2")
+    assert graph.node("weight_0_quantized").argument(5) == 127
+
+
+def test_a_value_read_by_two_layers_is_quantized_once_and_a_residual_keeps_its_float():
+    graph, rows = run(Residual(), torch.randn(2, 3, 8, 8), Quantize())
+    relu = graph.node("relu")
+    assert {u.op.name for u in relu.users} == {"mcc.fake_quantize", "add.Tensor"}
+    assert rows[1].edits == 3
+
+
+def test_a_shared_weight_gets_one_quantizer():
+    graph, _ = run(Shared(), torch.randn(2, 12), Quantize())
+    assert [n.name for n in graph.nodes if "weight_quantized" in n.name] == ["layer_weight_quantized"]
+
+
+def test_layers_left_in_float_are_listed():
+    x = torch.randn(2, 12)
+    _, rows = run(mlp(12, 8, 4), x, Quantize(exclude=("2",)))
+    assert [(d.layer, d.reason) for d in rows[1].declined] == [("2", "excluded by '2'")]
+    with pytest.raises(PassError, match="pattern 'x' matches no layer\n  remedy  layers that can be quantized: 0, 2"):
+        run(mlp(12, 8, 4), x, Quantize(exclude=("x",)))
+
+
+def test_calibration_data_that_does_not_fit_is_refused():
+    x = torch.randn(2, 12)
+    with pytest.raises(DataError, match="calibration batch 0 with inputs \\[2, 5\\] does not fit the graph"):
+        run(mlp(12, 4), x, Quantize(), calibration=[torch.randn(2, 5)])
+    with pytest.raises(DataError, match="the calibration data is empty"):
+        run(mlp(12, 4), x, Quantize(), calibration=iter(()))
+
+
+def test_gradients_pass_straight_through_inside_the_range():
+    x = torch.tensor([-2.0, -0.3, 0.2, 0.9, 5.0], requires_grad=True)
+    y = torch.ops.mcc.fake_quantize(x, torch.tensor(0.01), torch.tensor(100, dtype=torch.int32), None, 0, 255)
+    y.sum().backward()
+    assert x.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
+
+
+def test_the_custom_ops_are_sound():
+    x, scale = torch.randn(4, 3, requires_grad=True), torch.rand(3) + 0.1
+    zero = torch.zeros(3, dtype=torch.int32)
+    torch.library.opcheck(torch.ops.mcc.fake_quantize.default, (x, scale, zero, 1, -8, 7))
+    torch.library.opcheck(torch.ops.mcc.quantize.default, (x.detach(), scale, zero, 1, -8, 7, torch.int8))
