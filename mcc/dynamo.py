@@ -16,42 +16,44 @@ from mcc.errors import CaptureError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from mcc.runtime import Artifact
+
 
 def compile_static(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
-    """A dynamo backend.
+    """A dynamo backend; it compiles at the first call, when dynamo's fake tensors have made room for real ones.
 
     Raises:
-        CaptureError: a shape is dynamic, or gradients are wanted.
+        CaptureError: a shape is dynamic; at the first call: gradients are wanted.
     """
     if not all(isinstance(x, Tensor) for x in example_inputs):
         raise CaptureError(
             "torch.compile gave symbolic sizes", remedy='use torch.compile(model, backend="mcc", dynamic=False)'
         )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in example_inputs):
-        raise CaptureError("mcc compiles inference only", remedy="call the model under torch.inference_mode()")
-    fixed = [
-        isinstance(x, torch.nn.Parameter) or _is_buffer(x, n)
-        for x, n in zip(example_inputs, _placeholders(module), strict=True)
-    ]
-    held = _Held(module, example_inputs, fixed)
-    varying = tuple(x.detach().clone() for x, f in zip(example_inputs, fixed, strict=True) if not f)
-    artifact = compiler.compile(held.eval(), varying, measure="never", tuning="model")
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    fixed = [_is_state(x, n) for x, n in zip(example_inputs, placeholders, strict=True)]
+    artifact: Artifact | None = None
 
     def run(*inputs: Any) -> tuple[Any, ...]:
-        result = artifact(*(x.detach() for x, f in zip(inputs, fixed, strict=True) if not f))
-        return result if isinstance(result, tuple) else tuple(result) if isinstance(result, list) else (result,)
+        nonlocal artifact
+        varying = tuple(x.detach() for x, f in zip(inputs, fixed, strict=True) if not f)
+        if artifact is None:
+            if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+                raise CaptureError("mcc compiles inference only", remedy="call the model under torch.inference_mode()")
+            held = _Held(module, inputs, fixed).eval()
+            # a tensor made in inference mode cannot be exported: clones are made outside of it
+            with torch.inference_mode(mode=False):
+                example = tuple(x.clone() for x in varying)
+                artifact = compiler.compile(held, example, measure="never", tuning="model")
+        result = artifact(*varying)
+        return tuple(result) if isinstance(result, tuple | list) else (result,)
 
-    return run
+    outside: Callable[..., tuple[Any, ...]] = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
+    return outside
 
 
-def _placeholders(module: fx.GraphModule) -> list[fx.Node]:
-    return [n for n in module.graph.nodes if n.op == "placeholder"]
-
-
-def _is_buffer(value: Tensor, node: fx.Node) -> bool:
-    """Whether dynamo lifted this input out of a module: it names such inputs for their place in it."""
-    del value
-    return "_buffers_" in node.name or "_parameters_" in node.name
+def _is_state(value: Tensor, node: fx.Node) -> bool:
+    """Whether dynamo lifted this input out of a module: it is a parameter, or named for its place in one."""
+    return isinstance(value, torch.nn.Parameter) or "_buffers_" in node.name or "_parameters_" in node.name
 
 
 class _Held(torch.nn.Module):
@@ -61,9 +63,10 @@ class _Held(torch.nn.Module):
         super().__init__()
         self.module = module
         self._fixed = fixed
-        for i, (value, is_fixed) in enumerate(zip(inputs, fixed, strict=True)):
-            if is_fixed:
-                self.register_buffer(f"held_{i}", value.detach().clone())
+        with torch.inference_mode(mode=False):
+            for i, (value, is_fixed) in enumerate(zip(inputs, fixed, strict=True)):
+                if is_fixed:
+                    self.register_buffer(f"held_{i}", value.detach().clone())
 
     def forward(self, *inputs: Tensor) -> Any:
         varying = iter(inputs)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from mcc.data import Data
 from mcc.frontend import capture
@@ -19,6 +20,8 @@ from mcc.spec import parse_passes
 from mcc.target import parse_target
 
 sys.path.insert(0, str(Path(__file__).parent))
+settings.register_profile("mcc", deadline=None)  # a first call compiles or imports
+settings.load_profile("mcc")
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -59,7 +62,9 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 def check_rewrite() -> Callable[..., None]:
     """Run one pass on a model: text before and after, its guarantee, and its text's round trip."""
 
-    def check(model: torch.nn.Module, step: Pass, *, before: str, after: str, inputs: tuple = (), data: Data | None = None):
+    def check(
+        model: torch.nn.Module, step: Pass, *, before: str, after: str, inputs: tuple = (), data: Data | None = None
+    ):
         graph = capture(model.eval(), inputs, dynamic_shapes=None)
         assert str(graph) == _dedent(before)
         pipeline = Pipeline((step,), parse_target("cpu:avx512vnni"), data or Data())

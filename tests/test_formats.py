@@ -49,7 +49,9 @@ def compressed(model, x, *steps):
 
 def test_a_sparse_int8_weight_is_a_decode_inside_a_dequantize(golden):
     x = torch.randn(64, 40)
-    graph, declined = encode(compressed(nn.Sequential(nn.Linear(40, 24)), x, PruneWeights(ratio=0.9), Quantize()), prefer_dense)
+    graph, declined = encode(
+        compressed(nn.Sequential(nn.Linear(40, 24)), x, PruneWeights(ratio=0.9), Quantize()), prefer_dense
+    )
     golden("sparse_int8_layer", str(graph))
     assert declined == []
 

@@ -20,7 +20,9 @@ def test_a_graph_is_whole_aten_ops_under_module_names(golden):
 
 
 def test_wrappers_ties_and_in_place_writes_are_normalized(golden):
-    golden("tied_language_model", str(capture(TiedLanguageModel(), (torch.randint(0, 50, (2, 6)),), dynamic_shapes=IDS)))
+    golden(
+        "tied_language_model", str(capture(TiedLanguageModel(), (torch.randint(0, 50, (2, 6)),), dynamic_shapes=IDS))
+    )
 
 
 def test_attention_keeps_its_ops_whole(golden):
@@ -129,7 +131,9 @@ def test_an_op_outside_the_table_is_refused_by_name_module_and_line():
         def forward(self, x):
             return self.inner(x)
 
-    with pytest.raises(UnsupportedOpError, match=r"op not in the op table: histc \(in inner test_frontend.py:\d+\)\n") as caught:
+    with pytest.raises(
+        UnsupportedOpError, match=r"op not in the op table: histc \(in inner test_frontend.py:\d+\)\n"
+    ) as caught:
         capture(Outer(), (torch.randn(8),))
     assert "keep it outside the compiled model" in str(caught.value)
 

@@ -76,7 +76,9 @@ def run(model, steps, *inputs, data=None):
 
 
 def test_a_match_and_rewrite_pass_changes_the_graph_and_counts_its_edits():
-    graph, rows = run(nn.Sequential(nn.Linear(4, 4), nn.Hardswish(), nn.Hardswish()), [ReplaceHardswishByRelu()], torch.randn(2, 4))
+    graph, rows = run(
+        nn.Sequential(nn.Linear(4, 4), nn.Hardswish(), nn.Hardswish()), [ReplaceHardswishByRelu()], torch.randn(2, 4)
+    )
     assert [n.op.name for n in graph.nodes] == ["linear", "relu", "relu"]
     assert (rows[1].text, rows[1].edits) == ("replace-hardswish-by-relu", 2)
 
@@ -138,7 +140,9 @@ def test_a_wrong_pass_among_five_is_named_with_the_node_and_both_values():
         run(mlp(8, 8, 6, 4), steps, torch.randn(3, 8))
     assert caught.value.pass_text == "double-weights"
     assert caught.value.node_name == "linear_2"
-    assert "double-weights broke its guarantee that the graph computes what it computed before: %linear_2 at [" in str(caught.value)
+    assert "double-weights broke its guarantee that the graph computes what it computed before: %linear_2 at [" in str(
+        caught.value
+    )
     assert "should be" in str(caught.value)
     assert "%linear_2: f32[3, 6] = linear(%relu_1, @2.weight, @2.bias)   from 2" in str(caught.value)
 
@@ -166,7 +170,9 @@ def test_a_pass_that_changes_the_outputs_shape_is_caught():
             graph.set_tensor("0.bias", graph.tensor("0.bias").detach()[:2])
             return graph
 
-    with pytest.raises(VerificationError, match=r"cut changed output linear_0 from torch.float32 \[2, 3\] to torch.float32 \[2, 2\]"):
+    with pytest.raises(
+        VerificationError, match=r"cut changed output linear_0 from torch.float32 \[2, 3\] to torch.float32 \[2, 2\]"
+    ):
         run(mlp(4, 3), [Cut()], torch.randn(2, 4))
 
 

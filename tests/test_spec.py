@@ -29,7 +29,12 @@ def _values(kind: type[Pass], field: dataclasses.Field) -> st.SearchStrategy:
         literals = [v for o in options if get_origin(o) is Literal for v in get_args(o)]
         return st.sampled_from([*literals, None])
     text = st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=12)
-    by_type = {str: text, float: st.floats(1e-6, 1.0), int: st.integers(1, 99), tuple[str, ...]: st.lists(text, max_size=3).map(tuple)}
+    by_type = {
+        str: text,
+        float: st.floats(1e-6, 1.0),
+        int: st.integers(1, 99),
+        tuple[str, ...]: st.lists(text, max_size=3).map(tuple),
+    }
     return by_type[hint]
 
 
@@ -62,7 +67,10 @@ def test_lists_become_tuples_and_spaces_do_not_matter():
     assert parse_passes(" prune-weights { include = [ 'a' ] } ;", KNOWN) == (PruneWeights(include=("a",)),)
 
 
-@pytest.mark.parametrize(("name", "text"), [("FoldBatchNorm", "fold-batch-norm"), ("GPTQWeights", "gptq-weights"), ("Prune2To4", "prune2-to4")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("FoldBatchNorm", "fold-batch-norm"), ("GPTQWeights", "gptq-weights"), ("Prune2To4", "prune2-to4")],
+)
 def test_a_pass_is_called_as_its_class(name, text):
     assert kebab_case(name) == text
 
@@ -98,11 +106,21 @@ def test_a_needed_option_must_be_given():
 
 def test_a_recipe_mixes_texts_and_mappings(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text("- fold-batch-norm\n- prune-weights: {ratio: 0.5, exclude: [head]}\n- fine-tune{epochs=3}\n- quantize:\n")
-    assert read_recipe(path, KNOWN) == (FoldBatchNorm(), PruneWeights(exclude=("head",)), FineTune(epochs=3), Quantize())
+    path.write_text(
+        "- fold-batch-norm\n- prune-weights: {ratio: 0.5, exclude: [head]}\n- fine-tune{epochs=3}\n- quantize:\n"
+    )
+    assert read_recipe(path, KNOWN) == (
+        FoldBatchNorm(),
+        PruneWeights(exclude=("head",)),
+        FineTune(epochs=3),
+        Quantize(),
+    )
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "cannot read the recipe"), ("quantize", "a recipe is a list"), ("- 3", "3 is not a pass")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "cannot read the recipe"), ("quantize", "a recipe is a list"), ("- 3", "3 is not a pass")],
+)
 def test_a_wrong_recipe_is_refused(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)

@@ -56,16 +56,27 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     **_same("log log1p sqrt rsqrt reciprocal", _unary_positive),
     **_same("add.Tensor mul.Tensor maximum minimum max.other min.other", _two, _two_broadcast),
     **_same("sub.Tensor div.Tensor", _two, S(lambda n: (f(n, 4), 3.0)), S(lambda n: (i(9, n, 4), 2))),
-    **_same("le.Tensor lt.Tensor ge.Tensor gt.Tensor eq.Tensor ne.Tensor", S(lambda n: (i(3, n, 6), i(3, n, 6)), (0, 1))),
-    **_same("le.Scalar lt.Scalar ge.Scalar gt.Scalar eq.Scalar ne.Scalar", S(lambda n: (i(3, n, 6), 1)), S(lambda n: (f(n, 6), 0.5))),
-    **_same("__and__.Tensor __or__.Tensor bitwise_and.Tensor bitwise_or.Tensor", S(lambda n: (b(n, 5), b(n, 5)), (0, 1)), S(lambda n: (i(16, n, 5), i(16, n, 5)), (0, 1))),
+    **_same(
+        "le.Tensor lt.Tensor ge.Tensor gt.Tensor eq.Tensor ne.Tensor", S(lambda n: (i(3, n, 6), i(3, n, 6)), (0, 1))
+    ),
+    **_same(
+        "le.Scalar lt.Scalar ge.Scalar gt.Scalar eq.Scalar ne.Scalar",
+        S(lambda n: (i(3, n, 6), 1)),
+        S(lambda n: (f(n, 6), 0.5)),
+    ),
+    **_same(
+        "__and__.Tensor __or__.Tensor bitwise_and.Tensor bitwise_or.Tensor",
+        S(lambda n: (b(n, 5), b(n, 5)), (0, 1)),
+        S(lambda n: (i(16, n, 5), i(16, n, 5)), (0, 1)),
+    ),
     **_same("logical_and logical_or", S(lambda n: (b(n, 5), b(n, 5)), (0, 1)), S(lambda n: (f(n, 5), f(n, 5)), (0, 1))),
     **_same("bitwise_not logical_not", S(lambda n: (b(n, 5),))),
     "gelu": (_unary, S(lambda n: (f(n, 5),), options=(("approximate", "tanh"),))),
     "clamp": (S(lambda n: (f(n, 6), -0.5, 0.5)), S(lambda n: (f(n, 6), None, 0.3)), S(lambda n: (i(9, n, 6), 2, 5))),
     "clamp_min": (S(lambda n: (f(n, 6), 0.2)),),
     "clamp_max": (S(lambda n: (f(n, 6), 0.2)),),
-    "pow.Tensor_Scalar": tuple(S(lambda n, e=e: (positive(n, 5), e)) for e in (0, 1, 2, 3, 0.5, -0.5, -1, 1.7)) + (S(lambda n: (i(5, n, 5), 3)),),
+    "pow.Tensor_Scalar": tuple(S(lambda n, e=e: (positive(n, 5), e)) for e in (0, 1, 2, 3, 0.5, -0.5, -1, 1.7))
+    + (S(lambda n: (i(5, n, 5), 3)),),
     "pow.Scalar": (S(lambda n: (2.0, f(n, 5)), (1,)),),
     "pow.Tensor_Tensor": (S(lambda n: (positive(n, 5), f(n, 5)), (0, 1)),),
     "rsub.Scalar": (S(lambda n: (f(n, 5), 2.0)), S(lambda n: (f(n, 5), 1.0, 3))),
@@ -84,8 +95,15 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     "where.ScalarSelf": (S(lambda n: (b(n, 5), 1.0, f(n, 5)), (0, 2)),),
     "prelu": (S(lambda n: (f(n, 4, 3), positive(4))), S(lambda n: (f(n, 4), positive(1)))),
     # layers
-    "linear": (S(lambda n: (f(n, 13), f(7, 13), f(7))), S(lambda n: (f(n, 3, 8), f(40, 8), None)), S(lambda n: (f(n, 130), f(100, 130), f(100)))),
-    "addmm": (S(lambda n: (f(6), f(n, 4), f(4, 6)), (1,)), S(lambda n: (f(6), f(n, 4), f(4, 6)), (1,), (("beta", 2), ("alpha", 3)))),
+    "linear": (
+        S(lambda n: (f(n, 13), f(7, 13), f(7))),
+        S(lambda n: (f(n, 3, 8), f(40, 8), None)),
+        S(lambda n: (f(n, 130), f(100, 130), f(100))),
+    ),
+    "addmm": (
+        S(lambda n: (f(6), f(n, 4), f(4, 6)), (1,)),
+        S(lambda n: (f(6), f(n, 4), f(4, 6)), (1,), (("beta", 2), ("alpha", 3))),
+    ),
     "baddbmm": (S(lambda n: (f(n, 2, 5), f(n, 2, 3), f(n, 3, 5)), (0, 1, 2)),),
     **_same("matmul", S(lambda n: (f(n, 3, 4), f(4, 5))), S(lambda n: (f(n, 2, 3, 4), f(n, 2, 4, 5)), (0, 1))),
     "bmm": (S(lambda n: (f(n, 3, 4), f(n, 4, 5)), (0, 1)),),
@@ -115,7 +133,11 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     "group_norm": (S(lambda n: (f(n, 6, 5, 5), 3, f(6), f(6))),),
     "instance_norm": (S(lambda n: (f(n, 4, 6, 6), f(4), f(4), None, None, True, 0.1, 1e-5, False)),),
     "rms_norm": (S(lambda n: (f(n, 5, 12), [12], f(12))), S(lambda n: (f(n, 12), [12], None, 1e-6))),
-    "linalg_vector_norm": (S(lambda n: (f(n, 5, 3), 2, [1])), S(lambda n: (f(n, 5), 1, [1], True)), S(lambda n: (f(n, 5), float("inf"), [1]))),
+    "linalg_vector_norm": (
+        S(lambda n: (f(n, 5, 3), 2, [1])),
+        S(lambda n: (f(n, 5), 1, [1], True)),
+        S(lambda n: (f(n, 5), float("inf"), [1])),
+    ),
     "_weight_norm": (S(lambda n: (f(2, 5, 3), positive(1, 5, 1), 1), fixed_batch=True),),
     # reductions and along one dim
     "mean.dim": (S(lambda n: (f(n, 4, 5), [1, 2])), S(lambda n: (f(n, 4, 5), [-1], True))),
@@ -126,7 +148,10 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     "amax": (S(lambda n: (f(n, 4, 5), [1, 2])),),
     "amin": (S(lambda n: (f(n, 4, 5), [-1], True)),),
     "argmax": (S(lambda n: (f(n, 7), 1)),),
-    "var.correction": (S(lambda n: (f(n, 6), [1]), options=(("correction", 1),)), S(lambda n: (f(n, 6), [1]), options=(("correction", 0), ("keepdim", True)))),
+    "var.correction": (
+        S(lambda n: (f(n, 6), [1]), options=(("correction", 1),)),
+        S(lambda n: (f(n, 6), [1]), options=(("correction", 0), ("keepdim", True))),
+    ),
     "softmax.int": (S(lambda n: (f(n, 4, 9) * 4, -1)), S(lambda n: (f(n, 4, 9), 1))),
     "log_softmax.int": (S(lambda n: (f(n, 9), -1)),),
     "cumsum": (S(lambda n: (f(n, 6), 1)), S(lambda n: (b(n, 6), 1))),
@@ -136,13 +161,29 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     "flip": (S(lambda n: (f(n, 4, 5), [1, 2])),),
     # windows
     "max_pool1d": (S(lambda n: (f(n, 3, 11), [3], [2], [1])),),
-    "max_pool2d": (S(lambda n: (f(n, 3, 9, 10), [3, 3], [2, 2], [1, 1])), S(lambda n: (f(n, 3, 9, 10), [2, 3], [2, 2], [0, 1], [1, 1], True))),
+    "max_pool2d": (
+        S(lambda n: (f(n, 3, 9, 10), [3, 3], [2, 2], [1, 1])),
+        S(lambda n: (f(n, 3, 9, 10), [2, 3], [2, 2], [0, 1], [1, 1], True)),
+    ),
     "avg_pool1d": (S(lambda n: (f(n, 3, 11), [3], [2], [1])),),
-    "avg_pool2d": (S(lambda n: (f(n, 3, 9, 9), [3, 3], [2, 2], [1, 1])), S(lambda n: (f(n, 3, 9, 9), [3, 3], [2, 2], [1, 1], True, False))),
+    "avg_pool2d": (
+        S(lambda n: (f(n, 3, 9, 9), [3, 3], [2, 2], [1, 1])),
+        S(lambda n: (f(n, 3, 9, 9), [3, 3], [2, 2], [1, 1], True, False)),
+    ),
     "adaptive_avg_pool1d": (S(lambda n: (f(n, 3, 12), [4])),),
-    "adaptive_avg_pool2d": (S(lambda n: (f(n, 3, 7, 7), [1, 1])), S(lambda n: (f(n, 3, 8, 6), [4, 3])), S(lambda n: (f(n, 3, 7, 5), [3, 2]))),
-    "upsample_nearest2d.vec": (S(lambda n: (f(n, 2, 4, 5), None, [2.0, 2.0])), S(lambda n: (f(n, 2, 4, 5), [7, 9], None))),
-    "upsample_bilinear2d.vec": (S(lambda n: (f(n, 2, 4, 5), None, False, [2.0, 2.0])), S(lambda n: (f(n, 2, 4, 5), [9, 7], True, None))),
+    "adaptive_avg_pool2d": (
+        S(lambda n: (f(n, 3, 7, 7), [1, 1])),
+        S(lambda n: (f(n, 3, 8, 6), [4, 3])),
+        S(lambda n: (f(n, 3, 7, 5), [3, 2])),
+    ),
+    "upsample_nearest2d.vec": (
+        S(lambda n: (f(n, 2, 4, 5), None, [2.0, 2.0])),
+        S(lambda n: (f(n, 2, 4, 5), [7, 9], None)),
+    ),
+    "upsample_bilinear2d.vec": (
+        S(lambda n: (f(n, 2, 4, 5), None, False, [2.0, 2.0])),
+        S(lambda n: (f(n, 2, 4, 5), [9, 7], True, None)),
+    ),
     "pixel_shuffle": (S(lambda n: (f(n, 8, 3, 4), 2)),),
     # moving, cutting, joining
     "reshape": (S(lambda n: (f(n, 4, 6), [-1, 8, 3])),),
@@ -155,14 +196,25 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     "expand": (S(lambda n: (f(n, 1, 4), [-1, 3, 4])),),
     "expand_as": (S(lambda n: (f(1, 4), f(n, 4)), (1,)),),
     "reshape_as": (S(lambda n: (f(n, 6), f(n, 2, 3)), (0, 1)),),
-    "slice.Tensor": (S(lambda n: (f(n, 9), 1, 2, 7, 2)), S(lambda n: (f(n, 9), 1, -3, 2**63 - 1)), S(lambda n: (f(n, 9), 1, 5, 3)), S(lambda n: (f(n, 9), 1, 0, 99))),
+    "slice.Tensor": (
+        S(lambda n: (f(n, 9), 1, 2, 7, 2)),
+        S(lambda n: (f(n, 9), 1, -3, 2**63 - 1)),
+        S(lambda n: (f(n, 9), 1, 5, 3)),
+        S(lambda n: (f(n, 9), 1, 0, 99)),
+    ),
     "cat": (S(lambda n: ([f(n, 3), f(n, 5)], 1), (0,)),),
     "stack": (S(lambda n: ([f(n, 3), f(n, 3)], 1), (0,)), S(lambda n: ([f(n, 3), f(n, 3)], -1), (0,))),
     "select.int": (S(lambda n: (f(n, 5, 3), 1, -1)), S(lambda n: (f(n, 5, 3), 1, 2))),
     "chunk": (S(lambda n: (f(n, 7), 3, 1)),),
     "glu": (S(lambda n: (f(n, 8), 1)),),
     "unbind.int": (S(lambda n: (f(n, 3, 4), 1)),),
-    "pad": (S(lambda n: (f(n, 3, 5), [1, 2])), S(lambda n: (f(n, 3, 5), [2, 1], "reflect")), S(lambda n: (f(n, 3, 5), [2, 1], "replicate")), S(lambda n: (f(n, 3, 5), [2, 1], "circular")), S(lambda n: (f(n, 3, 5), [-1, 1, 1, -1], "constant", 2.0))),
+    "pad": (
+        S(lambda n: (f(n, 3, 5), [1, 2])),
+        S(lambda n: (f(n, 3, 5), [2, 1], "reflect")),
+        S(lambda n: (f(n, 3, 5), [2, 1], "replicate")),
+        S(lambda n: (f(n, 3, 5), [2, 1], "circular")),
+        S(lambda n: (f(n, 3, 5), [-1, 1, 1, -1], "constant", 2.0)),
+    ),
     "constant_pad_nd": (S(lambda n: (i(5, n, 3), [1, 1], 7)),),
     "split_with_sizes": (S(lambda n: (f(n, 9), [2, 3, 4], 1)),),
     "split.Tensor": (S(lambda n: (f(n, 9), 4, 1)),),
@@ -171,7 +223,11 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     **_same("tril triu", S(lambda n: (f(n, 5, 5),)), S(lambda n: (f(n, 4, 6), 1))),
     "slice_scatter": (S(lambda n: (f(n, 8), f(n, 3), 1, 2, 8, 2), (0, 1)),),
     "select_scatter": (S(lambda n: (f(n, 8, 3), f(n, 3), 1, -2), (0, 1)),),
-    "index.Tensor": (S(lambda n: (f(n, 5, 6), [None, torch.tensor([0, -1, 3])])), S(lambda n: (f(7, 6), [i(7, n, 2)]), (1,)), S(lambda n: (f(n, 5, 6), [None, torch.tensor([0, 2]), torch.tensor([1, -2])]))),
+    "index.Tensor": (
+        S(lambda n: (f(n, 5, 6), [None, torch.tensor([0, -1, 3])])),
+        S(lambda n: (f(7, 6), [i(7, n, 2)]), (1,)),
+        S(lambda n: (f(n, 5, 6), [None, torch.tensor([0, 2]), torch.tensor([1, -2])])),
+    ),
     "index_select": (S(lambda n: (f(n, 5), 1, torch.tensor([4, 0, 0]))),),
     "gather": (S(lambda n: (f(n, 5), 1, i(5, n, 3)), (0, 2)),),
     # made from sizes and constants
@@ -180,7 +236,11 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     **_same("new_zeros new_ones", S(lambda n: (f(n, 3), [2, 4]))),
     "new_full": (S(lambda n: (f(n, 3), [2, 4], 3.0)),),
     # casts
-    "to.dtype": (S(lambda n: (f(n, 4) * 5, torch.int64)), S(lambda n: (i(3, n, 4), torch.bool)), S(lambda n: (i(3, n, 4), torch.float32))),
+    "to.dtype": (
+        S(lambda n: (f(n, 4) * 5, torch.int64)),
+        S(lambda n: (i(3, n, 4), torch.bool)),
+        S(lambda n: (i(3, n, 4), torch.float32)),
+    ),
     "to.device": (S(lambda n: (i(3, n, 4), torch.device("cpu"), torch.bool)),),
     "_to_copy": (S(lambda n: (f(n, 4) * 5,), options=(("dtype", torch.int32),)),),
     "to.dtype_layout": (S(lambda n: (f(n, 4) * 5,), options=(("dtype", torch.int32),)),),
@@ -188,16 +248,34 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     # mode
     **_same("dropout feature_dropout", S(lambda n: (f(n, 4, 3), 0.5, False))),
     # mcc's formats
-    "mcc.fake_quantize": (S(lambda n: (f(n, 6), torch.tensor(0.05), torch.tensor(3, dtype=torch.int32), None, 0, 255)),),
+    "mcc.fake_quantize": (
+        S(lambda n: (f(n, 6), torch.tensor(0.05), torch.tensor(3, dtype=torch.int32), None, 0, 255)),
+    ),
     "mcc.quantize": (
         S(lambda n: (f(n, 6), torch.tensor(0.05), torch.tensor(3, dtype=torch.int32), None, 0, 255, torch.uint8)),
         S(lambda n: (f(n, 6, 2), positive(6) / 20, torch.zeros(6, dtype=torch.int32), 1, -127, 127, torch.int8)),
     ),
-    "mcc.dequantize": (S(lambda n: (i(256, n, 6).to(torch.uint8), torch.tensor(0.05), torch.tensor(9, dtype=torch.int32), None)),),
+    "mcc.dequantize": (
+        S(lambda n: (i(256, n, 6).to(torch.uint8), torch.tensor(0.05), torch.tensor(9, dtype=torch.int32), None)),
+    ),
 }
 
 NOT_CALLED = {
     # integers and tuples inside a graph, and tensors made from nothing but constants: tested through whole modules
-    "sym_size.int", "mul", "add", "sub", "mod", "floordiv", "getitem", "arange", "arange.start", "arange.start_step",
-    "zeros", "ones", "full", "eye", "scalar_tensor", "mcc.decode_sparse",
+    "sym_size.int",
+    "mul",
+    "add",
+    "sub",
+    "mod",
+    "floordiv",
+    "getitem",
+    "arange",
+    "arange.start",
+    "arange.start_step",
+    "zeros",
+    "ones",
+    "full",
+    "eye",
+    "scalar_tensor",
+    "mcc.decode_sparse",
 }

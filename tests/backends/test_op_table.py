@@ -45,7 +45,9 @@ def test_every_row_has_a_sample():
 
 
 def _dims(args: tuple[Any, ...], sample: Sample) -> Any:
-    return (tuple([{0: "batch"}] * len(args[i]) if isinstance(args[i], list) else {0: "batch"} for i in sample.dynamic),)
+    return (
+        tuple([{0: "batch"}] * len(args[i]) if isinstance(args[i], list) else {0: "batch"} for i in sample.dynamic),
+    )
 
 
 @pytest.mark.parametrize(("name", "k"), CASES, ids=lambda v: str(v))
@@ -74,7 +76,9 @@ def test_an_op_equals_pytorch(name: str, k: int):
                 assert torch.equal(f, e)
 
 
-@pytest.mark.parametrize("name", ["linear", "conv2d", "conv1d", "matmul", "scaled_dot_product_attention", "conv_transpose2d.input"])
+@pytest.mark.parametrize(
+    "name", ["linear", "conv2d", "conv1d", "matmul", "scaled_dot_product_attention", "conv_transpose2d.input"]
+)
 def test_macs_count_the_multiplications(name: str):
     """Against torch's own counter, which counts two operations a MAC."""
     from torch.utils.flop_counter import FlopCounterMode

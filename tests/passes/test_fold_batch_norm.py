@@ -49,12 +49,18 @@ LAYERS = {
     "conv1d": (lambda g, bias: nn.Conv1d(4, 8, 3, groups=g, bias=bias), nn.BatchNorm1d, (3, 4, 9)),
     "conv2d": (lambda g, bias: nn.Conv2d(4, 8, 3, groups=g, bias=bias), nn.BatchNorm2d, (3, 4, 6, 5)),
     "conv3d": (lambda g, bias: nn.Conv3d(4, 8, 2, groups=g, bias=bias), nn.BatchNorm3d, (2, 4, 4, 4, 4)),
-    "conv_transpose2d": (lambda g, bias: nn.ConvTranspose2d(4, 8, 3, groups=g, bias=bias), nn.BatchNorm2d, (2, 4, 5, 5)),
+    "conv_transpose2d": (
+        lambda g, bias: nn.ConvTranspose2d(4, 8, 3, groups=g, bias=bias),
+        nn.BatchNorm2d,
+        (2, 4, 5, 5),
+    ),
 }
 
 
 @settings(max_examples=25, deadline=None)
-@given(kind=st.sampled_from(sorted(LAYERS)), groups=st.sampled_from([1, 2, 4]), bias=st.booleans(), affine=st.booleans())
+@given(
+    kind=st.sampled_from(sorted(LAYERS)), groups=st.sampled_from([1, 2, 4]), bias=st.booleans(), affine=st.booleans()
+)
 def test_folding_is_exact_for_every_layer_with_groups_and_without_bias(kind, groups, bias, affine):
     make, norm, shape = LAYERS[kind]
     model = nn.Sequential(make(groups, bias), trained(norm(8, affine=affine)))

@@ -26,7 +26,10 @@ def run(model, x, *steps, data=None):
 
 def batches(count=8):
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(16, 12, generator=generator), torch.randint(0, 3, (16,), generator=generator)) for _ in range(count)]
+    return [
+        (torch.randn(16, 12, generator=generator), torch.randint(0, 3, (16,), generator=generator))
+        for _ in range(count)
+    ]
 
 
 def test_a_mask_stands_between_the_weight_and_its_layer(check_rewrite):
@@ -49,7 +52,7 @@ def test_exactly_the_ratio_of_least_magnitude_goes(ratio, scope):
     graph, _ = run(model, torch.randn(2, 13), PruneWeights(ratio=ratio, scope=scope))
     masks = {n: graph.tensor(f"{n}.weight_mask") for n in ("0", "2")}
     weights = {n: graph.tensor(f"{n}.weight").detach().abs() for n in ("0", "2")}
-    for group in ([("0", "2")] if scope == "global" else [("0",), ("2",)]):
+    for group in [("0", "2")] if scope == "global" else [("0",), ("2",)]:
         kept = torch.cat([masks[n].flatten() for n in group])
         magnitude = torch.cat([weights[n].flatten() for n in group])
         assert int((~kept).sum()) == round(ratio * kept.numel())
@@ -77,7 +80,9 @@ def test_layers_are_chosen_by_name_and_the_others_are_listed():
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_the_names_there_are():
-    with pytest.raises(PassError, match="pattern 'hed' matches no layer\n  remedy  layers that can be pruned: c1, c2, head"):
+    with pytest.raises(
+        PassError, match="pattern 'hed' matches no layer\n  remedy  layers that can be pruned: c1, c2, head"
+    ):
         run(Residual(), torch.randn(2, 3, 8, 8), PruneWeights(exclude=("hed",)))
 
 
@@ -130,7 +135,9 @@ def test_a_cubic_schedule_needs_a_fine_tune_after_it():
 
 def test_cubic_pruning_ends_at_the_ratio_after_training():
     data = Data(train=batches())
-    graph, rows = run(mlp(12, 16, 3), torch.randn(2, 12), PruneWeights(ratio=0.75, schedule="cubic"), FineTune(epochs=3), data=data)
+    graph, rows = run(
+        mlp(12, 16, 3), torch.randn(2, 12), PruneWeights(ratio=0.75, schedule="cubic"), FineTune(epochs=3), data=data
+    )
     assert graph.schedules == ()
     assert graph_size(graph).parameters == round(0.25 * (12 * 16 + 16 * 3)) + 19
     assert rows[1].size.parameters == 12 * 16 + 16 * 3 + 19

@@ -45,7 +45,9 @@ def test_weights_alone_need_no_data(check_rewrite):
     """)  # fmt: skip
 
 
-float32_weights = arrays(np.float32, st.tuples(st.integers(1, 7), st.integers(1, 9)), elements=st.floats(-4, 4, width=32))
+float32_weights = arrays(
+    np.float32, st.tuples(st.integers(1, 7), st.integers(1, 9)), elements=st.floats(-4, 4, width=32)
+)
 
 
 @given(weight=float32_weights, limit=st.sampled_from([63, 127]))

@@ -11,7 +11,7 @@ from tvm.script import tirx as T
 
 from mcc.backends.cpu.epilogue import emit_epilogue
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
-from mcc.backends.cpu.kernels.tiles import TileShape, leading_dims
+from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, leading_dims, panel_widths
 from mcc.backends.cpu.microkernel import Expression, Parameter, Vectors, branch, flat, kernel_function, parallel, serial
 
 if TYPE_CHECKING:
@@ -34,9 +34,8 @@ class _Convolution:
         self.region, self.v, self.tile, self.shape = region, vectors, tile, shape
         self.width = tile.vectors * vectors.lanes
         self.padded_outputs = -(-shape.group_outputs // vectors.lanes) * vectors.lanes
-        self.full_blocks = shape.group_outputs // self.width
-        self.tail_vectors = -(-(shape.group_outputs - self.full_blocks * self.width) // vectors.lanes)
-        self.blocks = self.full_blocks + (1 if self.tail_vectors else 0)
+        self.full_blocks, self.full, self.tail = panel_widths(shape.group_outputs, tile, vectors.lanes)
+        self.blocks = self.full_blocks + (1 if self.tail else 0)
         height, width = shape.result
         # whole blocks of rows that have a vector's worth of pixels, to transpose from
         self.block_rows = next(
@@ -100,13 +99,14 @@ class _Convolution:
             block, chunk = tirx.floordiv(i, chunks), tirx.floormod(i, chunks)
             group, within = tirx.floordiv(block, self.blocks), tirx.floormod(block, self.blocks)
 
-            def rows(vectors: int) -> None:
-                self._rows(n, (source, base), (group, within, vectors), chunk)
+            def rows(panel: PanelWidth) -> None:
+                self._rows(n, (source, base), (group, within, panel), chunk)
 
-            if self.full_blocks and self.tail_vectors:
-                branch(within < self.full_blocks, lambda: rows(self.tile.vectors), lambda: rows(self.tail_vectors))
+            tail = self.tail
+            if tail is None or not self.full_blocks:
+                rows(tail or self.full)
             else:
-                rows(self.tile.vectors if self.full_blocks else self.tail_vectors)
+                branch(within < self.full_blocks, lambda: rows(self.full), lambda: rows(tail))
 
         loop(self.shape.groups * self.blocks * chunks, part)
 
@@ -118,12 +118,13 @@ class _Convolution:
         self,
         n: Expression,
         source: tuple[Expression, Expression],
-        block: tuple[Expression, Expression, int],
+        block: tuple[Expression, Expression, PanelWidth],
         chunk: Expression,
     ) -> None:
         """A block of output rows for one block of channels: compute into a local block, then transpose it out."""
         v, (_, out_width) = self.v, self.shape.result
-        group, within, vectors = block
+        group, within, panel = block
+        vectors = panel.vectors
         pixels = self.block_rows * out_width
         room = B.alloc_buffer((pixels * vectors * v.lanes,), self.region_float(), layout=None)
         count = -(-out_width // self.tile.rows)
@@ -141,7 +142,7 @@ class _Convolution:
         channel = group * self.shape.group_outputs + within * self.width
         image = self.shape.result[0] * out_width
         first = (T.cast(n, "int64") * self.shape.outputs + channel) * image + chunk * pixels
-        self._transpose_out(room, (pixels, vectors), first, image)
+        self._transpose_out(room, (pixels, panel), first, image)
 
     def region_float(self) -> str:
         """Element type of the local block: results before the epilogue."""
@@ -150,12 +151,12 @@ class _Convolution:
     def _tile(
         self,
         source: tuple[Expression, Expression],
-        block: tuple[Expression, Expression, int],
+        block: tuple[Expression, Expression, PanelWidth],
         place: tuple[Expression, Expression, int],
         room: tuple[Expression, Expression],
     ) -> None:
         v, shape = self.v, self.shape
-        group, within, vectors = block
+        group, within, vectors = block[0], block[1], block[2].vectors
         row, column, width = place
         sums = v.registers(width, vectors, self.sum_dtype)
         vector = group * self.padded_outputs + within * self.width
@@ -208,15 +209,13 @@ class _Convolution:
         """Sums as float32 results, before the epilogue."""
         raise NotImplementedError
 
-    def _transpose_out(self, room: Expression, size: tuple[int, int], first: Expression, image: int) -> None:
+    def _transpose_out(self, room: Expression, size: tuple[int, PanelWidth], first: Expression, image: int) -> None:
         """Write [pixels][channels] as [channels][pixels], blocks of lanes x lanes, epilogue on the way."""
         v = self.v
-        pixels, vectors = size
-        width = vectors * v.lanes
-        left = self.shape.group_outputs % v.lanes
+        pixels, panel = size
+        vectors, width = panel.vectors, panel.vectors * v.lanes
         for j in range(vectors):
-            partial = vectors == self.tail_vectors and j == vectors - 1 and left
-            used = left if partial else v.lanes
+            used = panel.used_lanes(j, v.lanes)
 
             def block(p: Expression, j: int = j, used: int = used) -> None:
                 rows = [B.Bind(v.load(room, (p + r) * width + j * v.lanes)) for r in range(v.lanes)]

@@ -18,7 +18,14 @@ from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.epilogue import emit_epilogue
-from mcc.backends.cpu.kernels.tiles import TileShape, leading_dims, parse_tile, row_blocks
+from mcc.backends.cpu.kernels.tiles import (
+    PanelWidth,
+    TileShape,
+    leading_dims,
+    panel_widths,
+    parse_tile,
+    row_blocks,
+)  # fmt: skip
 from mcc.backends.cpu.microkernel import (
     Expression,
     Parameter,
@@ -39,7 +46,7 @@ if TYPE_CHECKING:
 
     from mcc.target import Target
 
-EmitTile: TypeAlias = Callable[[Expression, int, Expression, int], None]
+EmitTile: TypeAlias = Callable[[Expression, PanelWidth, Expression, int], None]
 SERIAL_MACS = 1_500_000  # below about 30 us of work two threads cost more than they bring
 ROW_BLOCK = 64
 
@@ -196,8 +203,7 @@ class _Plan:
         self.outputs, self.inputs = region.weight.shape[0], region.weight.shape[1]
         self.width = tile.vectors * vectors.lanes
         self.padded_outputs = -(-self.outputs // vectors.lanes) * vectors.lanes
-        self.full_panels = self.outputs // self.width
-        self.tail_vectors = -(-(self.outputs - self.full_panels * self.width) // vectors.lanes)
+        self.full_panels, self.full, self.tail = panel_widths(self.outputs, tile, vectors.lanes)
         self.leading = leading_dims(region.source.shape[:-1])
 
     def function(self, name: str, packed: dict[str, NDArray[Any]], body: Any) -> tirx.PrimFunc:
@@ -211,7 +217,7 @@ class _Plan:
         return kernel_function(name, parameters, body)
 
     def loops(self, emit_tile: EmitTile) -> None:
-        """Call `emit_tile(panel, vectors, first row, rows)` for every tile: one row alone, or blocks of rows."""
+        """Call `emit_tile(panel, its width, first row, rows)` for every tile: one row alone, or blocks of rows."""
         rows = product(self.leading)
         if isinstance(rows, int):
             self._single(emit_tile) if rows == 1 else self._blocks(rows, emit_tile)
@@ -220,16 +226,17 @@ class _Plan:
 
     @property
     def _panels(self) -> int:
-        return self.full_panels + (1 if self.tail_vectors else 0)
+        return self.full_panels + (1 if self.tail else 0)
 
-    def _in_panel(self, p: Expression, emit: Callable[[Expression, int], None]) -> None:
-        """Call `emit` with the panel and its width in vectors: the last one may be narrower."""
-        if not self.tail_vectors:
-            emit(p, self.tile.vectors)
+    def _in_panel(self, p: Expression, emit: Callable[[Expression, PanelWidth], None]) -> None:
+        """Call `emit` with the panel and its width."""
+        tail = self.tail
+        if tail is None:
+            emit(p, self.full)
         elif not self.full_panels:
-            emit(p, self.tail_vectors)
+            emit(p, tail)
         else:
-            branch(p < self.full_panels, lambda: emit(p, self.tile.vectors), lambda: emit(p, self.tail_vectors))
+            branch(p < self.full_panels, lambda: emit(p, self.full), lambda: emit(p, tail))
 
     def _single(self, emit_tile: EmitTile) -> None:
         loop = serial if self.inputs * self.outputs < SERIAL_MACS else parallel
@@ -242,7 +249,7 @@ class _Plan:
             whole = isinstance(count, int) and count == 1
             p, b = (i, 0) if whole else (tirx.floordiv(i, count), tirx.floormod(i, count))
 
-            def tiles(q: Expression, v: int) -> None:
+            def tiles(q: Expression, v: PanelWidth) -> None:
                 row_blocks(rows, b, ROW_BLOCK, self.tile.rows, lambda first, n: emit_tile(q, v, first, n))
 
             self._in_panel(p, tiles)
@@ -260,12 +267,6 @@ class _Plan:
         for i in range(used):
             B.buffer_store(out, lane(value, i), [index + i])
 
-    def used_lanes(self, vectors: int, j: int) -> int:
-        """Lanes of vector `j` that hold outputs; only the last one of the tail panel may have fewer."""
-        last_of_all = vectors == self.tail_vectors and j == vectors - 1
-        left = self.outputs % self.vectors.lanes
-        return left if last_of_all and left else self.vectors.lanes
-
 
 class _FloatBody:
     """Inner loops over float32 activations."""
@@ -282,8 +283,8 @@ class _FloatBody:
         self.source, self.target = flat(x, rows * plan.inputs), flat(rest[-1], rows * plan.outputs)
         plan.loops(self._tile)
 
-    def _tile(self, panel: Expression, vectors: int, first: Expression, count: int) -> None:
-        plan, v = self.plan, self.plan.vectors
+    def _tile(self, panel: Expression, width: PanelWidth, first: Expression, count: int) -> None:
+        plan, v, vectors = self.plan, self.plan.vectors, width.vectors
         chains = 2 if count * vectors <= 4 else 1  # FMAs in flight hide its latency of four cycles
         sums = [v.registers(count, vectors, "float32") for _ in range(chains)]
         for c, chain in enumerate(sums):
@@ -310,12 +311,12 @@ class _FloatBody:
         serial(plan.inputs // chains, steps)
         for k in range(plan.inputs // chains * chains, plan.inputs):
             step(k, 0)
-        self._finish((panel, vectors, first, count), sums)
+        self._finish((panel, width, first, count), sums)
 
-    def _finish(self, place: tuple[Expression, int, Expression, int], sums: list[list[list[Register]]]) -> None:
+    def _finish(self, place: tuple[Expression, PanelWidth, Expression, int], sums: list[list[list[Register]]]) -> None:
         plan, v = self.plan, self.plan.vectors
-        panel, vectors, first, count = place
-        for j in range(vectors):
+        panel, width, first, count = place
+        for j in range(width.vectors):
             column = panel * plan.width + j * v.lanes
             for i in range(count):
                 value = sums[0][i][j].get()
@@ -324,7 +325,7 @@ class _FloatBody:
                 if self.scaled:
                     value = v.fma(value, v.load(self.scale, column), v.load(self.bias, column))
                 value = B.Bind(emit_epilogue(v, value, plan.region.epilogue))
-                plan.store(self.target, first + i, column, value, plan.used_lanes(vectors, j))
+                plan.store(self.target, first + i, column, value, width.used_lanes(j, v.lanes))
 
 
 class _IntegerBody:
@@ -347,8 +348,8 @@ class _IntegerBody:
         self.code_words = flat(x, rows * self.groups, "int32") if self.whole else self.codes
         plan.loops(self._tile)
 
-    def _tile(self, panel: Expression, vectors: int, first: Expression, count: int) -> None:
-        plan, v = self.plan, self.plan.vectors
+    def _tile(self, panel: Expression, width: PanelWidth, first: Expression, count: int) -> None:
+        plan, v, vectors = self.plan, self.plan.vectors, width.vectors
         source, base = (self.code_words, first * self.groups) if self.whole else (self._padded_rows(first, count), 0)
         sums = v.registers(count, vectors, "int32")
         for row in sums:
@@ -370,7 +371,7 @@ class _IntegerBody:
             for i in range(count):
                 value = v.fma(v.to_float(sums[i][j].get()), gain, offset)
                 value = B.Bind(emit_epilogue(v, value, plan.region.epilogue))
-                plan.store(self.target, first + i, column, value, plan.used_lanes(vectors, j))
+                plan.store(self.target, first + i, column, value, width.used_lanes(j, v.lanes))
 
     def _padded_rows(self, first: Expression, count: int) -> Expression:
         """A copy of `count` rows, each padded to whole words; the padding meets zero weights."""

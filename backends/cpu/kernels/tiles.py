@@ -29,6 +29,31 @@ class TileShape:
         return f"{self.rows}x{self.vectors}"
 
 
+@dataclass(frozen=True)
+class PanelWidth:
+    """How wide a panel of outputs is; the last one may be narrower.
+
+    Attributes:
+        vectors: vectors of outputs it has.
+        outputs: outputs it has: its last vector may be partly used.
+    """
+
+    vectors: int
+    outputs: int
+
+    def used_lanes(self, vector: int, lanes: int) -> int:
+        """Lanes of vector number `vector` that hold outputs."""
+        return min(lanes, self.outputs - vector * lanes)
+
+
+def panel_widths(outputs: int, tile: TileShape, lanes: int) -> tuple[int, PanelWidth, PanelWidth | None]:
+    """How many full panels `outputs` fill, how wide those are, and the panel of what is left."""
+    width = tile.vectors * lanes
+    left = outputs % width
+    tail = PanelWidth(-(-left // lanes), left) if left else None
+    return outputs // width, PanelWidth(tile.vectors, width), tail
+
+
 def parse_tile(text: str) -> TileShape:
     """Read what `str(TileShape)` wrote."""
     rows, _, vectors = text.partition("x")

@@ -32,7 +32,9 @@ class Value:
         return self.arguments[position] if position < len(self.arguments) else default
 
 
-def make_weight(shape: tuple[int, ...], dtype: str, seed: int, limit: int = 127, density: float | None = None) -> StoredWeight:
+def make_weight(
+    shape: tuple[int, ...], dtype: str, seed: int, limit: int = 127, density: float | None = None
+) -> StoredWeight:
     random = np.random.default_rng(seed)
     weight = (random.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
     scale = None
@@ -56,14 +58,18 @@ def make_region(
     return Region(anchor, Value(shape=source), Value(), weight, values, activation, epilogue)  # type: ignore[arg-type]
 
 
-def run_kernel(kernel: Kernel, region: Region, target: Target, tile: str, sources: list[np.ndarray]) -> list[np.ndarray]:
+def run_kernel(
+    kernel: Kernel, region: Region, target: Target, tile: str, sources: list[np.ndarray]
+) -> list[np.ndarray]:
     """Compile a kernel and run it on each source."""
     lowered = kernel.lower(region, target, tile)
     module = tvm.tirx.build(tvm.IRModule.from_expr(lowered.function), target=tvm_target(target))
     results = []
     for source in sources:
         out = np.full(kernel.reference(region, source).shape, 77, region.output_dtype)
-        arguments = [tvm.runtime.tensor(np.ascontiguousarray(a), tvm.cpu()) for a in (source, *lowered.packed.values(), out)]
+        arguments = [
+            tvm.runtime.tensor(np.ascontiguousarray(a), tvm.cpu()) for a in (source, *lowered.packed.values(), out)
+        ]
         module[kernel.name](*arguments)
         results.append(arguments[-1].numpy())
     return results
@@ -76,7 +82,9 @@ def make_source(shape: tuple[int, ...], region: Region, seed: int) -> np.ndarray
     return random.integers(0, 256, shape).astype(np.uint8)
 
 
-def assert_kernel_equals_reference(kernel: Kernel, region: Region, target: Target, tile: str, shapes: list[tuple[int, ...]]) -> None:
+def assert_kernel_equals_reference(
+    kernel: Kernel, region: Region, target: Target, tile: str, shapes: list[tuple[int, ...]]
+) -> None:
     """Float results within rounding of float64; codes within the one step that a rounding epilogue may flip."""
     sources = [make_source(shape, region, k) for k, shape in enumerate(shapes)]
     for source, found in zip(sources, run_kernel(kernel, region, target, tile, sources), strict=True):

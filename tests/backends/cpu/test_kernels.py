@@ -12,7 +12,7 @@ from mcc import ops
 from mcc.backends.cpu.kernels.conv2d import Conv2dFloat, Conv2dInt8
 from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8, pack_panels, pairs_fit
 from mcc.backends.cpu.kernels.sparse import SparseDense, pack_groups
-from mcc.backends.cpu.kernels.tiles import TileShape, parse_tile
+from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, panel_widths, parse_tile
 from mcc.backends.kernel import Clamp, QuantizedInput, Relu, Requantize, SparseArrays
 
 # each example is compiled: shrinking one would take minutes, and a fixed choice keeps CI's verdict its own
@@ -20,24 +20,44 @@ few = settings(
     max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck),
     phases=(Phase.explicit, Phase.generate),
 )  # fmt: skip
-epilogues = st.sampled_from([(), (Relu(),), (Clamp(0.0, 6.0),), (Relu(), Requantize(0.03, 0, 0, 255)), (Requantize(0.05, 121, 0, 255),)])
+epilogues = st.sampled_from(
+    [(), (Relu(),), (Clamp(0.0, 6.0),), (Relu(), Requantize(0.03, 0, 0, 255)), (Requantize(0.05, 121, 0, 255),)]
+)
 sizes = st.sampled_from([1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 64, 70])
 targets = st.sampled_from(TARGETS)
 ROWS = [1, 2, 3, 5, 7, 16, 33, 64, 65, 131]
 
 
 @few
-@given(target=targets, inputs=sizes, outputs=sizes, dtype=st.sampled_from(["float32", "int8"]), epilogue=epilogues, bias=st.booleans(), pick=st.integers(0, 2))
+@given(
+    target=targets,
+    inputs=sizes,
+    outputs=sizes,
+    dtype=st.sampled_from(["float32", "int8"]),
+    epilogue=epilogues,
+    bias=st.booleans(),
+    pick=st.integers(0, 2),
+)
 def test_dense_float(target, inputs, outputs, dtype, epilogue, bias, pick):
     kernel = DenseFloat()
-    region = make_region(ops.LINEAR, (Symbolic(), inputs), make_weight((outputs, inputs), dtype, 1), epilogue, bias=bias)
+    region = make_region(
+        ops.LINEAR, (Symbolic(), inputs), make_weight((outputs, inputs), dtype, 1), epilogue, bias=bias
+    )
     tiles = kernel.tiles(region, target)
     assert kernel.refuses(region, target) is None
     assert_kernel_equals_reference(kernel, region, target, tiles[pick % len(tiles)], [(m, inputs) for m in (*ROWS, 0)])
 
 
 @few
-@given(target=targets, inputs=sizes, outputs=sizes, limit=st.sampled_from([63, 127]), epilogue=epilogues, zero=st.integers(0, 255), pick=st.integers(0, 2))
+@given(
+    target=targets,
+    inputs=sizes,
+    outputs=sizes,
+    limit=st.sampled_from([63, 127]),
+    epilogue=epilogues,
+    zero=st.integers(0, 255),
+    pick=st.integers(0, 2),
+)
 def test_dense_int8_is_exact_for_any_weight(target, inputs, outputs, limit, epilogue, zero, pick):
     kernel = DenseInt8()
     weight = make_weight((outputs, inputs), "int8", 2, limit)
@@ -90,7 +110,9 @@ def test_leading_dims_are_rows(target):
 def test_conv2d(target, channels, image, kernel_size, stride, dilation, epilogue, kind, pick):
     groups, inputs, outputs = channels
     padding = [(k - 1) * dilation // 2 + 1 if k > 1 else 0 for k in kernel_size]
-    if any(i + 2 * p < d for i, p, d in zip(image, padding, ((k - 1) * dilation + 1 for k in kernel_size), strict=True)):
+    if any(
+        i + 2 * p < d for i, p, d in zip(image, padding, ((k - 1) * dilation + 1 for k in kernel_size), strict=True)
+    ):
         return
     kernel = Conv2dInt8() if kind == "codes" else Conv2dFloat()
     weight = make_weight((outputs, inputs // groups, *kernel_size), "float32" if kind == "float32" else "int8", 4)
@@ -125,6 +147,13 @@ def test_kernels_say_why_they_refuse():
     wide.sparse.values[:] = 127
     codes = make_region(ops.LINEAR, (4, 60_000), wide, (), QuantizedInput(0.1, 0))
     assert SparseDense().refuses(codes, target) == "its integer sums may reach 1943100000, float32 is exact to 16777216"
+
+
+def test_the_last_panel_may_be_as_wide_as_the_others_and_partly_used():
+    count, full, tail = panel_widths(31, TileShape(6, 2), 8)
+    assert (count, full, tail) == (1, PanelWidth(2, 16), PanelWidth(2, 15))
+    assert [full.used_lanes(j, 8) for j in range(2)] == [8, 8]
+    assert [tail.used_lanes(j, 8) for j in range(2)] == [8, 7]
 
 
 def test_panels_hold_every_weight_once_and_zeros_beyond():

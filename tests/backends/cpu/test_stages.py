@@ -38,7 +38,11 @@ def compiled(model, x, *steps, **options):
 
 def test_activation_and_requantize_fuse_and_a_chain_stays_in_codes():
     found = regions(mlp(12, 16, 16, 4), torch.randn(2, 12), Quantize())
-    assert [found[k].text for k in ("0", "2", "4")] == ["linear + relu + requantize", "linear + relu + requantize", "linear"]
+    assert [found[k].text for k in ("0", "2", "4")] == [
+        "linear + relu + requantize",
+        "linear + relu + requantize",
+        "linear",
+    ]
     assert all(r.activation is not None for r in found.values())
 
 
@@ -60,7 +64,9 @@ def test_an_output_ends_its_region():
     assert regions(Two(), torch.randn(2, 4))["a"].text == "linear"
 
 
-@pytest.mark.parametrize(("activation", "text"), [(nn.ReLU6(), "linear + clamp"), (nn.Hardtanh(), "linear + clamp"), (nn.GELU(), "linear")])
+@pytest.mark.parametrize(
+    ("activation", "text"), [(nn.ReLU6(), "linear + clamp"), (nn.Hardtanh(), "linear + clamp"), (nn.GELU(), "linear")]
+)
 def test_which_activations_fuse(activation, text):
     assert regions(nn.Sequential(nn.Linear(4, 4), activation), torch.randn(2, 4))["0"].text == text
 
@@ -68,7 +74,10 @@ def test_which_activations_fuse(activation, text):
 def test_a_sparse_convolution_is_decoded_at_build_time_and_the_report_says_so():
     x = torch.randn(4, 8, 10, 10)
     artifact = compiled(nn.Conv2d(8, 16, 3), x, PruneWeights(ratio=0.9))
-    assert artifact.report.passes[-1].declined[0].reason == "stored dense: there is no kernel for sparse convolution weights yet"
+    assert (
+        artifact.report.passes[-1].declined[0].reason
+        == "stored dense: there is no kernel for sparse convolution weights yet"
+    )
 
 
 def test_a_layer_left_to_the_op_library_is_in_the_report_with_the_reason():
@@ -82,11 +91,23 @@ def test_a_layer_left_to_the_op_library_is_in_the_report_with_the_reason():
 
     row = compiled(Depthwise(), torch.randn(2, 6, 9, 9)).report.layers[0]
     assert (row.layer, row.kernel) == ("depthwise", "op library")
-    assert row.reason == "conv2d_int8: weight and activations are not both int8; conv2d_f32: 1 output channels a group would leave lanes idle"
+    assert (
+        row.reason
+        == "conv2d_int8: weight and activations are not both int8; conv2d_f32: 1 output channels a group would leave lanes idle"
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 12), (7, 12), (0, 12)])
-@pytest.mark.parametrize("steps", [(), (Quantize(),), (Quantize(activations=None),), (PruneWeights(ratio=0.9),), (PruneWeights(ratio=0.9), Quantize())])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (),
+        (Quantize(),),
+        (Quantize(activations=None),),
+        (PruneWeights(ratio=0.9),),
+        (PruneWeights(ratio=0.9), Quantize()),
+    ],
+)
 def test_an_artifact_runs_at_any_batch_and_equals_its_graph(shape, steps):
     x = torch.randn(64, 12)
     artifact = compiled(mlp(12, 33, 5), x, *steps)

@@ -1,0 +1,149 @@
+"""mcc.compile: every kind of model, passes in every form, lazy capture, torch.compile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from networks import Attention, Residual, TiedLanguageModel, mlp
+from torch import nn
+
+import mcc
+from mcc import ops
+from mcc.compiler import Deferred, known_passes, resolve_passes
+from mcc.errors import CaptureError, DataError, SpecError, TargetError, VerificationError
+from mcc.passes import FoldBatchNorm, PruneWeights, Quantize
+from mcc.report import Report
+
+QUICK = {"measure": "never", "tuning": "model"}
+
+
+def test_a_module_an_exported_program_a_graph_and_an_onnx_model_give_the_same_answers(tmp_path):
+    from onnx_models import mlp_model
+
+    model, x = mlp(12, 16, 4).eval(), torch.randn(2, 12)
+    proto = mlp_model(model)
+    path = tmp_path / "m.onnx"
+    path.write_bytes(proto.SerializeToString())
+    with torch.no_grad():
+        expected = model(x)
+    for source, inputs in (
+        (model, (x,)), (torch.export.export(model, (x,)), None), (mcc.capture(model, (x,)), None), (path, None), (str(path), None), (proto, None),
+    ):  # fmt: skip
+        torch.testing.assert_close(mcc.compile(source, inputs, **QUICK)(x), expected)
+
+
+@pytest.mark.parametrize(("model", "make", "dims"), [
+    (Residual(), lambda n: torch.randn(n, 3, 9, 7), {0: "batch"}),
+    (Attention(), lambda n: torch.randn(n, n + 4, 32), {0: "batch", 1: "length"}),
+    (TiedLanguageModel(), lambda n: torch.randint(0, 50, (n, n + 2)), {0: "batch", 1: "length"}),
+])  # fmt: skip
+def test_models_with_dynamic_dims_equal_eager(model, make, dims):
+    artifact = mcc.compile(model.eval(), (make(2),), dynamic_shapes=(dims,), **QUICK)
+    for n in (1, 3, 7):
+        with torch.no_grad():
+            torch.testing.assert_close(artifact(make(n) * 0 + 1), model(make(n) * 0 + 1), rtol=1e-4, atol=1e-5)
+
+
+def test_without_example_inputs_the_first_call_compiles():
+    model = mlp(12, 4).eval()
+    deferred = mcc.compile(model, passes=[PruneWeights(ratio=0.5)], **QUICK)
+    assert isinstance(deferred, Deferred)
+    assert deferred.artifact is None
+    x = np.ones((3, 12), np.float32)
+    first = deferred(x)
+    assert isinstance(first, np.ndarray)
+    compiled = deferred.artifact
+    assert np.array_equal(deferred(x), first)
+    assert deferred.artifact is compiled
+
+
+@pytest.mark.parametrize("passes", [
+    [FoldBatchNorm(), Quantize()], "fold-batch-norm; quantize", ["fold-batch-norm", Quantize()], "recipe.yaml",
+])  # fmt: skip
+def test_passes_come_as_objects_text_or_a_recipe(tmp_path, monkeypatch, passes):
+    (tmp_path / "recipe.yaml").write_text("- fold-batch-norm\n- quantize\n")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_passes(passes) == (FoldBatchNorm(), Quantize())
+
+
+def test_the_artifact_records_its_passes_in_full_and_they_parse_again():
+    artifact = mcc.compile(mlp(12, 4), (torch.randn(2, 12),), passes="prune-weights{ratio=0.5}", **QUICK)
+    assert resolve_passes(artifact.passes) == (PruneWeights(ratio=0.5),)
+
+
+def test_measuring_each_pass_fills_its_row():
+    artifact = mcc.compile(
+        mlp(12, 4), (torch.randn(2, 12),), passes="eliminate-identity", measure="each", tuning="model"
+    )
+    assert all(row.latency_ms > 0 for row in artifact.report.passes)
+    assert Report.from_json(artifact.report.as_json()) == artifact.report
+
+
+def test_a_pass_of_fifteen_lines_works_in_compile():
+    @dataclass(frozen=True)
+    class ReplaceHardswishByRelu(mcc.Rewrite):
+        """Replace hardswish(x) by relu(x)."""
+
+        guarantee = mcc.Lossy()
+
+        def match(self, node):
+            return mcc.Match(node) if node.op is ops.OPS["hardswish"] else mcc.Reject.other_op(node)
+
+        def rewrite(self, match, rewriter):
+            return rewriter.call(ops.RELU, match.node.operand(0))
+
+    x = torch.randn(3, 4)
+    artifact = mcc.compile(nn.Sequential(nn.Hardswish()), (x,), passes=[ReplaceHardswishByRelu()], **QUICK)
+    assert torch.equal(artifact(x), torch.relu(x))
+    assert artifact.passes == "replace-hardswish-by-relu"
+
+
+def test_passes_of_other_packages_are_found_by_entry_point(monkeypatch):
+    class Point:
+        def load(self):
+            return PruneWeights
+
+    monkeypatch.setattr("mcc.compiler.entry_points", lambda group: [Point()] if group == "mcc.passes" else [])
+    assert known_passes()["prune-weights"] is PruneWeights
+
+
+def test_torch_compile_runs_static_shapes():
+    model, x = mlp(12, 16, 4).eval(), torch.randn(5, 12)
+    with torch.inference_mode():
+        expected = model(x)
+        found = torch.compile(model, backend="mcc", dynamic=False)(x)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"passes": "quantise"}, SpecError, "unknown pass 'quantise'"),
+    ({"passes": [3]}, SpecError, "3 is not a pass"),
+    ({"passes": "quantize"}, DataError, "quantize needs data.calibration"),
+    ({"target": "cpu:arm"}, TargetError, "unknown target 'cpu:arm'\n  remedy  use one of cpu, cpu:avx2"),
+])  # fmt: skip
+def test_wrong_requests_are_refused_before_any_work(options, error, message):
+    with pytest.raises(error, match=message):
+        mcc.compile(mlp(4, 3), (torch.randn(2, 4),), **options)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(CaptureError, match="cannot compile a int"):
+        mcc.compile(3, (torch.randn(2, 4),))
+
+
+def test_a_wrong_kernel_is_caught_by_verification(monkeypatch):
+    from mcc.backends.cpu.kernels.dense import DenseFloat
+
+    right = DenseFloat.lower
+
+    def wrong(self, region, target, tile):
+        lowered = right(self, region, target, tile)
+        lowered.packed["bias"][0] += 1
+        return lowered
+
+    monkeypatch.setattr(DenseFloat, "lower", wrong)
+    with pytest.raises(VerificationError, match="the artifact differs from its graph: output linear_0"):
+        mcc.compile(mlp(12, 4), (torch.randn(2, 12),), **QUICK)

@@ -1,0 +1,138 @@
+"""ONNX models against ONNX Runtime: operators one by one, shapes as integers, refusals by name."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from networks import mlp
+from onnx import helper
+from onnx_models import make_model, mlp_model
+
+import mcc
+from mcc.errors import CaptureError
+from mcc.onnx_import import import_onnx
+
+N = helper.make_node
+X = {"x": ("float32", ["batch", 4, 6, 6])}
+RANDOM = np.random.default_rng(0)
+
+
+def f(*shape):
+    return RANDOM.standard_normal(shape).astype(np.float32)
+
+
+def i(*values):
+    return np.array(values, np.int64)
+
+
+OPERATORS = {
+    "Conv": ([N("Conv", ["x", "w", "b"], ["y"], pads=[1, 0, 2, 1], strides=[2, 1])], {"w": f(5, 4, 3, 3), "b": f(5)}),
+    "Conv same": ([N("Conv", ["x", "w"], ["y"], auto_pad="SAME_UPPER", strides=[2, 2], group=2)], {"w": f(6, 2, 3, 3)}),
+    "ConvTranspose": ([N("ConvTranspose", ["x", "w"], ["y"], strides=[2, 2], pads=[1, 1, 1, 1])], {"w": f(4, 3, 3, 3)}),
+    "MaxPool": ([N("MaxPool", ["x"], ["y"], kernel_shape=[3, 2], strides=[2, 2], pads=[1, 0, 1, 1])], {}),
+    "AveragePool": ([N("AveragePool", ["x"], ["y"], kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=1)], {}),
+    "GlobalAveragePool": ([N("GlobalAveragePool", ["x"], ["y"])], {}),
+    "BatchNormalization": ([N("BatchNormalization", ["x", "g", "b", "m", "v"], ["y"])], {"g": f(4), "b": f(4), "m": f(4), "v": f(4) ** 2 + 1}),
+    "LayerNormalization": ([N("LayerNormalization", ["x", "g", "b"], ["y"], axis=-1)], {"g": f(6), "b": f(6)}),
+    "InstanceNormalization": ([N("InstanceNormalization", ["x", "g", "b"], ["y"])], {"g": f(4), "b": f(4)}),
+    "MatMul with a stored matrix": ([N("MatMul", ["x", "w"], ["y"])], {"w": f(6, 5)}),
+    "Reshape from a computed shape": ([
+        N("Shape", ["x"], ["s"]), N("Gather", ["s", "zero"], ["n"]), N("Unsqueeze", ["n", "axes"], ["u"]),
+        N("Concat", ["u", "rest"], ["target"], axis=0), N("Reshape", ["x", "target"], ["y"]),
+    ], {"zero": np.array(0, np.int64), "axes": i(0), "rest": i(-1, 6)}),
+    "Slice": ([N("Slice", ["x", "s", "e", "a", "t"], ["y"])], {"s": i(-1, 1), "e": i(-100, 5), "a": i(3, 2), "t": i(-1, 2)}),
+    "Split": ([N("Split", ["x", "n"], ["a", "b"], axis=1), N("Sub", ["b", "c"], ["y"]), N("ReduceMean", ["a", "axes"], ["c"], keepdims=1)][::-1][1:] and
+              [N("Split", ["x", "n"], ["a", "b"], axis=1), N("ReduceMean", ["a", "axes"], ["c"], keepdims=1), N("Sub", ["b", "c"], ["y"])], {"n": i(1, 3), "axes": i(1)}),
+    "Transpose": ([N("Transpose", ["x"], ["y"], perm=[0, 2, 3, 1])], {}),
+    "Pad": ([N("Pad", ["x", "p", "v"], ["y"])], {"p": i(0, 0, 1, 2, 0, 0, 0, 1), "v": np.array(1.5, np.float32)}),
+    "Resize": ([N("Resize", ["x", "", "s"], ["y"], mode="linear")], {"s": np.array([1, 1, 2, 2], np.float32)}),
+    "Clip": ([N("Clip", ["x", "lo", "hi"], ["y"])], {"lo": np.array(-0.5, np.float32), "hi": np.array(0.5, np.float32)}),
+    "Softmax": ([N("Softmax", ["x"], ["y"], axis=1)], {}),
+    "Gelu": ([N("Gelu", ["x"], ["y"])], {}),
+    "HardSigmoid": ([N("HardSigmoid", ["x"], ["y"], alpha=0.25)], {}),
+    "Where": ([N("Greater", ["x", "t"], ["c"]), N("Where", ["c", "x", "t"], ["y"])], {"t": np.array(0.1, np.float32)}),
+    "Pow and Div": ([N("Pow", ["x", "two"], ["p"]), N("Div", ["p", "t"], ["y"])], {"two": np.array(2, np.float32), "t": np.array(3, np.float32)}),
+    "ArgMax": ([N("ArgMax", ["x"], ["y"], axis=1, keepdims=0)], {}),
+    "Cast": ([N("Cast", ["x"], ["y"], to=7)], {}),
+    "Expand": ([N("ReduceMax", ["x", "axes"], ["m"]), N("Shape", ["x"], ["s"]), N("Expand", ["m", "s"], ["y"])], {"axes": i(1)}),
+    "TopK": ([N("TopK", ["x", "k"], ["y", "places"], axis=1)], {"k": i(2)}),
+    "Quantize and dequantize": ([
+        N("QuantizeLinear", ["x", "s", "z"], ["q"]), N("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ], {"s": np.array(0.03, np.float32), "z": np.array(100, np.uint8)}),
+    "Tile, Flatten, LeakyRelu": ([N("Tile", ["x", "r"], ["t"]), N("Flatten", ["t"], ["l"]), N("LeakyRelu", ["l"], ["y"], alpha=0.2)], {"r": i(1, 2, 1, 1)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_operator_equals_onnx_runtime_at_another_batch(name):
+    nodes, weights = OPERATORS[name]
+    proto = make_model(nodes, X, ["y"], weights)
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    artifact = mcc.compile(proto, measure="never", tuning="model")
+    for batch in (1, 3):
+        x = f(batch, 4, 6, 6)
+        (expected,) = session.run(None, {"x": x})
+        found = artifact(x)
+        assert found.dtype == expected.dtype
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_names_of_inputs_and_dims_are_the_files():
+    artifact = mcc.compile(mlp_model(mlp(12, 4)), measure="never", tuning="model")
+    assert [(s.name, s.shape) for s in artifact.inputs] == [("x", ("batch", 12))]
+
+
+def test_stored_matrices_are_layers_that_passes_see():
+    proto = make_model(
+        [N("MatMul", ["x", "w"], ["h"]), N("Relu", ["h"], ["y"])], {"x": ("float32", ["n", 12])}, ["y"], {"w": f(12, 8)}
+    )
+    artifact = mcc.compile(proto, passes="prune-weights{ratio=0.9}", measure="never", tuning="model")
+    assert artifact.report.passes[1].edits == 1
+    assert artifact.report.layers[0].op == "linear + relu"
+
+
+def test_two_inputs_of_which_one_is_integer():
+    proto = make_model(
+        [N("Gather", ["table", "ids"], ["e"], axis=0), N("Add", ["e", "x"], ["y"])],
+        {"ids": ("int64", ["n", 3]), "x": ("float32", ["n", 3, 5])}, ["y"], {"table": f(7, 5)},
+    )  # fmt: skip
+    ids, x = np.array([[0, 6, 2]]), f(1, 3, 5)
+    expected = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"ids": ids, "x": x})[0]
+    np.testing.assert_allclose(mcc.compile(proto, measure="never", tuning="model")(ids=ids, x=x), expected)
+
+
+def test_float_initializers_are_parameters_and_statistics_are_not():
+    nodes, weights = OPERATORS["BatchNormalization"]
+    module, _, _ = import_onnx(make_model(nodes, X, ["y"], weights))
+    assert {n for n, _ in module.named_parameters()} == {"g", "b"}
+    assert {n for n, _ in module.named_buffers()} == {"m", "v"}
+
+
+def test_unknown_operators_are_refused_by_name():
+    with pytest.raises(CaptureError, match="ONNX operators that are not supported: Det, NonZero"):
+        import_onnx(make_model([N("NonZero", ["x"], ["a"]), N("Det", ["x"], ["y"])], X, ["y"]))
+
+
+def test_an_unsupported_form_of_an_operator_is_refused():
+    proto = make_model(
+        [N("Resize", ["x", "", "s"], ["y"], mode="cubic")], X, ["y"], {"s": np.array([1, 1, 2, 2], np.float32)}
+    )
+    with pytest.raises(CaptureError, match="ONNX Resize cubic with half_pixel is not supported"):
+        mcc.compile(proto, tuning="model")
+
+
+@pytest.mark.parametrize("data", [b"", b"nonsense" * 20])
+def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path, data):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(data)
+    with pytest.raises(CaptureError, match="cannot read .* as ONNX"):
+        mcc.compile(str(path))
+    with pytest.raises(CaptureError, match="cannot read .* as ONNX"):
+        mcc.compile(tmp_path / "none.onnx")
+
+
+def test_torch_tensors_run_through_an_onnx_artifact():
+    artifact = mcc.compile(mlp_model(mlp(12, 4)), measure="never", tuning="model")
+    assert artifact(torch.zeros(2, 12)).shape == (2, 4)
