@@ -169,6 +169,11 @@ def nonzeros(artifact: mcc.Artifact) -> int:
     return artifact.report.passes[-1].size.parameters
 
 
+def stored_weights(artifact: mcc.Artifact) -> int:
+    """Bytes of all weights in the file, indices and scales included."""
+    return artifact.report.passes[-1].size.stored_bytes
+
+
 def measure(engines: dict[str, dict[int, Engine]], digits: Digits) -> dict[str, dict[tuple[int, int], Timing]]:
     """Latencies of all engines, in turns, by batch and thread count."""
     results: dict[str, dict[tuple[int, int], Timing]] = {name: {} for name in engines}
@@ -217,7 +222,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/mnist"), help="folder for the artifacts")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=170)
+    console = Console(width=220)
     started = time.perf_counter()
     digits = Digits.load(Path(__file__).parent / "data" / "mnist.npz")
     network = make_network()
@@ -245,7 +250,8 @@ def main() -> None:
         artifact.save(path)
         engines[name] = {t: mcc.load(path, threads=t) for t in THREADS}
         facts[name] = (nonzeros(artifact), path.stat().st_size, accuracy(engines[name][1], digits))
-        console.print(f"{name}: passes {'; '.join(map(str, passes)) or 'none'}; saved as {path}")
+        text = "; ".join(map(str, passes)) or "none"
+        console.print(f"{name}: passes {text}; weights {stored_weights(artifact):,} bytes; saved as {path}")
     check_without_torch(options.out / "pruned_90.mcc", digits)
     console.print("pruned_90.mcc gives equal outputs in a process without torch")
 

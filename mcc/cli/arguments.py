@@ -6,9 +6,10 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +18,6 @@ from torch import Tensor
 
 from mcc.data import Data
 from mcc.errors import DataError, MccError, SpecError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 BAD_INPUT = 2
 _KINDS = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 
@@ -12,11 +14,6 @@ from mcc import compiler
 from mcc.benchmark import interleave, onnxruntime_engine, openvino_engine
 from mcc.cli.arguments import clear_errors, print_json, read_data, read_inputs, read_model
 from mcc.errors import SpecError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import numpy as np
 
 _PEERS = {"ONNX Runtime": onnxruntime_engine, "OpenVINO": openvino_engine}
 
@@ -51,7 +48,7 @@ def bench_model(
         engines[f"mcc {passes}".strip()] = lambda: artifact(*arrays)
         timings = interleave(engines, runs)
     if as_json:
-        print_json({name: vars(timing) for name, timing in timings.items()})
+        print_json({"timings": {name: vars(timing) for name, timing in timings.items()}, "not_measured": missing})
         return
     from rich.console import Console
     from rich.table import Table

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from mcc import compiler
 from mcc.cli.arguments import clear_errors, read_data, read_inputs, read_model
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def compile_model(

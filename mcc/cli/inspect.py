@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from mcc import compiler
 from mcc.cli.arguments import clear_errors, print_json, read_data, read_inputs, read_model
 from mcc.cost import graph_size, layer_costs
+from mcc.graph import Graph
 from mcc.pipeline import Pipeline
 from mcc.runtime import load
 from mcc.target import parse_target
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from mcc.graph import Graph
 
 
 def inspect_model(

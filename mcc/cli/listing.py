@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mcc import compiler
 from mcc.cli.arguments import clear_errors, print_json
+from mcc.rewrite import Pass
 from mcc.target import missing_features, parse_target, target_names
-
-if TYPE_CHECKING:
-    from mcc.rewrite import Pass
 
 
 def list_passes(

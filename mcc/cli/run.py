@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -10,9 +11,6 @@ import typer
 from mcc.cli.arguments import clear_errors, read_arrays
 from mcc.errors import DataError
 from mcc.runtime import load
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def run_artifact(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
@@ -12,9 +13,6 @@ from mcc.cli.arguments import clear_errors, read_inputs, read_model
 from mcc.errors import VerificationError
 from mcc.runtime import load
 from mcc.verify import sample_inputs
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def verify_file(

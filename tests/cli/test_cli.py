@@ -1,0 +1,168 @@
+"""The command line: every command on a real artifact, help with an example, clear errors and exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from mcc.cli.__main__ import app
+
+COMMANDS = ["compile", "inspect", "run", "bench", "verify", "passes", "targets"]
+INPUT = ["-i", "input=f32[batch:4,12]"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a module that makes a model, data, and an artifact compiled from them."""
+    path = tmp_path_factory.mktemp("cli")
+    (path / "tiny_nets.py").write_text(
+        "import torch\nfrom torch import nn\n\n\ndef make_mlp():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 3))\n\n\nnot_a_model = 3\n"
+    )
+    random = np.random.default_rng(0)
+    np.savez(path / "data.npz", x=random.standard_normal((64, 12)).astype(np.float32), y=random.integers(0, 3, 64))
+    np.savez(path / "inputs.npz", input=random.standard_normal((5, 12)).astype(np.float32))
+    return path
+
+
+@pytest.fixture
+def mcc(folder, monkeypatch):
+    """Run `mcc` in that folder: exit code and output."""
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, list(arguments))
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result.exit_code, result.output
+
+    return run
+
+
+@pytest.fixture
+def artifact(mcc, folder):
+    if not (folder / "mlp.mcc").exists():
+        code, output = mcc("compile", "tiny_nets:make_mlp", *INPUT, "-o", "mlp.mcc", "--tuning", "model")
+        assert code == 0, output
+    return "mlp.mcc"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(mcc, command):
+    code, output = mcc(command, "--help")
+    assert code == 0
+    assert f"Example: mcc {command}" in output
+
+
+def test_compile_writes_an_artifact_with_passes_and_data(mcc, folder):
+    passes = "prune-weights{ratio=0.8}; fine-tune; quantize"
+    code, output = mcc(
+        "compile",
+        "tiny_nets:make_mlp",
+        *INPUT,
+        "-p",
+        passes,
+        "--data",
+        "data.npz",
+        "-o",
+        "small.mcc",
+        "--tuning",
+        "model",
+    )
+    assert code == 0
+    assert f"small.mcc: {(folder / 'small.mcc').stat().st_size:,} bytes" in output
+
+
+def test_inspect_shows_layers_before_and_after(mcc):
+    code, output = mcc("inspect", "tiny_nets:make_mlp", *INPUT, "-p", "prune-weights{ratio=0.5}", "--graph")
+    assert code == 0
+    assert "before: 643 parameters" in output
+    assert "after: 343 parameters" in output
+    assert "%linear_0: f32[batch, 40] = linear(%input_1, @0.weight, @0.bias)" in output
+
+
+def test_inspect_shows_an_artifact_as_text_and_json(mcc, artifact):
+    assert "dense_f32" in mcc("inspect", artifact)[1]
+    assert [row["layer"] for row in json.loads(mcc("inspect", artifact, "--json")[1])["layers"]] == ["0", "2"]
+
+
+def test_run_prints_and_saves(mcc, folder, artifact):
+    code, output = mcc("run", artifact, "--inputs", "inputs.npz")
+    assert (code, "float32[5, 3]" in output) == (0, True)
+    assert mcc("run", artifact, "--inputs", "inputs.npz", "--out", "answers.npz", "--threads", "1")[0] == 0
+    with np.load(folder / "answers.npz") as answers:
+        assert [answers[name].shape for name in answers.files] == [(5, 3)]
+
+
+def test_verify_compares_with_the_model(mcc, artifact):
+    code, output = mcc("verify", artifact, "--model", "tiny_nets:make_mlp", *INPUT)
+    assert code == 0
+    assert "every byte as written" in output
+    assert "largest difference" in output
+
+
+def test_bench_times_all_engines_in_turns(mcc):
+    code, output = mcc("bench", "tiny_nets:make_mlp", "-i", "input=f32[2,12]", "--runs", "5", "--json")
+    assert code == 0
+    timings = json.JSONDecoder().raw_decode(output, output.index("{"))[0]["timings"]
+    assert {"torch eager", "ONNX Runtime", "mcc"} <= set(timings)
+    assert {t["runs"] for t in timings.values()} == {5}
+
+
+def test_passes_and_targets_are_listed(mcc):
+    assert "prune-weights{ratio=0.5" in mcc("passes")[1]
+    assert "Han et al.: Learning both weights and connections. NeurIPS 2015" in mcc("passes")[1]
+    assert "straight through" in mcc("passes", "fine-tune")[1]
+    assert "quantize" in json.loads(mcc("passes", "--json")[1])
+    assert "cpu:avx2" in mcc("targets")[1]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["compile", "nope", "-o", "x.mcc"], "SpecError: 'nope' names no model"),
+    (["compile", "none.onnx", "-o", "x.mcc"], "there is no file none.onnx"),
+    (["compile", "tiny_nets:none", "-o", "x.mcc"], "cannot find tiny_nets:none"),
+    (["compile", "tiny_nets:make_mlp", "-i", "input=f99[2]", "-o", "x.mcc"], "cannot read the input 'input=f99[2]'"),
+    (["compile", "tiny_nets:make_mlp", *INPUT, "-p", "prune", "-o", "x.mcc"], "unknown pass 'prune'"),
+    (["compile", "tiny_nets:make_mlp", *INPUT, "-p", "quantize", "-o", "x.mcc"], "needs data.calibration"),
+    (["compile", "tiny_nets:make_mlp", *INPUT, "--target", "gpu", "-o", "x.mcc"], "unknown target 'gpu'"),
+    (["compile", "tiny_nets:make_mlp", "-o", "x.mcc"], "needs example inputs"),
+    (["inspect", "none.mcc"], "cannot read none.mcc"),
+    (["run", "none.mcc", "--inputs", "inputs.npz"], "cannot read none.mcc"),
+    (["passes", "none"], "unknown pass 'none'"),
+    (["bench", "tiny_nets:make_mlp", *INPUT, "--runs", "0"], "threads and runs are at least 1"),
+])  # fmt: skip
+def test_bad_input_gives_a_clear_error_and_exit_code_two_and_writes_nothing(mcc, folder, arguments, message):
+    code, output = mcc(*arguments)
+    assert code == 2
+    assert message in output.replace("\n", " ").replace("│", "").replace("  ", " ")
+    assert not (folder / "x.mcc").exists()
+
+
+def test_a_missing_array_is_named(mcc, artifact):
+    code, output = mcc("run", artifact, "--inputs", "data.npz")
+    assert (code, "data.npz holds no array input" in output) == (2, True)
+
+
+def test_a_wrong_answer_fails_verification(mcc, folder):
+    mcc(
+        "compile",
+        "tiny_nets:make_mlp",
+        *INPUT,
+        "-p",
+        "prune-weights{ratio=0.9}",
+        "-o",
+        "pruned.mcc",
+        "--tuning",
+        "model",
+    )
+    code, output = mcc("verify", "pruned.mcc", "--model", "tiny_nets:make_mlp", *INPUT)
+    assert (code, "VerificationError" in output) == (2, True)
+
+
+def test_the_module_runs_as_a_command():
+    done = subprocess.run([sys.executable, "-m", "mcc.cli", "--help"], capture_output=True, text=True, check=True)
+    assert "makes neural networks smaller and faster" in done.stdout
