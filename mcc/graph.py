@@ -366,9 +366,15 @@ class Graph:
 
 def deep_copy(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of a module that shares its calling convention, whose tree specs warn when they are copied."""
-    info = getattr(module.graph._codegen, "pytree_info", None)
-    kept = [] if info is None else [info]
-    return copy.deepcopy(module, {id(x): x for x in kept})
+    codegen = module.graph._codegen
+    module.graph._codegen = fx.graph.CodeGen()
+    try:
+        made = copy.deepcopy(module)
+    finally:
+        module.graph._codegen = codegen
+    made.graph._codegen = codegen
+    made.recompile()
+    return made
 
 
 @dataclass(frozen=True)

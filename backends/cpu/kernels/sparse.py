@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 GROUP = 16
 TILE_ROWS = 32
-FEW_ROWS = 4  # up to this many rows left over, one gathered pass a row beats a tile
+FEW_ROWS = 6  # up to this many rows left over, one gathered pass a row beats a tile
 EXACT_FLOAT = 1 << 24
 
 
@@ -157,15 +157,11 @@ class _Body:
         if isinstance(rows, int) and rows <= FEW_ROWS:
             serial(rows, self._one_row)
             return
-        lanes = self.vectors.lanes
-        whole = tirx.floordiv(rows, TILE_ROWS)
-        done = whole * TILE_ROWS
-        # with few rows left, or in all, a gathered pass a row beats a tile; else the last tile repeats the last row
-        small = tirx.max(tirx.floordiv(rows - done + lanes - 1 - FEW_ROWS, lanes), 0)
-        after = tirx.min(done + small * lanes, rows)
-        tiles = partial(parallel, whole, lambda t: self._tile(lambda r: t * TILE_ROWS + r, TILE_ROWS))
-        branch(whole > 0, tiles)  # even an empty parallel loop wakes the threads
-        serial(small, lambda t: self._tile(lambda r: tirx.min(done + t * lanes + r, rows - 1), lanes))
+        # the last tile repeats the last row: equal results are written twice
+        tiles = tirx.floordiv(rows + TILE_ROWS - 1 - FEW_ROWS, TILE_ROWS)
+        after = tirx.min(tiles * TILE_ROWS, rows)
+        in_tiles = partial(parallel, tiles, lambda t: self._tile(lambda r: tirx.min(t * TILE_ROWS + r, rows - 1)))
+        branch(tiles > 0, in_tiles)  # even an empty parallel loop wakes the threads
         serial(rows - after, lambda r: self._one_row(after + r))
 
     def _finish(self, total: Expression, splat: Callable[[Expression], Expression]) -> Expression:
@@ -258,17 +254,16 @@ class _Body:
                 always = position < self.outputs - (self.groups - 1) * GROUP
                 branch(True if always else g * GROUP + position < self.outputs, write)
 
-    def _tile(self, row_of: Callable[[Expression], Expression], width: int) -> None:
-        """`width` rows at once: transpose x, multiply group by group, transpose back."""
-        v = self.vectors
-        source = B.alloc_buffer((self.inputs * width,), "float32", layout=None)
-        result = B.alloc_buffer((max(self.outputs, 1) * width,), "float32", layout=None)
-        self._transpose_in(source, row_of, width)
-        self._multiply(source, result, width // v.lanes)
-        self._transpose_out(result, row_of, width)
+    def _tile(self, row_of: Callable[[Expression], Expression]) -> None:
+        """TILE_ROWS rows at once: transpose x, multiply group by group, transpose back."""
+        source = B.alloc_buffer((self.inputs * TILE_ROWS,), "float32", layout=None)
+        result = B.alloc_buffer((self.outputs * TILE_ROWS,), "float32", layout=None)
+        self._transpose_in(source, row_of)
+        self._multiply(source, result)
+        self._transpose_out(result, row_of)
 
-    def _transpose_in(self, source: Expression, row_of: Callable[[Expression], Expression], width: int) -> None:
-        v = self.vectors
+    def _transpose_in(self, source: Expression, row_of: Callable[[Expression], Expression]) -> None:
+        v, width = self.vectors, TILE_ROWS
 
         def block(k: Expression, t: Expression) -> None:
             rows = [B.Bind(self._load_floats(T.cast(row_of(t + r), "int64") * self.inputs + k)) for r in range(v.lanes)]
@@ -294,12 +289,11 @@ class _Body:
         value = self.vectors.load(self.x, index)
         return self.vectors.to_float(value) if self.codes else value
 
-    def _multiply(self, source: Expression, result: Expression, vectors: int) -> None:
-        v, arrays = self.vectors, self.arrays
-        width = vectors * v.lanes
+    def _multiply(self, source: Expression, result: Expression) -> None:
+        v, arrays, width = self.vectors, self.arrays, TILE_ROWS
 
         def output(g: Expression, i: Expression) -> None:
-            sums = v.registers(1, vectors, "float32")[0]
+            sums = v.registers(1, width // v.lanes, "float32")[0]
             n = B.Bind(arrays["outputs"][g * GROUP + i])
             for register in sums:
                 register.set(v.constant(0.0))
@@ -320,8 +314,8 @@ class _Body:
 
         serial(self.groups, group)
 
-    def _transpose_out(self, result: Expression, row_of: Callable[[Expression], Expression], width: int) -> None:
-        v = self.vectors
+    def _transpose_out(self, result: Expression, row_of: Callable[[Expression], Expression]) -> None:
+        v, width = self.vectors, TILE_ROWS
 
         def block(n: Expression, t: Expression) -> None:
             rows = [B.Bind(v.load(result, (n + r) * width + t)) for r in range(v.lanes)]
