@@ -1,10 +1,9 @@
 """The .mcc file: one zip, stored uncompressed so that weights can be mapped, every byte of it under a hash.
 
-Members are `manifest.json`, `weights.safetensors`, `library.so` and, where asked for, `graph.pt2`. The manifest holds
-the SHA-256 of every other member; the zip's comment holds the SHA-256 of all bytes outside those members, so any
-changed byte is noticed. Nothing is ever unpickled. An array with many zeros that a kernel reads dense is stored as a
-bitmap and its non-zero values, and spread out when it is loaded; all others are mapped. This file is loaded by
-deployed programs: it imports numpy alone.
+Members are `manifest.json`, `weights.safetensors` and `library.so`. The manifest holds the SHA-256 of every other
+member; the zip's comment holds the SHA-256 of all bytes outside those members, so any changed byte is noticed. Nothing
+is ever unpickled. An array with many zeros that a kernel reads dense is stored as a bitmap and its non-zero values, and
+spread out when it is loaded; all others are mapped. This file is loaded by deployed programs: it imports numpy alone.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 ALIGNMENT = 64
-MANIFEST, WEIGHTS, LIBRARY, GRAPH = "manifest.json", "weights.safetensors", "library.so", "graph.pt2"
+MANIFEST, WEIGHTS, LIBRARY = "manifest.json", "weights.safetensors", "library.so"
 _LOCAL_HEADER = 30
 _SMALLEST_BITMAP = 4096
 _BITS, _VALUES, _SHAPE = "~bits", "~values", "~shape"
@@ -97,13 +96,11 @@ class Contents:
         manifest: what it says of itself.
         weights: encoded weights by name.
         library: the shared object's bytes.
-        graph: a torch.export program, or None.
     """
 
     manifest: Manifest
     weights: Mapping[str, NDArray[Any]]
     library: bytes | memoryview
-    graph: bytes | memoryview | None = None
 
 
 def pack_tree(tree: object) -> object:
@@ -218,8 +215,6 @@ def write_artifact(path: str | os.PathLike[str], contents: Contents) -> None:
     members: dict[str, bytes | memoryview] = {
         WEIGHTS: write_safetensors(_with_bitmaps(contents.weights)), LIBRARY: contents.library,
     }  # fmt: skip
-    if contents.graph is not None:
-        members[GRAPH] = contents.graph
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
     manifest = {**asdict(contents.manifest), "members": hashes}
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
@@ -343,4 +338,4 @@ def _read_contents(name: str, members: dict[str, memoryview]) -> Contents:
     weights = _without_bitmaps(read_safetensors(members[WEIGHTS]))
     if not set(manifest.weights) <= set(weights):
         raise ValueError("a weight that the library takes is missing")
-    return Contents(manifest, weights, members[LIBRARY], members.get(GRAPH))
+    return Contents(manifest, weights, members[LIBRARY])

@@ -368,8 +368,9 @@ def deep_copy(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of a module that shares its calling convention, whose tree specs warn when they are copied."""
     codegen = module.graph._codegen
     module.graph._codegen = fx.graph.CodeGen()
+    specs = [module.__dict__[name] for name in ("_in_spec", "_out_spec") if name in module.__dict__]
     try:
-        made = copy.deepcopy(module)
+        made = copy.deepcopy(module, {id(spec): spec for spec in specs})
     finally:
         module.graph._codegen = codegen
     made.graph._codegen = codegen
