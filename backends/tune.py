@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import sqlite3
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,15 +42,28 @@ class Tuner:
         if self.tuning == "model" or len(tiles) == 1 or missing_features(target):
             return tiles[0]
         key = _key(kernel, region, target)
-        with self._cache() as cache:
-            row = cache.execute("SELECT tile FROM winners WHERE key = ?", (key,)).fetchone()
-        if row is not None and row[0] in tiles:
-            return str(row[0])
+        known = self._remembered(key)
+        if known in tiles:
+            return known
         seconds = {tile: self._measure(kernel.lower(region, target, tile), region, target) for tile in tiles}
         winner = min(tiles, key=seconds.__getitem__)
-        with self._cache() as cache:
-            cache.execute("INSERT OR REPLACE INTO winners VALUES (?, ?)", (key, winner))
+        self._remember(key, winner)
         return winner
+
+    def _remembered(self, key: str) -> str:
+        try:
+            with self._cache() as cache:
+                row = cache.execute("SELECT tile FROM winners WHERE key = ?", (key,)).fetchone()
+        except (OSError, sqlite3.Error):
+            return ""  # writing the winner will fail too, and say so
+        return "" if row is None else str(row[0])
+
+    def _remember(self, key: str, winner: str) -> None:
+        try:
+            with self._cache() as cache:
+                cache.execute("INSERT OR REPLACE INTO winners VALUES (?, ?)", (key, winner))
+        except (OSError, sqlite3.Error) as error:
+            warnings.warn(f"timed tiles are not remembered: {self._path}: {error}", stacklevel=2)
 
     @contextmanager
     def _cache(self) -> Iterator[sqlite3.Connection]:

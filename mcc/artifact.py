@@ -13,7 +13,7 @@ import json
 import math
 import mmap
 import os
-import tempfile
+import secrets
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -220,8 +220,8 @@ def write_artifact(path: str | os.PathLike[str], contents: Contents) -> None:
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
     target = Path(path)
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        # named by hand: tempfile makes files that their owner alone may read
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
         try:
             _write_zip(temporary, {MANIFEST: text, **members})
             temporary.replace(target)

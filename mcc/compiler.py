@@ -165,7 +165,7 @@ def load_graph(
         CaptureError: the model is of no known kind, or cannot be captured.
     """
     if isinstance(model, Graph):
-        return model.copy()
+        return model.copy().eval()
     if not isinstance(model, torch.nn.Module | torch.export.ExportedProgram):
         module, inputs, dims = onnx_import.import_onnx(model)
         graph = capture(module, example_inputs or inputs, dynamic_shapes=dynamic_shapes or dims)

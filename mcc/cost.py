@@ -13,6 +13,9 @@ from mcc.formats import sparse_bytes
 from mcc.graph import Graph, Node
 from mcc.report import Size
 
+# bytes: a constant that is larger, and larger than what it is made of, is computed at every call instead of stored
+LARGEST_GROWTH = 1 << 20
+
 
 @dataclass(frozen=True)
 class LayerCost:
@@ -90,7 +93,9 @@ def weight_expression(node: Node | None) -> WeightExpression | None:
             other = node.operand(1)
             if other is None or not other.is_parameter or other.tensor.dtype is not torch.bool:
                 return None
-            mask = other.tensor
+            if other.tensor.shape != node.value.shape:
+                return None
+            mask = other.tensor if mask is None else mask & other.tensor
         elif node.op in (ops.FAKE_QUANTIZE, ops.QUANTIZE, ops.DEQUANTIZE):
             quantizer = node
         elif node.op is ops.DECODE_SPARSE:

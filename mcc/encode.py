@@ -31,7 +31,7 @@ def encode(graph: Graph, prefer_dense: SparseVerdict) -> tuple[Graph, list[Decli
         if node.op is ops.FAKE_QUANTIZE and weight_expression(node) is None:
             _encode_activation(node)
         elif _is_weight_top(node):
-            layer = node.users[0].layer
+            layer = node.users[0].layer if node.users else node.name
             reason = _encode_weight(node, prefer_dense)
             if reason is not None:
                 dense.append(Declined(layer, reason))

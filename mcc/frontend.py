@@ -107,8 +107,25 @@ def _from_program(program: ExportedProgram, asked: Mapping[tuple[int, int], str]
             )
         graph.dims[str(size.node.expr)] = dim
     refuse_unknown(graph)
+    _refuse_values(graph)
     _rename(graph)
     return graph.eval()
+
+
+def _refuse_values(graph: Graph) -> None:
+    """Refuse outputs that are no tensors, and tensors of element types that NumPy and the kernels lack."""
+    for place, leaf in enumerate(pytree.tree_leaves(graph.module.graph.output_node().args[0])):
+        if not isinstance(leaf, fx.Node) or not isinstance(leaf.meta.get("val"), Tensor):
+            what = "a size" if isinstance(leaf, fx.Node) else repr(leaf)
+            raise CaptureError(
+                f"output {place} of the model is {what}, not a tensor", remedy="wrap the model to return tensors alone"
+            )
+    for name, tensor in (*graph.module.named_parameters(), *graph.module.named_buffers()):
+        if tensor.dtype is torch.bfloat16 or tensor.is_complex():
+            raise CaptureError(
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')}, which no kernel computes in",
+                remedy="convert the model first: model.float()",
+            )
 
 
 def _refuse_untrackable(model: torch.nn.Module) -> None:

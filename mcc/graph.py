@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -240,7 +241,9 @@ class Graph:
     @property
     def signature(self) -> Signature:
         """Names and structure of inputs and outputs."""
-        leaves = [n.name for n in self.output_nodes]
+        nodes = [n.name for n in self.output_nodes]
+        # a value returned twice is two outputs
+        leaves = [f"{n}#{k}" if (k := nodes[: i + 1].count(n)) > 1 else n for i, n in enumerate(nodes)]
         codegen: Any = self.module.graph._codegen
         info = getattr(codegen, "pytree_info", None)
         tree = pytree.tree_unflatten(leaves, info.out_spec) if info is not None else self._output.args[0]
@@ -280,6 +283,13 @@ class Graph:
             old.data = tensor
         else:
             owner.register_buffer(leaf, tensor)
+
+    def free_name(self, name: str) -> str:
+        """`name`, or the first of `name_2`, `name_3`, … that is not the name of a tensor."""
+        taken = {n for n, _ in self.module.named_parameters(remove_duplicate=False)}
+        taken |= {n for n, _ in self.module.named_buffers(remove_duplicate=False)}
+        candidates = (f"{name}_{i}" if i > 1 else name for i in itertools.count(1))
+        return next(c for c in candidates if c not in taken)
 
     def add_parameter(self, name: str, tensor: Tensor) -> None:
         """Create a trainable tensor."""
@@ -334,6 +344,8 @@ class Graph:
     def _set_mode(self, *, training: bool) -> Self:
         for node in self.nodes:
             row = node.op
+            if row is ops.BATCH_NORM and node.operand(3) is None:
+                continue  # without running statistics it normalizes by the batch in both modes
             if row is not None and row.train_flag is not None:
                 args = node.fx.args
                 node.fx.args = (*args[: row.train_flag], training, *args[row.train_flag + 1 :])

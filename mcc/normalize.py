@@ -12,7 +12,7 @@ from mcc.errors import CaptureError
 from mcc.graph import source_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _A = torch.ops.aten
 _DROP = {
@@ -127,6 +127,9 @@ def _copy_body(module: fx.GraphModule, body: fx.GraphModule, before: fx.Node, op
 
 
 def _is_view(node: fx.Node) -> bool:
+    """Whether the value shares memory with the node's first argument: x[:, 0], or one part of x.chunk(2)."""
+    if node.target is operator.getitem:
+        return isinstance(node.args[0], fx.Node) and _is_view(node.args[0])
     return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
 
 
@@ -161,6 +164,13 @@ def _make_functional(module: fx.GraphModule) -> None:
         written.replace_all_uses_with(node, delete_user_cb=later)
 
 
+def _views(base: fx.Node) -> Iterator[fx.Node]:
+    for user in base.users:
+        if _is_view(user):
+            yield user
+            yield from _views(user)
+
+
 def _refuse_aliased_write(node: fx.Node, written: fx.Node, later: Callable[[fx.Node], bool]) -> None:
     base = written
     if _is_view(written):
@@ -171,7 +181,7 @@ def _refuse_aliased_write(node: fx.Node, written: fx.Node, later: Callable[[fx.N
                 node=f"%{node.name} {source_line(node)}",
                 remedy="write into the whole tensor, or build the result with torch.where or torch.cat",
             )
-    views = [v for v in base.users if _is_view(v) and v is not written and not later(v)]
+    views = [v for v in _views(base) if v is not written and not later(v)]
     if any(later(user) for view in views for user in view.users):
         raise CaptureError(
             f"{node.target} writes to %{base.name}, and a view of it made before is read after",

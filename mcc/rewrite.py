@@ -6,6 +6,7 @@ import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -177,8 +178,9 @@ class Rewriter:
         return Node(made, self.graph)
 
     def read(self, name: str, tensor: Tensor | None = None) -> Node:
-        """Read the tensor `name`, storing `tensor` there first if one is given."""
+        """Read the tensor `name`; with `tensor`, store that under `name` first, or `name_2` and so on if taken."""
         if tensor is not None:
+            name = self.graph.free_name(name)
             self.graph.set_tensor(name, tensor)
         return self.graph.read(name, self.place)
 
@@ -289,6 +291,15 @@ def _operand_orders(pattern: fx.Node, args: tuple[Any, ...]) -> Iterator[tuple[A
         yield (args[1], args[0], *args[2:])
 
 
+def _all_arguments(call: fx.Node) -> tuple[Any, ...]:
+    """Arguments in the order of the schema, defaults filled in: the pattern add(x, y) is not add(x, y, alpha=2)."""
+    if not isinstance(call.target, torch._ops.OpOverload):
+        return (*call.args, *call.kwargs.values())
+    schema = call.target._schema.arguments
+    rest = (call.kwargs.get(a.name, a.default_value) for a in schema[len(call.args) :])
+    return (*call.args, *rest)
+
+
 def _bind(pattern: Any, found: Any, bound: dict[str, Any], inner: list[fx.Node]) -> bool:
     """Bind the pattern's parameters to what stands at `found`; `bound` and `inner` change only on success."""
     if isinstance(pattern, fx.Node) and pattern.op == "placeholder":
@@ -299,11 +310,12 @@ def _bind(pattern: Any, found: Any, bound: dict[str, Any], inner: list[fx.Node])
         return True
     if not isinstance(pattern, fx.Node):
         return not isinstance(found, fx.Node) and bool(pattern == found)
-    if not isinstance(found, fx.Node) or found.target is not pattern.target or len(found.args) < len(pattern.args):
+    if not isinstance(found, fx.Node) or found.target is not pattern.target:
         return False
-    for args in _operand_orders(pattern, found.args):
+    wanted = _all_arguments(pattern)
+    for args in _operand_orders(pattern, _all_arguments(found)):
         trial, seen = dict(bound), [*inner, found]
-        if all(_bind(p, a, trial, seen) for p, a in zip(pattern.args, args, strict=False)):
+        if len(args) == len(wanted) and all(_bind(p, a, trial, seen) for p, a in zip(wanted, args, strict=True)):
             bound.update(trial)
             inner[:] = seen
             return True

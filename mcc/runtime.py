@@ -68,20 +68,24 @@ class _Check:
         return cls(dtype, len(spec.shape), spec.alignment > dtype.itemsize, spec.alignment)
 
 
+_IMPORT = threading.Lock()
+
+
 @cache
 def _tvm_ffi() -> Any:
     """The tvm_ffi module with TVM's runtime library behind it.
 
     tvm_ffi imports torch where it is installed (231 MB instead of 45); hiding it for the moment of import avoids that.
     """
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # None makes an import of it fail
-    try:
-        import tvm_ffi
-    finally:
+    with _IMPORT:
+        hidden = "torch" not in sys.modules
         if hidden:
-            del sys.modules["torch"]
+            sys.modules["torch"] = None  # type: ignore[assignment]  # None makes an import of it fail
+        try:
+            import tvm_ffi
+        finally:
+            if hidden:
+                sys.modules.pop("torch", None)
     return tvm_ffi, _load_runtime("tvm_runtime")
 
 
@@ -320,6 +324,8 @@ class Artifact:
         """The error for inputs the library did not take."""
         dims: dict[str, int] = {}
         for spec, value in zip(self._inputs, values, strict=False):
+            if not hasattr(value, "shape"):
+                value = np.asarray(value)
             shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
             wanted = f"{spec.dtype}[{', '.join(map(str, spec.shape))}]"
             given = f"{dtype}[{', '.join(map(str, shape))}]"
@@ -345,7 +351,13 @@ def _as_numpy(value: Any, foreign: Callable[[Any], Any] | None) -> tuple[NDArray
         return np.asarray(value), foreign
     library = sys.modules[type(value).__module__.partition(".")[0]]
     plain = value.detach() if hasattr(value, "detach") else value
-    return np.from_dlpack(plain), library.from_dlpack
+    try:
+        return np.from_dlpack(plain), library.from_dlpack
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise ArtifactError(
+            f"numpy cannot read the {type(value).__name__}: {str(error).strip().splitlines()[0]}",
+            remedy="pass a tensor in this machine's memory, of a dtype numpy has",
+        ) from error
 
 
 def _leaves(values: Any) -> Iterator[Any]:

@@ -112,6 +112,10 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> object:
         result = super().run_node(n)
         if n.name in self._histograms and isinstance(result, Tensor):
+            if not result.isfinite().all():
+                raise DataError(
+                    f"calibration: %{n.name} is infinite or not a number", remedy="check the batch and the weights"
+                )
             self._histograms[n.name].add(result)
         return result
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import torch
 
 from mcc.errors import SpecError
 from mcc.rewrite import Context, Lossy, Pass
@@ -60,7 +63,7 @@ class FineTune(Pass):
         """Train in place."""
         plan = TrainingPlan(
             self.optimizer, self.learning_rate, self.rate_schedule, self.weight_decay, self.epochs, self.checkpoint,
-            fingerprint=f"{self.full_text()} seed={context.seed}\n{graph_text(graph)}",
+            fingerprint=f"{self.full_text()} seed={context.seed}\n{graph_text(graph)}{_digest(graph)}",
         )  # fmt: skip
         losses = train(graph, plan, context, str(self))
         if losses:
@@ -68,3 +71,11 @@ class FineTune(Pass):
         context.edited(sum(1 for _ in graph.named_parameters()))
         left = tuple(s for s in (schedule.finished() for schedule in graph.schedules) if s is not None)
         return graph.with_schedules(left)
+
+
+def _digest(graph: Graph) -> str:
+    """SHA-256 of the tensors training starts from: a checkpoint of another model must not replace this one's."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(graph.module.state_dict().items()):
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

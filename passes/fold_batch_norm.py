@@ -12,6 +12,8 @@ from mcc import ops
 from mcc.rewrite import Exact, Match, Reject, Rewrite, Rewriter
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mcc.graph import Node
 
 _FOLDABLE = (ops.LINEAR, ops.CONV1D, ops.CONV2D, ops.OPS["conv2d.padding"], ops.CONV3D, ops.CONV_TRANSPOSE2D)
@@ -37,6 +39,8 @@ class FoldBatchNorm(Rewrite):
         """Find a batch norm whose producer is a layer nothing else reads."""
         if node.op is not ops.BATCH_NORM:
             return Reject.other_op(node)
+        if node.operand(3) is None:
+            return Reject(node, "it has no running statistics")
         producer = node.operand(0)
         if producer is None or producer.op not in _FOLDABLE:
             kind = "an input" if producer is None or producer.op is None else producer.op.name
@@ -49,7 +53,9 @@ class FoldBatchNorm(Rewrite):
         direct = producer.operand(1)
         if direct is not None and direct.op in (ops.FAKE_QUANTIZE, ops.DEQUANTIZE, ops.DECODE_SPARSE):
             return Reject(node, f"the weight of %{producer.name} is already quantized or encoded: fold before that")
-        if len(weight.fx.users) > 1 or (bias is not None and len(bias.fx.users) > 1):
+        if len(producer.shape) != weight.tensor.dim():
+            return Reject(node, f"the channels of %{producer.name} are not its dim 1: shape {list(producer.shape)}")
+        if any(len(n.fx.users) > 1 for n in _weight_chain(producer)) or (bias is not None and len(bias.fx.users) > 1):
             return Reject(node, f"the weight or bias of %{producer.name} is shared with another layer")
         return Match(node, producer=producer, weight=weight, bias=bias)
 
@@ -64,7 +70,8 @@ class FoldBatchNorm(Rewrite):
         bias = torch.zeros_like(mean) if match.bias is None else match.bias.tensor.detach().double()
         folded = ((bias - mean) * gain + shift).to(weight.dtype)
         if match.bias is None:
-            name = f"{producer.layer}.bias"
+            owner = str(match.weight.fx.target).rpartition(".")[0]
+            name = rewriter.graph.free_name(f"{owner}.bias" if owner else "bias")
             rewriter.graph.add_parameter(name, folded)
         else:
             name = str(match.bias.fx.target)
@@ -84,6 +91,14 @@ def _affine(node: Node) -> tuple[Tensor, Tensor, Tensor]:
         gain = gain * gamma.tensor.detach().double()
     shift = torch.zeros_like(gain) if beta is None else beta.tensor.detach().double()
     return gain, mean.tensor.double(), shift
+
+
+def _weight_chain(producer: Node) -> Iterator[Node]:
+    """The nodes from the layer's weight operand, masks included, down to the stored tensor."""
+    node = producer.operand(1)
+    while node is not None:
+        yield node
+        node = None if node.is_parameter else node.operand(0)
 
 
 def _groups(node: Node) -> int:

@@ -10,10 +10,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mcc import ops
+from mcc.cost import LARGEST_GROWTH
 from mcc.graph import WEIGHT_WRAPPERS, Graph, Node
 from mcc.rewrite import Context, Exact, Pass
-
-LARGEST_GROWTH = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class FoldConstants(Pass):
             if growth > LARGEST_GROWTH:
                 context.decline(node, f"its {growth:,} bytes would be stored instead of computed")
                 continue
-            name = f"folded.{node.name}"
+            name = graph.free_name(f"folded.{node.name}")
             graph.set_tensor(name, value.detach().clone())
             node.fx.replace_all_uses_with(graph.read(name, node).fx)
             context.edited()

@@ -154,7 +154,8 @@ class CubicPruning(Schedule):
 def _mask(graph: Graph, root: Node) -> None:
     """Multiply the weight `root` reads by an all-true mask in front of every reader; an existing mask stays."""
     name = str(root.fx.target)
-    if any(user.op is ops.MUL and weight_expression(user) is not None for user in root.users):
+    masks = (user.operand(1) for user in root.users if user.op is ops.MUL)
+    if any(mask is not None and mask.fx.target == f"{name}_mask" for mask in masks):
         return
     readers = list(root.fx.users)
     first = next(n for n in graph.module.graph.nodes if n in root.fx.users)

@@ -115,6 +115,8 @@ class Quantize(Pass):
                 context.decline(node, f"excluded by {excluded[0]!r}")
             elif expression is None:
                 context.decline(node, "its weight is computed")
+            elif node.dtype is not torch.float32:
+                context.decline(node, f"it computes in {str(node.dtype).removeprefix('torch.')}, not float32")
             elif expression.quantizer is not None:
                 context.decline(node, "its weight is already quantized")
             else:
@@ -189,14 +191,22 @@ def _quantizer_tensors(node: Node) -> tuple[Tensor, Tensor, int, int]:
 
 
 def _round_weight(graph: Graph, quantizer: Node) -> None:
-    """Round the tensor itself, in NumPy-like steps of float32."""
-    expression = weight_expression(quantizer)
+    """Give the readers of the quantized weight a rounded copy; others of a tied weight keep the weight itself."""
+    expression, top = weight_expression(quantizer), quantizer.operand(0)
     assert expression is not None
+    assert top is not None
     scale, _, low, high = _quantizer_tensors(quantizer)
     weight = expression.root.tensor.detach()
+    if expression.mask is not None:
+        weight = weight * expression.mask
     shape = [-1 if i == quantizer.argument(3) else 1 for i in range(weight.dim())]
     codes = torch.round(weight / scale.reshape(shape)).clamp(low, high)
-    graph.set_tensor(str(expression.root.fx.target), codes * scale.reshape(shape))
+    readers = [graph.node(user.name) for user in quantizer.users]
+    order = {n: i for i, n in enumerate(graph.module.graph.nodes)}
+    rewriter = Rewriter(graph, min(readers, key=lambda n: order[n.fx]))
+    made = rewriter.read(f"{expression.root.fx.target}_rounded", codes * scale.reshape(shape))
+    for reader in readers:
+        reader.fx.replace_input_with(graph.node(top.name).fx, made.fx)
 
 
 def _round_activation(graph: Graph, quantizer: Node) -> None:

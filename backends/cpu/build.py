@@ -63,8 +63,10 @@ def build(lowering: Lowering) -> Lowering:
             executable.export_library(str(path), fcompile=_link)
             return replace(lowering, library=path.read_bytes())
     except (RuntimeError, ValueError, TypeError, OSError) as error:
+        # TVM's messages end in a drawing of where in the script it was
+        lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^~|")]
         raise BackendError(
-            f"TVM could not compile the model: {str(error).strip().splitlines()[-1]}",
+            f"TVM could not compile the model: {lines[-1] if lines else repr(error)}",
             remedy="please report this with the model",
         ) from error
 

@@ -25,7 +25,7 @@ from mcc.backends.cpu.kernels.tiles import leading_dims
 from mcc.backends.cpu.microkernel import Parameter, flat, kernel_function, product
 from mcc.backends.relax import RULES
 from mcc.backends.relax.emitter import DTYPES, Emitter, Expression, is_tensor, static
-from mcc.cost import weight_expression
+from mcc.cost import LARGEST_GROWTH, weight_expression
 from mcc.errors import BackendError, MccError
 from mcc.report import LayerRow
 from mcc.text import dim_text, located_text
@@ -97,6 +97,7 @@ class _Writer:
         self.layers: list[LayerRow] = []
         self.values: dict[fx.Node, Any] = {}
         self.constants: dict[fx.Node, Any] = {}
+        self.returned: set[fx.Node] = set()
         self.absorbed = self._absorbed()
         self.live = self._live()
 
@@ -162,6 +163,8 @@ class _Writer:
                 continue
             if any(isinstance(leaf, torch.SymInt) for leaf in pytree.tree_leaves((node.fx.args, node.fx.kwargs))):
                 continue
+            if _grows(node):
+                continue
             load = self._constant
             args: Any = fx.node.map_arg(node.fx.args, load)
             kwargs: Any = fx.node.map_arg(node.fx.kwargs, load)
@@ -179,7 +182,7 @@ class _Writer:
             names = []
             for part, array in choice.lowered.packed.items():
                 name = f"{choice.region.weight.name}#{part}"
-                while name in self.weights and not np.array_equal(self.weights[name], array):
+                while name in self.weights and not _same(self.weights[name], array):
                     name += "'"  # the same weight packed in another way for another layer
                 self.weights[name] = array
                 names.append(name)
@@ -309,13 +312,24 @@ class _Writer:
         """An output of its own memory: an input, a weight or a view of one is copied, and so is a second return."""
         value = self._value(node.fx)
         root: fx.Node = node.fx
-        while root not in self.constants and (row := ops.lookup(root.target)) is not None and row.family == "move":
+        while root not in self.constants and self._shares(emitter.builder, root):
             root = root.all_input_nodes[0]
         own = root.op == "call_function" and root not in self.constants
-        if own and [n.name for n in self.graph.output_nodes].count(node.name) == 1:
+        if own and root not in self.returned:
+            self.returned.add(root)
             return value
         function = emitter.builder.add_func(_copy(value.ty), "copy")
         return emitter(relax.call_tir(function, [value], relax.TensorType(list(value.ty.shape), str(value.ty.dtype))))
+
+    def _shares(self, builder: relax.BlockBuilder, node: fx.Node) -> bool:
+        """Whether a value may lie in the memory of the node's first input."""
+        row = ops.lookup(node.target)
+        if row is None or not node.all_input_nodes:
+            return False
+        value, source = self.values.get(node), self.values.get(node.all_input_nodes[0])
+        while row.family != "move" and isinstance(value, relax.Var) and not value.same_as(source):
+            value = builder.lookup_binding(value)
+        return row.family == "move" or isinstance(value, relax.Var)
 
     def input_specs(self) -> tuple[TensorSpec, ...]:
         """Inputs; one that only kernels read may lie anywhere."""
@@ -346,7 +360,8 @@ class _Writer:
 
     def output_specs(self) -> tuple[TensorSpec, ...]:
         """Outputs, flattened."""
-        return tuple(TensorSpec(n.name, self._dims(n), DTYPES[n.dtype]) for n in self.graph.output_nodes)
+        named = zip(self.graph.signature.outputs, self.graph.output_nodes, strict=True)
+        return tuple(TensorSpec(name, self._dims(n), DTYPES[n.dtype]) for name, n in named)
 
     def _dims(self, node: Node) -> tuple[int | str, ...]:
         return tuple(int(s) if isinstance(s, int) else dim_text(s, self.graph) for s in node.shape)
@@ -369,3 +384,15 @@ def _copy(value: Any) -> tirx.PrimFunc:
 def _plain(argument: Any) -> Any:
     """Fx's immutable lists as plain ones."""
     return [_plain(a) for a in argument] if isinstance(argument, list | tuple) else argument
+
+
+def _same(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    return a.dtype == b.dtype and np.array_equal(a, b)
+
+
+def _grows(node: Node) -> bool:
+    """Whether a constant, such as a small tensor expanded, is better computed at every call than stored."""
+    if node.op is None or node.op.family == "compression" or not isinstance(node.value, Tensor):
+        return False
+    read = sum(n.meta["val"].nbytes for n in node.fx.all_input_nodes if isinstance(n.meta["val"], Tensor))
+    return bool(node.value.nbytes > max(LARGEST_GROWTH, read))

@@ -22,6 +22,7 @@ from mcc.backends.relax.emitter import (
     static,
     tuple_of,
 )  # fmt: skip
+from mcc.errors import BackendError
 
 R, NN = relax.op, relax.op.nn
 Rule = Callable[..., Any]
@@ -120,6 +121,15 @@ def conv_transpose2d(
     return _channel_bias(e, y, bias)
 
 
+def _known(x: Expression, dim: int) -> int:
+    size = static(shape(x)[dim])
+    if size is None:
+        raise BackendError(
+            f"attention with dim {dim} of unknown size", remedy="make only the batch and the sequence length dynamic"
+        )
+    return int(size)
+
+
 def attention(
     e: Emitter, query: Expression, key: Expression, value: Expression, mask: Expression | None = None,
     dropout: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
@@ -127,9 +137,9 @@ def attention(
     """softmax(q k^T * scale + mask) v; dropout is a training matter."""
     del dropout
     if enable_gqa:
-        repeats = int(static(shape(query)[-3]) or 1) // int(static(shape(key)[-3]) or 1)
+        repeats = _known(query, -3) // _known(key, -3)
         key, value = (e(R.repeat(t, repeats, axis=rank(t) - 3)) for t in (key, value))
-    factor = scale if scale is not None else 1 / math.sqrt(int(static(shape(query)[-1]) or 1))
+    factor = scale if scale is not None else 1 / math.sqrt(_known(query, -1))
     kind = dtype(query)
     order = [*range(rank(key) - 2), rank(key) - 1, rank(key) - 2]
     scores = e(R.matmul(e(R.multiply(query, e.constant(float(factor), kind))), e(R.permute_dims(key, order))))
@@ -203,6 +213,10 @@ def batch_norm(
 ) -> Expression:  # fmt: skip
     """Evaluation: one multiply and one add a channel, folded at build time."""
     del training, momentum, cudnn
+    if mean is None:
+        y = _normalize(e, x, [i for i in range(rank(x)) if i != 1], eps)
+        y = y if weight is None else e(R.multiply(y, _per_channel(e, weight, x)))
+        return y if bias is None else e(R.add(y, _per_channel(e, bias, x)))
     gain = e(R.rsqrt(e(R.add(variance, e.constant(eps, dtype(x))))))
     gain = gain if weight is None else e(R.multiply(weight, gain))
     shift = e(R.negative(e(R.multiply(mean, gain))))
@@ -224,11 +238,13 @@ def group_norm(
 
 
 def _instance_norm(
-    e: Emitter, x: Expression, weight: Expression | None = None, bias: Expression | None = None, mean: object = None,
-    variance: object = None, use_input_stats: object = None, momentum: object = None, eps: float = 1e-5,
+    e: Emitter, x: Expression, weight: Expression | None = None, bias: Expression | None = None, mean: Any = None,
+    variance: Any = None, use_input_stats: bool = True, momentum: object = None, eps: float = 1e-5,
     cudnn: object = None,
 ) -> Expression:  # fmt: skip
-    del mean, variance, use_input_stats, momentum, cudnn
+    del momentum, cudnn
+    if not use_input_stats:
+        return batch_norm(e, x, weight, bias, mean, variance, training=False, momentum=0.0, eps=eps)
     return group_norm(e, x, int(shape(x)[1]), weight, bias, eps)
 
 

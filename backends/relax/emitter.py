@@ -92,9 +92,13 @@ def read_broadcast(tensor: Expression, indices: Sequence[Any]) -> Expression:
 
 
 def wrap_index(index: Expression, extent: Expression, kind: str) -> Expression:
-    """Inside a te computation: a negative index counts from the end."""
+    """Inside a te computation: a negative index counts from the end.
+
+    One outside the tensor reads its first or last element: PyTorch raises an error, which a kernel cannot.
+    """
     wide = index if kind == "int64" else tirx.Cast("int64", index)
-    return tirx.if_then_else(wide < 0, wide + extent, wide)
+    within = tirx.if_then_else(wide < 0, wide + extent, wide)
+    return tirx.max(tirx.min(within, extent - 1), tirx.const(0, "int64"))
 
 
 class Emitter:

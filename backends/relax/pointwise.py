@@ -208,6 +208,13 @@ def _softplus(e: Emitter, x: Expression, beta: float = 1, threshold: float = 20)
     return e(NN.softplus(x, float(beta), float(threshold)))
 
 
+def _log_sigmoid(e: Emitter, x: Expression) -> Expression:
+    """min(x, 0) - log(1 + exp(-|x|)): neither exponential overflows."""
+    zero, one = (e.constant(value, dtype(x)) for value in (0.0, 1.0))
+    tail = e(R.log(e(R.add(one, e(R.exp(e(R.negative(e(R.abs(x))))))))))
+    return e(R.subtract(e(R.minimum(x, zero)), tail))
+
+
 def _mish(e: Emitter, x: Expression) -> Expression:
     return e(R.multiply(x, e.compute(topi.fast_tanh, _softplus(e, x), name="tanh")))
 
@@ -246,7 +253,7 @@ RULES: dict[str, Rule] = {
     "reciprocal": lambda e, x: e(R.divide(e.constant(1.0, dtype(x)), x)),
     "bitwise_not": _not, "logical_not": lambda e, x: e(R.logical_not(e.cast(x, "bool"))),
     "sigmoid": sigmoid, "silu": silu, "gelu": gelu, "mish": _mish,
-    "log_sigmoid": lambda e, x: e(R.negative(_softplus(e, e(R.negative(x)), 1, 1e9))),
+    "log_sigmoid": _log_sigmoid,
     "hardsigmoid": hardsigmoid, "hardswish": lambda e, x: e(R.multiply(x, hardsigmoid(e, x))),
     "clamp": clamp, "clamp_min": clamp, "clamp_max": lambda e, x, high: clamp(e, x, None, high),
     "hardtanh": lambda e, x, low=-1.0, high=1.0: clamp(e, x, low, high), "relu6": lambda e, x: clamp(e, x, 0.0, 6.0),

@@ -1,0 +1,274 @@
+"""Models that once compiled to a wrong answer, or failed with another library's error."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from networks import mlp
+from torch import nn
+
+import mcc
+from mcc.data import Data
+from mcc.errors import ArtifactError, CaptureError, DataError
+from mcc.passes import FineTune, FoldBatchNorm, PruneWeights, Quantize
+from mcc.rewrite import Exact, Rewrite
+
+QUICK = {"measure": "never", "tuning": "model"}
+ADD = torch.ops.aten.add.Tensor
+
+
+def close(model: nn.Module, x: torch.Tensor, *passes: mcc.Pass, **options: object) -> None:
+    artifact = mcc.compile(model, (x,), passes=passes, **QUICK, **options)
+    with torch.no_grad():
+        torch.testing.assert_close(artifact(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Masks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 64))
+        for name in ("one", "two"):
+            self.register_buffer(name, torch.rand(64, 64) < 0.1)
+        self.register_buffer("row", torch.rand(1, 64) < 0.5)
+
+
+class TwoMasksOfOneWeight(Masks):
+    def forward(self, x):
+        linear = nn.functional.linear
+        return linear(x, self.weight * self.one) - linear(torch.tanh(x), self.weight * self.two)
+
+
+class NestedMasks(Masks):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.one * self.two)
+
+
+class BroadcastMask(Masks):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.row)
+
+
+class ReturnedMaskedWeight(Masks):
+    def forward(self, x):
+        return self.weight * self.one + x
+
+
+@pytest.mark.parametrize("kind", [TwoMasksOfOneWeight, NestedMasks, BroadcastMask, ReturnedMaskedWeight])
+def test_masks_that_a_model_has_of_its_own(kind):
+    close(kind().eval(), torch.randn(64, 64))
+
+
+def test_pruning_a_weight_that_the_model_masks():
+    model, x = NestedMasks().eval(), torch.randn(5, 64)
+    artifact = mcc.compile(model, (x,), passes=[PruneWeights(ratio=0.5)], **QUICK)
+    assert artifact.report.passes
+
+
+class WritesToAPart(nn.Module):
+    def forward(self, x):
+        y = x + 1
+        a, _ = y.chunk(2, 1)
+        a.mul_(2)
+        return y
+
+
+class ReadsAPartAfterAWrite(nn.Module):
+    def forward(self, x):
+        y = x + 1
+        a, _ = y.chunk(2, 1)
+        y.mul_(2)
+        return a
+
+
+@pytest.mark.parametrize("model", [WritesToAPart(), ReadsAPartAfterAWrite()])
+def test_a_write_that_chunk_shares_is_refused(model):
+    with pytest.raises(CaptureError, match="view"):
+        mcc.capture(model, (torch.randn(2, 4),))
+
+
+@dataclass(frozen=True)
+class SwapAdd(Rewrite):
+    guarantee = Exact()
+
+    def pattern(self, x, y):
+        return ADD(x, y)
+
+    def replacement(self, x, y):
+        return ADD(y, x)
+
+
+class ScaledAdd(nn.Module):
+    def forward(self, x):
+        return torch.add(x, x.tanh(), alpha=3)
+
+
+def test_a_pattern_leaves_calls_with_other_keywords_alone():
+    artifact = mcc.compile(ScaledAdd(), (torch.randn(3, 4),), passes=[SwapAdd()], **QUICK)
+    assert artifact.report.passes[0].edits == 0
+
+
+def test_a_checkpoint_of_another_model_is_not_resumed(tmp_path):
+    x, y = torch.randn(64, 8), torch.randint(0, 3, (64,))
+    data = Data(train=[(x, y)], loss=nn.functional.cross_entropy)
+    step = FineTune(epochs=1, checkpoint=str(tmp_path / "c.pt"))
+    mcc.compile(mlp(8, 16, 3), (x,), passes=[step], data=data, **QUICK)
+    torch.manual_seed(1)
+    with pytest.raises(DataError, match="another training run"):
+        mcc.compile(mlp(8, 16, 3), (x,), passes=[step], data=data, **QUICK)
+
+
+class TiedHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 16)
+        self.head = nn.Linear(16, 50, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.embedding(tokens))
+
+
+def test_a_tied_head_is_quantized_and_its_embedding_is_not():
+    tokens = torch.randint(0, 50, (2, 7))
+    mcc.compile(TiedHead().eval(), (tokens,), passes=[Quantize(activations=None)], **QUICK)
+
+
+def trained_norm(norm: nn.Module) -> nn.Module:
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    return norm
+
+
+def test_batch_norm_over_another_axis_than_the_layer_s_is_not_folded():
+    model = nn.Sequential(nn.Linear(6, 6), trained_norm(nn.BatchNorm1d(6))).eval()
+    close(model, torch.randn(3, 6, 6), FoldBatchNorm())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.BatchNorm2d(3, track_running_stats=False),
+        trained_norm(nn.InstanceNorm2d(3, track_running_stats=True)),
+        nn.InstanceNorm2d(3, affine=True),
+    ],
+)
+def test_norms_with_and_without_running_statistics(model):
+    close(model.eval(), torch.randn(4, 3, 5, 5))
+
+
+class OwnScale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.x_scale = nn.Parameter(torch.tensor(50.0))
+
+    def forward(self, x):
+        return self.fc(x) * self.x_scale
+
+
+def test_quantizing_keeps_a_parameter_that_bears_the_scale_s_name():
+    model, x = OwnScale().eval(), torch.randn(16, 8)
+    artifact = mcc.compile(model, (x,), passes=[Quantize()], data=Data(calibration=[x]), **QUICK)
+    with torch.no_grad():
+        assert (artifact(x) - model(x)).abs().max() < 0.05 * model(x).abs().max()
+
+
+def test_log_sigmoid_of_large_inputs():
+    close(nn.LogSigmoid(), torch.tensor([-100.0, -1e4, 0.0, 100.0]))
+
+
+class Lookup(nn.Module):
+    def forward(self, x, i):
+        return x[i]
+
+
+def test_an_index_outside_reads_the_last_element():
+    x = torch.randn(5, 3)
+    artifact = mcc.compile(Lookup(), (x, torch.tensor([0, 1])), **QUICK)
+    assert torch.equal(artifact(x, torch.tensor([-1, 100_000])), x[[4, 4]])
+
+
+class TakesADict(nn.Module):
+    def forward(self, batch):
+        return batch["a"] + batch["b"] * 2
+
+
+def test_nested_inputs_are_verified():
+    batch = {"a": torch.randn(2, 3), "b": torch.randn(2, 3)}
+    artifact = mcc.compile(TakesADict(), (batch,), passes=["eliminate-identity"], **QUICK)
+    torch.testing.assert_close(artifact(batch), batch["a"] + batch["b"] * 2)
+
+
+class ReturnsNone(nn.Module):
+    def forward(self, x):
+        return x + 1, None
+
+
+def test_outputs_and_parameters_that_no_artifact_can_hold_are_refused():
+    with pytest.raises(CaptureError, match="output 1 of the model is None"):
+        mcc.capture(ReturnsNone(), (torch.randn(2),))
+    with pytest.raises(CaptureError, match="weight is bfloat16"):
+        mcc.capture(nn.Linear(4, 4).bfloat16(), (torch.randn(2, 4).bfloat16(),))
+
+
+def test_a_number_in_place_of_a_tensor():
+    artifact = mcc.compile(mlp(4, 8, 2), (torch.randn(1, 4),), **QUICK)
+    with pytest.raises(ArtifactError, match="the artifact takes float32"):
+        artifact(1.0)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="not remembered"):
+        mcc.compile(mlp(64, 64, 64), (torch.randn(8, 64),), measure="never")
+
+
+def test_a_graph_left_in_training_mode_is_compiled_for_inference():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).eval(), torch.randn(3, 4)
+    graph = mcc.capture(model, (x,)).train()
+    torch.testing.assert_close(mcc.compile(graph, (x,), passes=["fold-constants"], **QUICK)(x), model(x))
+
+
+def test_a_saved_artifact_has_the_mode_of_any_new_file(tmp_path):
+    artifact = mcc.compile(mlp(4, 8, 2), (torch.randn(1, 4),), **QUICK)
+    artifact.save(tmp_path / "a.mcc")
+    (tmp_path / "other").touch()
+    assert stat.S_IMODE((tmp_path / "a.mcc").stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
+
+
+class Expands(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = nn.Parameter(torch.randn(1, 1024))
+
+    def forward(self, x):
+        return x + self.row.expand(2048, 1024)
+
+
+def test_an_expanded_parameter_is_stored_as_it_is(tmp_path):
+    artifact = mcc.compile(Expands(), (torch.randn(2048, 1024),), **QUICK)
+    artifact.save(tmp_path / "a.mcc")
+    assert (tmp_path / "a.mcc").stat().st_size < 1 << 20
+
+
+class ReturnsAliases(nn.Module):
+    def forward(self, x):
+        y = x.tanh()
+        return y, y.type_as(x), y[:, :8], y.view(-1)
+
+
+def test_outputs_share_no_memory():
+    outputs = mcc.compile(ReturnsAliases(), (torch.randn(2, 8),), **QUICK)(torch.randn(2, 8).numpy())
+    for i, a in enumerate(outputs):
+        assert not any(np.shares_memory(a, b) for b in outputs[i + 1 :])
+
+
+def test_infinite_activations_name_their_node():
+    x = torch.full((4, 8), float("inf"))
+    with pytest.raises(DataError, match="%x is infinite"):
+        mcc.compile(OwnScale(), (torch.randn(4, 8),), passes=[Quantize()], data=Data(calibration=[x]), **QUICK)
