@@ -1,7 +1,1 @@
 """The backends: lower an encoded graph to a library."""
-
-from mcc.backends import cpu
-
-BACKENDS = (cpu,)
-
-__all__ = ["BACKENDS"]

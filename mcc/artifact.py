@@ -284,11 +284,11 @@ def read_artifact(path: str | os.PathLike[str]) -> Contents:
     try:
         with Path(name).open("rb") as file:
             # a private copy-on-write map: numpy refuses to hand read-only memory to a kernel
-            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"cannot read {name}: {getattr(error, 'strerror', None) or 'the file is empty'}") from error
     try:
-        members = _read_members(name, view)
+        members = _read_members(mapped)
         return _read_contents(name, members)
     except (
         zipfile.BadZipFile,
@@ -304,8 +304,9 @@ def read_artifact(path: str | os.PathLike[str]) -> Contents:
         ) from error
 
 
-def _read_members(name: str, view: memoryview) -> dict[str, memoryview]:
-    with zipfile.ZipFile(name) as archive:
+def _read_members(mapped: mmap.mmap) -> dict[str, memoryview]:
+    view = memoryview(mapped)
+    with zipfile.ZipFile(mapped) as archive:  # type: ignore[call-overload]  # a map reads, seeks and tells as files do
         entries = archive.infolist()
         if len(archive.comment) != 64 or len({e.filename for e in entries}) != len(entries):
             raise ValueError("it does not end as an artifact does")

@@ -32,7 +32,7 @@ from mcc.rewrite import Pass
 from mcc.runtime import Artifact
 from mcc.spec import parse_passes, read_recipe
 from mcc.target import Target, missing_features, parse_target
-from mcc.verify import sample_inputs, verify_artifact
+from mcc.verify import sample_inputs, verify_artifact, verify_capture, verify_encoding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -140,13 +140,13 @@ def compile(  # noqa: A001, PLR0913 (the public name; its options are those of d
 
         def first_call(args: tuple[Any, ...], named: dict[str, Any]) -> Artifact:
             inputs, keywords = pytree.tree_map(_as_tensor, (args, named))
-            graph = capture(model, inputs, keyword_inputs=keywords, dynamic_shapes=dynamic_shapes)
+            graph = load_graph(model, inputs, keywords, dynamic_shapes, verify=verify)
             return compile_graph(graph, tuple(pytree.tree_leaves((inputs, keywords))), steps, options)
 
         return Deferred(first_call)
     inputs = pytree.tree_map(_as_tensor, tuple(example_inputs or ()))
     keywords = pytree.tree_map(_as_tensor, dict(keyword_inputs or {}))
-    graph = load_graph(model, inputs, keywords, dynamic_shapes)
+    graph = load_graph(model, inputs, keywords, dynamic_shapes, verify=verify)
     flat = tuple(pytree.tree_leaves((inputs, keywords))) or example_of(graph)
     return compile_graph(graph, flat, steps, options)
 
@@ -157,12 +157,18 @@ def _as_tensor(value: Any) -> Any:
 
 
 def load_graph(
-    model: Model, example_inputs: tuple[Any, ...], keyword_inputs: Mapping[str, Any], dynamic_shapes: object
+    model: Model,
+    example_inputs: tuple[Any, ...],
+    keyword_inputs: Mapping[str, Any],
+    dynamic_shapes: object,
+    *,
+    verify: bool = True,
 ) -> Graph:
-    """Capture any kind of model.
+    """Capture any kind of model, and check a module's graph against the module.
 
     Raises:
         CaptureError: the model is of no known kind, or cannot be captured.
+        VerificationError: the graph computes something else than the module.
     """
     if isinstance(model, Graph):
         return model.copy().eval()
@@ -171,7 +177,10 @@ def load_graph(
         graph = capture(module, example_inputs or inputs, dynamic_shapes=dynamic_shapes or dims)
         graph.rename_inputs(module.input_names)
         return graph
-    return capture(model, example_inputs, keyword_inputs=keyword_inputs, dynamic_shapes=dynamic_shapes)
+    graph = capture(model, example_inputs, keyword_inputs=keyword_inputs, dynamic_shapes=dynamic_shapes)
+    if verify and isinstance(model, torch.nn.Module):
+        verify_capture(model, graph, example_inputs, keyword_inputs)
+    return graph
 
 
 def example_of(graph: Graph) -> tuple[Tensor, ...]:
@@ -239,6 +248,7 @@ def compile_graph(graph: Graph, example: tuple[Any, ...], steps: tuple[Pass, ...
         if options.verify and runnable:
             inputs = [example, sample_inputs(example, options.seed)]
             started = time.perf_counter()
+            verify_encoding(compressed, encoded, inputs)
             error = verify_artifact(encoded, artifact, inputs)
             seconds = last.seconds + time.perf_counter() - started
             last = replace(last, largest_error=error, seconds=seconds)

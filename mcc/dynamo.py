@@ -30,7 +30,7 @@ def compile_static(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Cal
             "torch.compile gave symbolic sizes", remedy='use torch.compile(model, backend="mcc", dynamic=False)'
         )
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    fixed = [_is_state(x, n) for x, n in zip(example_inputs, placeholders, strict=True)]
+    fixed = [_is_state(n) for n in placeholders]
     artifact: Artifact | None = None
 
     def run(*inputs: Any) -> tuple[Any, ...]:
@@ -51,9 +51,9 @@ def compile_static(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Cal
     return outside
 
 
-def _is_state(value: Tensor, node: fx.Node) -> bool:
-    """Whether dynamo lifted this input out of a module: it is a parameter, or named for its place in one."""
-    return isinstance(value, torch.nn.Parameter) or "_buffers_" in node.name or "_parameters_" in node.name
+def _is_state(node: fx.Node) -> bool:
+    """Whether dynamo lifted this input out of a module: it is named for its place in one."""
+    return "_buffers_" in node.name or "_parameters_" in node.name
 
 
 class _Held(torch.nn.Module):

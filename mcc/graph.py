@@ -398,10 +398,6 @@ class Schedule:
         """Bring `graph` to `progress`, in [0, 1], of the training that is under way."""
         raise NotImplementedError
 
-    def finished(self) -> Schedule | None:
-        """What is left to do after training; None when this schedule is done."""
-        return None
-
 
 def _plain_tree(tree: object) -> object:
     if isinstance(tree, Mapping):

@@ -80,7 +80,6 @@ class Op:
         macs: multiply-accumulates of one call at the example shapes.
         train_flag: position of the argument that says "training", or None.
         commutes: whether the first two arguments may be swapped.
-        shape_only: whether the output depends on the inputs' shapes and not on their values.
     """
 
     name: str
@@ -89,7 +88,6 @@ class Op:
     macs: Callable[[fx.Node], int] = _no_macs
     train_flag: int | None = None
     commutes: bool = False
-    shape_only: bool = False
 
     @property
     def target(self) -> Callable[..., object]:
@@ -122,10 +120,6 @@ def _rows(family: Family, names: str) -> tuple[Op, ...]:
 
 def _commuting(family: Family, names: str) -> tuple[Op, ...]:
     return tuple(Op(name, family, commutes=True) for name in names.split())
-
-
-def _shape_only(family: Family, names: str) -> tuple[Op, ...]:
-    return tuple(Op(name, family, shape_only=True) for name in names.split())
 
 
 _TABLE = (
@@ -183,7 +177,7 @@ _TABLE = (
         "tril triu slice_scatter select_scatter repeat_interleave.self_int",
     ),
     *_rows("index", "index.Tensor index_select gather"),
-    *_shape_only(
+    *_rows(
         "make",
         "arange arange.start arange.start_step zeros ones full eye zeros_like ones_like full_like empty_like new_zeros "
         "new_ones new_full scalar_tensor",
@@ -191,7 +185,7 @@ _TABLE = (
     *_rows("cast", "to.dtype to.device to.dtype_layout _to_copy type_as"),
     Op("dropout", "mode", train_flag=2),
     Op("feature_dropout", "mode", train_flag=2),
-    *_shape_only("size", "sym_size.int mul add sub mod floordiv"),
+    *_rows("size", "sym_size.int mul add sub mod floordiv"),
     Op("getitem", "size"),
     *_rows("compression", "mcc.fake_quantize mcc.quantize mcc.dequantize mcc.decode_sparse"),
 )
@@ -199,11 +193,13 @@ _TABLE = (
 OPS: dict[str, Op] = {row.name: row for row in _TABLE}
 
 LINEAR, CONV1D, CONV2D = OPS["linear"], OPS["conv1d"], OPS["conv2d"]
-CONV3D, CONV_TRANSPOSE2D, EMBEDDING = OPS["conv3d"], OPS["conv_transpose2d.input"], OPS["embedding"]
+CONV3D, CONV_TRANSPOSE2D = OPS["conv3d"], OPS["conv_transpose2d.input"]
+CONVOLUTIONS = (CONV1D, CONV2D, OPS["conv2d.padding"], CONV3D, CONV_TRANSPOSE2D)
+LAYERS = (LINEAR, *CONVOLUTIONS)  # with weights that passes compress
 BATCH_NORM, DROPOUT, FEATURE_DROPOUT = OPS["batch_norm"], OPS["dropout"], OPS["feature_dropout"]
-ADD, MUL, RELU, RESHAPE = OPS["add.Tensor"], OPS["mul.Tensor"], OPS["relu"], OPS["reshape"]
+MUL, RELU, RESHAPE = OPS["mul.Tensor"], OPS["relu"], OPS["reshape"]
 RELU6, HARDTANH, CLAMP, CLAMP_MIN = OPS["relu6"], OPS["hardtanh"], OPS["clamp"], OPS["clamp_min"]
-GETITEM, SYM_SIZE, EXPAND = OPS["getitem"], OPS["sym_size.int"], OPS["expand"]
+GETITEM, SYM_SIZE = OPS["getitem"], OPS["sym_size.int"]
 FAKE_QUANTIZE, QUANTIZE = OPS["mcc.fake_quantize"], OPS["mcc.quantize"]
 DEQUANTIZE, DECODE_SPARSE = OPS["mcc.dequantize"], OPS["mcc.decode_sparse"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Self
 
 
@@ -103,11 +103,6 @@ class Report:
     def as_json(self) -> str:
         """The report as JSON text with sorted keys."""
         return json.dumps(self.as_dict(), sort_keys=True, indent=1)
-
-    def reproducible(self) -> Self:
-        """The report without what differs between two equal compilations: times."""
-        rows = tuple(replace(row, seconds=0.0, latency_ms=None) for row in self.passes)
-        return type(self)(rows, self.layers)
 
     @classmethod
     def from_json(cls, text: str) -> Self:

@@ -14,7 +14,7 @@ from mcc.rewrite import Exact, Lossy, Pass, Within
 from mcc.text import located_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from mcc.graph import Graph
 
@@ -48,6 +48,52 @@ def _like(value: Any, generator: torch.Generator) -> Any:
     noise = torch.randn(value.shape, generator=generator).to(value.dtype)
     deviation = value.std() if value.numel() > 1 else value.abs().max()
     return torch.clamp(value.mean() + deviation * noise, low, high)
+
+
+def verify_capture(model: torch.nn.Module, graph: Graph, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    """Check that a captured graph computes what the model does in eval mode; the model is left as it was.
+
+    Raises:
+        VerificationError: naming the output and both values.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            # copies: some models write to their buffers
+            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            result = torch.func.functional_call(model, buffers, args, dict(named))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    expected = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    with torch.no_grad():
+        found = _outputs(graph, tuple(pytree.tree_leaves((args, named))))
+    remedy = "its eval mode may be random, or depend on values; verify=False takes the captured graph as the model"
+    _check_same("the captured graph differs from the model", "capture", graph, (expected, found), remedy)
+
+
+def verify_encoding(graph: Graph, encoded: Graph, inputs: Iterable[tuple[Any, ...]]) -> None:
+    """Check that an encoded graph computes what the compressed graph does.
+
+    Raises:
+        VerificationError: naming the output and both values.
+    """
+    for sample in inputs:
+        with torch.no_grad():
+            outputs = _outputs(graph, sample), _outputs(encoded, sample)
+        remedy = "this is a defect of mcc: please report it with the model"
+        _check_same("the encoded graph differs from the compressed one", "encode", encoded, outputs, remedy)
+
+
+def _check_same(what: str, step: str, graph: Graph, outputs: tuple[list[Tensor], list[Tensor]], remedy: str) -> None:
+    for name, e, f in zip(graph.signature.outputs, *outputs, strict=True):
+        error, scale = _difference(e, f)
+        if not error <= ROUNDING * scale:
+            raise VerificationError(
+                f"{what}: output {name} {_values_text(e, f)}",
+                pass_text=step, node_name=name, remedy=remedy,
+            )  # fmt: skip
 
 
 def verify_pass(step: Pass, before: Graph, after: Graph, inputs: Iterable[tuple[Any, ...]]) -> float | None:

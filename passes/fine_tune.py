@@ -69,8 +69,7 @@ class FineTune(Pass):
         if losses:
             context.note(f"mean loss {losses[0]:.4f} in the first epoch, {losses[-1]:.4f} in the last")
         context.edited(sum(1 for _ in graph.named_parameters()))
-        left = tuple(s for s in (schedule.finished() for schedule in graph.schedules) if s is not None)
-        return graph.with_schedules(left)
+        return graph.with_schedules(())
 
 
 def _digest(graph: Graph) -> str:

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from mcc.graph import Node
 
-_FOLDABLE = (ops.LINEAR, ops.CONV1D, ops.CONV2D, ops.OPS["conv2d.padding"], ops.CONV3D, ops.CONV_TRANSPOSE2D)
-
 
 @dataclass(frozen=True)
 class FoldBatchNorm(Rewrite):
@@ -42,7 +40,7 @@ class FoldBatchNorm(Rewrite):
         if node.operand(3) is None:
             return Reject(node, "it has no running statistics")
         producer = node.operand(0)
-        if producer is None or producer.op not in _FOLDABLE:
+        if producer is None or producer.op not in ops.LAYERS:
             kind = "an input" if producer is None or producer.op is None else producer.op.name
             return Reject(node, f"it follows {kind}, not a convolution or linear layer")
         if len(producer.fx.users) > 1:

@@ -15,9 +15,6 @@ from mcc.errors import PassError, SpecError
 from mcc.graph import Graph, Node, Schedule, identifier
 from mcc.rewrite import Context, Lossy, Pass, Rewriter
 
-_PRUNABLE = (
-    ops.LINEAR, ops.CONV1D, ops.CONV2D, ops.OPS["conv2d.padding"], ops.CONV3D, ops.CONV_TRANSPOSE2D,
-)  # fmt: skip
 RAMP_END = 0.75
 
 
@@ -91,7 +88,7 @@ class PruneWeights(Pass):
         names: dict[str, None] = {}
         matched: set[str] = set()
         for node in graph.nodes:
-            if node.op not in _PRUNABLE:
+            if node.op not in ops.LAYERS:
                 continue
             reason = self._left_alone(node, matched)
             if reason is not None:
@@ -106,7 +103,7 @@ class PruneWeights(Pass):
             names[name] = None
         unmatched = [p for p in (*self.include, *self.exclude) if p not in matched]
         if unmatched or not names:
-            layers = ", ".join(sorted({n.layer for n in graph.nodes if n.op in _PRUNABLE})) or "none"
+            layers = ", ".join(sorted({n.layer for n in graph.nodes if n.op in ops.LAYERS})) or "none"
             what = f"pattern {unmatched[0]!r} matches no layer" if unmatched else "there is no layer to prune"
             raise PassError(f"{self}: {what}", remedy=f"layers that can be pruned: {layers}")
         return tuple(names)

@@ -16,9 +16,6 @@ from mcc.graph import Graph, Node, identifier
 from mcc.rewrite import Context, Lossy, Pass, Rewriter
 from mcc.statistics import OBSERVERS, Observer, affine_parameters, observe
 
-_QUANTIZABLE = (
-    ops.LINEAR, ops.CONV1D, ops.CONV2D, ops.OPS["conv2d.padding"], ops.CONV3D, ops.CONV_TRANSPOSE2D,
-)  # fmt: skip
 FULL_LIMIT = 127
 ACTIVATION_CODES = (0, 255)
 
@@ -104,7 +101,7 @@ class Quantize(Pass):
         layers = []
         matched: set[str] = set()
         for node in graph.nodes:
-            if node.op not in _QUANTIZABLE:
+            if node.op not in ops.LAYERS:
                 if node.op is not None and (node.op.macs(node.fx) or node.op.family == "weights"):
                     context.decline(node, f"{node.op.name} stays in float")
                 continue
@@ -123,7 +120,7 @@ class Quantize(Pass):
                 layers.append(node)
         unmatched = [p for p in self.exclude if p not in matched]
         if unmatched or not layers:
-            names = ", ".join(sorted({n.layer for n in graph.nodes if n.op in _QUANTIZABLE})) or "none"
+            names = ", ".join(sorted({n.layer for n in graph.nodes if n.op in ops.LAYERS})) or "none"
             what = f"pattern {unmatched[0]!r} matches no layer" if unmatched else "there is no layer to quantize"
             raise PassError(f"{self}: {what}", remedy=f"layers that can be quantized: {names}")
         return layers

@@ -147,3 +147,37 @@ def test_a_wrong_kernel_is_caught_by_verification(monkeypatch):
     monkeypatch.setattr(DenseFloat, "lower", wrong)
     with pytest.raises(VerificationError, match="the artifact differs from its graph: output linear_0"):
         mcc.compile(mlp(12, 4), (torch.randn(2, 12),), **QUICK)
+
+
+class RandomInEvalMode(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
+def test_a_model_whose_capture_computes_something_else_is_refused():
+    with pytest.raises(VerificationError, match=r"captured graph differs from the model: output .* should be") as info:
+        mcc.compile(RandomInEvalMode(), (torch.ones(4, 4),), **QUICK)
+    assert "verify=False" in str(info.value)
+
+
+def test_an_encoding_that_changes_a_weight_is_named(monkeypatch):
+    from mcc import encode
+
+    right = encode.encode_sparse
+    monkeypatch.setattr(encode, "encode_sparse", lambda values, mask: right(values * 1.01, mask))
+    with pytest.raises(VerificationError, match="encoded graph differs from the compressed one"):
+        mcc.compile(mlp(64, 32, 4).eval(), (torch.randn(2, 64),), passes=[PruneWeights(ratio=0.9)], **QUICK)
+
+
+class ReadsAParameterOfTheCaller(nn.Module):
+    def forward(self, x, weight):
+        return x @ weight
+
+
+def test_torch_compile_reads_a_parameter_that_is_an_argument_at_every_call():
+    compiled = torch.compile(ReadsAParameterOfTheCaller(), backend="mcc", dynamic=False)
+    x = torch.randn(2, 3)
+    for _ in range(2):
+        weight = nn.Parameter(torch.randn(3, 4))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x, weight), x @ weight)

@@ -18,8 +18,7 @@ DTYPES: dict[torch.dtype, str] = {
     torch.int64: "int64", torch.int32: "int32", torch.int16: "int16", torch.int8: "int8", torch.uint8: "uint8",
     torch.uint16: "uint16", torch.bool: "bool",
 }  # fmt: skip
-_ORDER = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
-_LARGEST_SIZE = 1 << 62
+_WIDENING = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
 
 
 def is_tensor(value: object) -> bool:
@@ -177,10 +176,15 @@ class Emitter:
         return self(relax.op.strided_slice(x, [dim], *bounds, assume_inbound=True))
 
 
+def widest(kinds: Sequence[str]) -> str:
+    """The element type that the others convert to."""
+    return max(kinds, key=_WIDENING.index)
+
+
 def _common(first: str, second: str, first_rank: int, second_rank: int) -> str:
     """PyTorch's result type: a tensor of no dims does not raise one with dims within its category."""
     if first_rank == 0 < second_rank and is_float(first) <= is_float(second) and "bool" not in (first, second):
         return second
     if second_rank == 0 < first_rank and is_float(second) <= is_float(first) and "bool" not in (first, second):
         return first
-    return max(first, second, key=_ORDER.index)
+    return widest((first, second))

@@ -19,13 +19,13 @@ from mcc.backends.relax.emitter import (
     shape,
     size,
     static,
+    widest,
 )  # fmt: skip
 from mcc.backends.relax.pointwise import sigmoid
 
 R, NN = relax.op, relax.op.nn
 Rule = Callable[..., Any]
 _NO_END = 1 << 62
-_ORDER = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
 
 
 def _transpose(e: Emitter, x: Expression, a: int, b: int) -> Expression:
@@ -88,7 +88,7 @@ def join(e: Emitter, tensors: list[Expression], dim: int = 0) -> Expression:
     """Concatenate; PyTorch lets an empty 1-d tensor stand among others."""
     if any(rank(t) > 1 for t in tensors):
         tensors = [t for t in tensors if rank(t) > 1 or static(shape(t)[0]) != 0]
-    kind = max((dtype(t) for t in tensors), key=_ORDER.index)
+    kind = widest([dtype(t) for t in tensors])
     same = [e.cast(t, kind) for t in tensors]
     return same[0] if len(same) == 1 else e(R.concat(same, axis(same[0], dim)))
 

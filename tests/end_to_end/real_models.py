@@ -87,7 +87,7 @@ def cifar(data: Path, split: str, count: int) -> tuple[Tensor, Tensor]:
 
 
 def imagenet(data: Path, count: int = 500, size: int = 224) -> tuple[Tensor, Tensor]:
-    """Center crops of the ImageNet sample, normalized, and labels."""
+    """Center crops of the ImageNet sample, normalized as EfficientNet-Lite was trained, and labels."""
     with np.load(data / "imagenet_sample_even.npz", allow_pickle=False) as archive:
         fields = {k: archive[k] for k in archive.files}
     crops = []
@@ -95,7 +95,8 @@ def imagenet(data: Path, count: int = 500, size: int = 224) -> tuple[Tensor, Ten
         image = _decode(fields, i)
         left, top = (image.width - size) // 2, (image.height - size) // 2
         crops.append(np.asarray(image.crop((left, top, left + size, top + size))))
-    return _normalized(np.stack(crops)), torch.from_numpy(fields["label"][:count].astype(np.int64))
+    pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float()
+    return (pixels - 127) / 128, torch.from_numpy(fields["label"][:count].astype(np.int64))
 
 
 def efficientnet_lite0() -> nn.Module:

@@ -16,6 +16,7 @@ import torch
 from mcc import ops
 from mcc.backends.cpu.kernels.conv2d_loops import FloatConvolution, IntegerConvolution
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape, conv_tiles
+from mcc.backends.cpu.kernels.integer_sums import sums_overflow
 from mcc.backends.cpu.kernels.tiles import parse_tile
 from mcc.backends.cpu.microkernel import Vectors
 from mcc.backends.kernel import Lowered, Region, apply_epilogue
@@ -77,7 +78,7 @@ class Conv2dInt8:
         del target
         if region.activation is None or region.weight.scale is None:
             return "weight and activations are not both int8"
-        return _refusal(region)
+        return _refusal(region) or sums_overflow(region)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """See `conv_tiles`."""

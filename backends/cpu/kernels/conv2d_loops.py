@@ -11,6 +11,7 @@ from tvm.script import tirx as T
 
 from mcc.backends.cpu.epilogue import emit_epilogue
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
+from mcc.backends.cpu.kernels.integer_sums import pairs_fit
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, leading_dims, panel_widths
 from mcc.backends.cpu.microkernel import Expression, Parameter, Vectors, branch, flat, kernel_function, parallel, serial
 
@@ -321,7 +322,7 @@ class IntegerConvolution(_Convolution):
 
     def pack_weight(self) -> NDArray[Any]:
         shape, weight = self.shape, self.region.weight.decoded()
-        self.bounded = self._pairs_fit(weight)
+        self.bounded = pairs_fit(weight)
         depth, (kh, kw) = self.depth(), shape.kernel
         room = np.zeros((shape.groups, self.padded_outputs, depth * 4, kh, kw), np.int8)
         room[:, : shape.group_outputs, : shape.group_inputs] = weight.reshape(
@@ -334,13 +335,6 @@ class IntegerConvolution(_Convolution):
             for start in range(0, self.padded_outputs, self.width)
         ]
         return np.concatenate(parts)
-
-    def _pairs_fit(self, weight: NDArray[np.int8]) -> bool:
-        """Whether neighbouring input channels of every tap can be added in 16 bits."""
-        padded = np.pad(weight.astype(np.int32), ((0, 0), (0, weight.shape[1] % 2), (0, 0), (0, 0)))
-        pairs = padded.reshape(len(padded), -1, 2, *padded.shape[2:])
-        highest, lowest = np.maximum(pairs, 0).sum(2).max(initial=0), np.minimum(pairs, 0).sum(2).min(initial=0)
-        return bool(highest * 255 <= 32767 and lowest * 255 >= -32768)
 
     def depth(self) -> int:
         return -(-self.shape.group_inputs // 4)

@@ -18,6 +18,7 @@ from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.epilogue import emit_epilogue
+from mcc.backends.cpu.kernels.integer_sums import pairs_fit, sums_overflow
 from mcc.backends.cpu.kernels.tiles import (
     PanelWidth,
     TileShape,
@@ -96,7 +97,7 @@ class DenseInt8:
         del target
         if region.activation is None or region.weight.scale is None:
             return "weight and activations are not both int8"
-        return "the weight is sparse" if region.weight.sparse is not None else None
+        return "the weight is sparse" if region.weight.sparse is not None else sums_overflow(region)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """As for float, with registers left for what replaces `vpdpbusd`."""
@@ -110,7 +111,7 @@ class DenseInt8:
         assert activation is not None
         packed = {"weight": pack_panels_of_four(weight.dense, plan.width, target.vector_lanes)}
         packed |= integer_vectors(region, plan.padded_outputs)
-        body = _IntegerBody(plan, bounded=pairs_fit(weight.dense.reshape(weight.shape[0], -1)))
+        body = _IntegerBody(plan, bounded=pairs_fit(weight.dense))
         return Lowered(plan.function(self.name, packed, body.emit), packed)
 
     def reference(self, region: Region, source: NDArray[Any]) -> NDArray[Any]:
@@ -126,15 +127,6 @@ def dense_tiles(region: Region, target: Target) -> tuple[str, ...]:
     vectors = -(-region.weight.shape[0] // target.vector_lanes)
     narrowed = [TileShape(t.rows, min(t.vectors, vectors)) for t in wanted]
     return tuple(dict.fromkeys(str(t) for t in narrowed))
-
-
-def pairs_fit(weight: NDArray[np.int8]) -> bool:
-    """Whether no two neighbouring products with codes up to 255 can leave int16; weight is [out, in]."""
-    wide = weight.astype(np.int32)
-    wide = np.pad(wide, ((0, 0), (0, wide.shape[1] % 2))).reshape(len(wide), -1, 2)
-    highest = int(np.maximum(wide, 0).sum(2).max(initial=0)) * 255
-    lowest = int(np.minimum(wide, 0).sum(2).min(initial=0)) * 255
-    return highest <= 32767 and lowest >= -32768
 
 
 def pack_panels(weight: NDArray[Any], width: int, lanes: int) -> NDArray[Any]:

@@ -23,6 +23,7 @@ from tvm.script import tirx as T
 from mcc import ops
 from mcc.backends.cpu.epilogue import emit_epilogue
 from mcc.backends.cpu.kernels.dense import dense_reference
+from mcc.backends.cpu.kernels.integer_sums import largest_sum
 from mcc.backends.cpu.kernels.tiles import leading_dims
 from mcc.backends.cpu.microkernel import (
     Expression,
@@ -66,7 +67,7 @@ class SparseDense:
         if region.activation is not None:
             if region.weight.scale is None:
                 return "the activations are quantized and the weight is not"
-            largest = int(np.abs(region.weight.decoded().astype(np.int64)).sum(1).max(initial=0)) * 255
+            largest = largest_sum(region)
             if largest >= EXACT_FLOAT:
                 return f"its integer sums may reach {largest}, float32 is exact to {EXACT_FLOAT}"
         return None

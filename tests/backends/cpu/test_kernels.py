@@ -10,7 +10,8 @@ from regions import TARGETS, Symbolic, assert_kernel_equals_reference, make_regi
 
 from mcc import ops
 from mcc.backends.cpu.kernels.conv2d import Conv2dFloat, Conv2dInt8
-from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8, pack_panels, pairs_fit
+from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8, pack_panels
+from mcc.backends.cpu.kernels.integer_sums import pairs_fit
 from mcc.backends.cpu.kernels.sparse import SparseDense, pack_groups
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, panel_widths, parse_tile
 from mcc.backends.kernel import Clamp, QuantizedInput, Relu, Requantize, SparseArrays
@@ -187,3 +188,10 @@ def test_an_empty_layer_packs_to_something_a_kernel_can_take():
 @given(st.integers(1, 99), st.integers(1, 9))
 def test_a_tile_reads_what_it_wrote(rows, vectors):
     assert parse_tile(str(TileShape(rows, vectors))) == TileShape(rows, vectors)
+
+
+def test_sums_that_int32_cannot_hold_are_refused():
+    weight = make_weight((1, 70000), "int8", 2)
+    weight.dense[:] = 127
+    region = make_region(ops.LINEAR, (1, 70000), weight, (), QuantizedInput(1.0, 0), bias=False)
+    assert "beyond int32" in str(DenseInt8().refuses(region, TARGETS[0]))

@@ -1,0 +1,37 @@
+"""Whether sums of products of 8-bit codes stay within the integers that hold them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from mcc.backends.kernel import Region
+
+LARGEST_CODE = 255
+LARGEST_INT32 = (1 << 31) - 1
+
+
+def largest_sum(region: Region) -> int:
+    """The largest absolute sum that unsigned 8-bit activations can give with the region's weight codes."""
+    weight = region.weight.decoded()
+    return int(np.abs(weight.reshape(len(weight), -1).astype(np.int64)).sum(1).max(initial=0)) * LARGEST_CODE
+
+
+def sums_overflow(region: Region) -> str | None:
+    """Why int32 cannot hold the region's sums, or None if it can."""
+    largest = largest_sum(region)
+    return f"its integer sums may reach {largest}, beyond int32" if largest > LARGEST_INT32 else None
+
+
+def pairs_fit(weight: NDArray[np.int8]) -> bool:
+    """Whether no two neighbouring products, along dim 1 of [out, in, …], can leave int16."""
+    padding = [(0, 0), (0, weight.shape[1] % 2), *[(0, 0)] * (weight.ndim - 2)]
+    padded = np.pad(weight.astype(np.int32), padding)
+    pairs = padded.reshape(len(padded), -1, 2, *padded.shape[2:])
+    highest = int(np.maximum(pairs, 0).sum(2).max(initial=0)) * LARGEST_CODE
+    lowest = int(np.minimum(pairs, 0).sum(2).min(initial=0)) * LARGEST_CODE
+    return highest <= 32767 and lowest >= -32768
