@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -49,7 +50,27 @@ class Requantize:
         return "requantize"
 
 
-EpilogueStep = Relu | Clamp | Requantize
+@dataclass(frozen=True)
+class Activation:
+    """A function of one value: "sigmoid", "silu", "tanh", "gelu", "gelu_tanh", "hardsigmoid" or "hardswish"."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Add:
+    """x + another node's float32 value of the same shape."""
+
+    operand: Node
+
+    def __str__(self) -> str:
+        return "add"
+
+
+EpilogueStep = Relu | Clamp | Activation | Add | Requantize
 
 
 @dataclass(frozen=True)
@@ -122,6 +143,7 @@ class Region:
         bias: float32 [out], or None.
         activation: how the codes it reads are to be understood; None for float32.
         epilogue: what follows the anchor, in order; a Requantize comes last.
+        inner: the nodes that the region runs besides its output.
     """
 
     anchor: Node
@@ -131,6 +153,12 @@ class Region:
     bias: NDArray[np.float32] | None
     activation: QuantizedInput | None
     epilogue: tuple[EpilogueStep, ...]
+    inner: tuple[Node, ...] = ()
+
+    @property
+    def operands(self) -> tuple[Node, ...]:
+        """What the epilogue reads besides the sums, in order."""
+        return tuple(step.operand for step in self.epilogue if isinstance(step, Add))
 
     @property
     def output_dtype(self) -> str:
@@ -149,7 +177,8 @@ class Lowered:
     """A kernel made for a region.
 
     Attributes:
-        function: the PrimFunc: parameters are the source, the packed arrays in order, then the output.
+        function: the PrimFunc: parameters are the source, the epilogue's operands and the packed arrays in order, then
+            the output.
         packed: arrays the kernel reads, by name, in the order of its parameters.
     """
 
@@ -177,14 +206,21 @@ class Kernel(Protocol):
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """Make the function and pack the weights."""
 
-    def reference(self, region: Region, source: NDArray[Any]) -> NDArray[Any]:
+    def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """The same in NumPy: float64 sums for float32, exact integers for codes."""
 
 
-def apply_epilogue(values: NDArray[Any], steps: tuple[EpilogueStep, ...]) -> NDArray[Any]:
+def apply_epilogue(
+    values: NDArray[Any], steps: tuple[EpilogueStep, ...], operands: Sequence[NDArray[Any]] = ()
+) -> NDArray[Any]:
     """An epilogue in NumPy."""
+    others = iter(operands)
     for step in steps:
         match step:
+            case Activation(name):
+                values = _FUNCTIONS[name](values.astype(np.float64)).astype(np.float32)
+            case Add():
+                values = values + next(others)
             case Relu():
                 values = np.maximum(values, 0)
             case Clamp(low, high):
@@ -193,3 +229,18 @@ def apply_epilogue(values: NDArray[Any], steps: tuple[EpilogueStep, ...]) -> NDA
                 codes = np.rint(values * np.float32(1 / scale)) + zero_point
                 values = np.clip(codes, low, high).astype(np.uint8)
     return values
+
+
+def _sigmoid(x: NDArray[Any]) -> NDArray[Any]:
+    return 1 / (1 + np.exp(-x))
+
+
+def _gelu(x: NDArray[Any]) -> NDArray[Any]:
+    return x * (0.5 + 0.5 * np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2)))
+
+
+_FUNCTIONS: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    "sigmoid": _sigmoid, "silu": lambda x: x * _sigmoid(x), "tanh": np.tanh, "gelu": _gelu,
+    "gelu_tanh": lambda x: x * _sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)),
+    "hardsigmoid": lambda x: np.clip(x / 6 + 0.5, 0, 1), "hardswish": lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
+}  # fmt: skip

@@ -149,8 +149,10 @@ def _make_functional(module: fx.GraphModule) -> None:
         def later(user: fx.Node, place: int = place) -> bool:
             return order.get(user, -1) > place
 
-        _refuse_aliased_write(node, written, later)
-        if _is_view(written):
+        shared = _read_elsewhere(written, later)
+        if shared:
+            _refuse_aliased_write(node, written, later)
+        if shared and _is_view(written):
             base = written.args[0]
             assert isinstance(base, fx.Node)
             assert isinstance(written.target, torch._ops.OpOverload)
@@ -169,6 +171,16 @@ def _views(base: fx.Node) -> Iterator[fx.Node]:
         if _is_view(user):
             yield user
             yield from _views(user)
+
+
+def _read_elsewhere(written: fx.Node, later: Callable[[fx.Node], bool]) -> bool:
+    """Whether memory that a write changes is read after it through another value: then the write must reach that."""
+    root = written
+    while _is_view(root):
+        root = root.args[0]  # type: ignore[assignment]  # a view's first argument is a node
+    if root.op == "get_attr":
+        return True
+    return any(later(user) for alias in (root, *_views(root)) if alias is not written for user in alias.users)
 
 
 def _refuse_aliased_write(node: fx.Node, written: fx.Node, later: Callable[[fx.Node], bool]) -> None:

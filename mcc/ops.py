@@ -187,12 +187,16 @@ _TABLE = (
     Op("feature_dropout", "mode", train_flag=2),
     *_rows("size", "sym_size.int mul add sub mod floordiv"),
     Op("getitem", "size"),
+    # as their NCHW forms, channels last: a backend's layout stage puts them in place of those
+    Op("mcc.conv2d_nhwc", "weights", weights=(1, 2), macs=_conv_macs),
+    *_rows("window", "mcc.max_pool2d_nhwc mcc.avg_pool2d_nhwc mcc.upsample_nhwc"),
     *_rows("compression", "mcc.fake_quantize mcc.quantize mcc.dequantize mcc.decode_sparse"),
 )
 
 OPS: dict[str, Op] = {row.name: row for row in _TABLE}
 
 LINEAR, CONV1D, CONV2D = OPS["linear"], OPS["conv1d"], OPS["conv2d"]
+CONV2D_NHWC = OPS["mcc.conv2d_nhwc"]
 CONV3D, CONV_TRANSPOSE2D = OPS["conv3d"], OPS["conv_transpose2d.input"]
 CONVOLUTIONS = (CONV1D, CONV2D, OPS["conv2d.padding"], CONV3D, CONV_TRANSPOSE2D)
 LAYERS = (LINEAR, *CONVOLUTIONS)  # with weights that passes compress

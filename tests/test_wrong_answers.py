@@ -272,3 +272,12 @@ def test_infinite_activations_name_their_node():
     x = torch.full((4, 8), float("inf"))
     with pytest.raises(DataError, match="%x is infinite"):
         mcc.compile(OwnScale(), (torch.randn(4, 8),), passes=[Quantize()], data=Data(calibration=[x]), **QUICK)
+
+
+class DropsInPlaceFromAView(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(torch.flatten(torch.relu(x), 1), 0.5, self.training, inplace=True) * 2
+
+
+def test_a_write_into_a_view_that_alone_is_read_after_is_taken():
+    close(DropsInPlaceFromAView().eval(), torch.randn(2, 3, 4))

@@ -8,6 +8,7 @@ from mcc.backends.cpu.build import build
 from mcc.backends.cpu.emit import emit
 from mcc.backends.cpu.fuse import fuse
 from mcc.backends.cpu.integerize import integerize
+from mcc.backends.cpu.layout import layout
 from mcc.backends.cpu.lowering import Lowering
 from mcc.backends.cpu.measure import measure
 from mcc.backends.cpu.select import prefer_dense, select
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from mcc.graph import Graph
     from mcc.target import Target
 
-STAGES = (integerize, fuse, select, emit, build)
+STAGES = (layout, integerize, fuse, select, emit, build)
 
 __all__ = ["STAGES", "Lowering", "lower", "prefer_dense"]
 

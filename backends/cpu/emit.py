@@ -1,4 +1,4 @@
-"""Stage 4: write the relax function: a call for each region's kernel, relax ops for the rest."""
+"""Stage 5: write the relax function: a call for each region's kernel, relax ops for the rest."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mcc.backends.cpu.lowering import Choice, Lowering
-    from mcc.backends.kernel import Requantize
+    from mcc.backends.kernel import Region, Requantize
     from mcc.graph import Graph, Node
 
 _SORTS = (ops.OPS["sort"], ops.OPS["topk"])
@@ -105,12 +105,7 @@ class _Writer:
         """Nodes inside regions, whose values nobody outside reads."""
         inside: set[fx.Node] = set()
         for choice in self.lowering.choices.values():
-            node: Node = choice.region.output
-            while node != choice.region.anchor:
-                previous = node.operand(0)
-                assert previous is not None
-                inside.add(previous.fx)
-                node = previous
+            inside |= {node.fx for node in choice.region.inner}
         return inside
 
     def _live(self) -> set[fx.Node]:
@@ -123,7 +118,7 @@ class _Writer:
                 continue
             live.add(node)
             choice = self.lowering.choices.get(node)
-            queue += [choice.region.source.fx] if choice is not None else self._operands(node)
+            queue += _read_by(choice.region) if choice is not None else self._operands(node)
         return live
 
     def write(self) -> Any:
@@ -274,7 +269,8 @@ class _Writer:
         region = choice.region
         name = f"{choice.kernel.name}_{'_'.join(map(str, region.weight.shape))}"
         function = emitter.builder.add_func(choice.lowered.function.without_attr("global_symbol"), name)
-        operands = [self._value(region.source.fx), *(self._read[n] for n in self.packed[region.output.fx])]
+        packed = (self._read[n] for n in self.packed[region.output.fx])
+        operands = [*(self._value(node) for node in _read_by(region)), *packed]
         output = relax.TensorType(self.sizes.shape(region.output.value), region.output_dtype)
         stored = sum(stored_bytes(self.weights[n]) for n in self.packed[region.output.fx])
         self._row(
@@ -365,6 +361,11 @@ class _Writer:
 
     def _dims(self, node: Node) -> tuple[int | str, ...]:
         return tuple(int(s) if isinstance(s, int) else dim_text(s, self.graph) for s in node.shape)
+
+
+def _read_by(region: Region) -> list[fx.Node]:
+    """What a region's kernel reads at run time besides weights, in the order of its parameters."""
+    return [region.source.fx, *(operand.fx for operand in region.operands)]
 
 
 def _copy(value: Any) -> tirx.PrimFunc:

@@ -1,4 +1,4 @@
-"""Stage 2: let a region take in what follows its anchor."""
+"""Stage 3: let a region take in what follows its anchor."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from mcc import ops
-from mcc.backends.kernel import Clamp, EpilogueStep, Region, Relu, Requantize
+from mcc.backends.kernel import Activation, Add, Clamp, EpilogueStep, Region, Relu, Requantize
+from mcc.ops import OPS
 
 if TYPE_CHECKING:
     from torch import fx
@@ -15,38 +18,63 @@ if TYPE_CHECKING:
     from mcc.backends.cpu.lowering import Lowering
     from mcc.graph import Node
 
+_ACTIVATIONS = {OPS[name]: Activation(name) for name in ("sigmoid", "silu", "tanh", "hardsigmoid", "hardswish")}
+
 
 def fuse(lowering: Lowering) -> Lowering:
-    """Extend each region over activations and a final quantize, as long as nothing else reads what is between."""
+    """Extend each region over activations, additions and a final quantize, while nothing else reads what is between.
+
+    Regions later in the graph go first: an addition of two layers goes to the one that is computed last.
+    """
     regions: dict[fx.Node, Region] = {}
-    for region in lowering.regions.values():
+    taken: set[fx.Node] = set()
+    for region in reversed(lowering.regions.values()):
         extended = region
-        while (following := _following(extended)) is not None:
+        while (following := _following(extended, taken)) is not None:
             node, step = following
-            extended = replace(extended, output=node, epilogue=(*extended.epilogue, step))
+            inner = (*extended.inner, extended.output)
+            extended = replace(extended, output=node, epilogue=(*extended.epilogue, step), inner=inner)
+            taken.add(node.fx)
         regions[extended.output.fx] = extended
-    return replace(lowering, regions=regions)
+    return replace(lowering, regions=dict(reversed(regions.items())))
 
 
-def _following(region: Region) -> tuple[Node, EpilogueStep] | None:
+def _following(region: Region, taken: set[fx.Node]) -> tuple[Node, EpilogueStep] | None:
     users = region.output.users
-    if len(users) != 1 or region.output.is_output or region.output_dtype == "uint8":
+    if len(users) != 1 or region.output.is_output or region.output_dtype == "uint8" or users[0].fx in taken:
         return None
-    step = _step(users[0], region.output)
+    step = _step(users[0], region)
     return None if step is None else (users[0], step)
 
 
-def _step(node: Node, source: Node) -> EpilogueStep | None:
+def _step(node: Node, region: Region) -> EpilogueStep | None:
+    source = region.output
+    if node.op is OPS["add.Tensor"]:
+        return _addition(node, region)
     if node.operand(0) != source:
         return None
     if node.op is ops.RELU:
         return Relu()
     if node.op is ops.RELU6:
         return Clamp(0.0, 6.0)
+    if node.op is OPS["gelu"]:
+        return Activation("gelu_tanh" if node.fx.kwargs.get("approximate") == "tanh" else "gelu")
+    if node.op in _ACTIVATIONS:
+        return _ACTIVATIONS[node.op]
     if node.op in (ops.CLAMP, ops.HARDTANH, ops.CLAMP_MIN):
         low, high = _bounds(node)
         return Clamp(low, high) if isinstance(low, int | float) and isinstance(high, int | float) else None
     return requantize_step(node) if node.op is ops.QUANTIZE else None
+
+
+def _addition(node: Node, region: Region) -> Add | None:
+    """An addition of another value of the same shape; a sparse kernel's output is not laid out to take one."""
+    first, second = node.operand(0), node.operand(1)
+    if first is None or second is None or first == second or node.fx.kwargs or region.weight.sparse is not None:
+        return None
+    other = second if first == region.output else first
+    alike = [str(s) for s in other.value.shape] == [str(s) for s in region.output.shape]
+    return Add(other) if alike and other.dtype is torch.float32 and not other.is_parameter else None
 
 
 def requantize_step(node: Node) -> Requantize | None:

@@ -1,4 +1,4 @@
-"""Stage 1: find the layers with weights, and how their weights and activations are stored."""
+"""Stage 2: find the layers with weights, and how their weights and activations are stored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mcc.backends.cpu.lowering import Lowering
     from mcc.graph import Node
 
-ANCHORS = (ops.LINEAR, ops.CONV2D)
+ANCHORS = (ops.LINEAR, ops.CONV2D_NHWC)
 
 
 def integerize(lowering: Lowering) -> Lowering:

@@ -1,4 +1,4 @@
-"""Stage 3: choose a kernel for each region."""
+"""Stage 4: choose a kernel for each region."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def prefer_dense(node: Node, density: float) -> str | None:
     yet: sparse or dense, its weight is decoded at build time, and the report says so.
     """
     if node.op is not ops.LINEAR:
-        return "there is no kernel for sparse convolution weights yet" if node.op is ops.CONV2D else None
+        sparse_is_read = node.op not in (ops.CONV2D, ops.CONV2D_NHWC)
+        return None if sparse_is_read else "there is no kernel for sparse convolution weights yet"
     rows = math.prod(extent(s) for s in node.shape[:-1])
     limit = DENSEST_FEW if rows < MANY_ROWS else DENSEST_MANY
     if density <= limit:

@@ -78,62 +78,91 @@ def _resized(x: Expression, sizes: Any, factors: Any) -> list[Any]:
     return result
 
 
-def upsample_nearest(e: Emitter, x: Expression, sizes: Any, factors: Any) -> Expression:
-    """Nearest: source index floor(o / factor), in integers where the factor is whole."""
-    height, width = shape(x)[2:]
-    new_height, new_width = _resized(x, sizes, factors)
+def _nearest(o: Expression, extent: Expression, wanted: Any, factor: float | None) -> Expression:
+    """Source index floor(o / factor), in integers where the factor is whole."""
+    if factor is not None and float(factor).is_integer():
+        return tirx.floordiv(o, int(factor))
+    if factor is not None:
+        step = tirx.const(1 / factor, "float32")
+    else:
+        step = _as_float(extent) / _as_float(wanted)
+    return tirx.min(tirx.Cast("int64", tirx.floor(tirx.Cast("float32", o) * step)), size(extent) - 1)
+
+
+def _as_float(value: Any) -> Expression:
+    return tirx.Cast("float32", size(value))
+
+
+def _between(
+    o: Expression, extent: Expression, wanted: Any, factor: float | None, align: bool
+) -> tuple[Expression, Expression, Expression]:
+    """Source indices below and above, and how far between: half-pixel centers or aligned corners."""
+    if align:
+        step = _as_float(size(extent) - 1) / tirx.max(_as_float(size(wanted) - 1), tirx.const(1, "float32"))
+        place = _as_float(o) * step
+    else:
+        step = tirx.const(1 / factor, "float32") if factor is not None else _as_float(extent) / _as_float(wanted)
+        place = tirx.max((_as_float(o) + 0.5) * step - 0.5, tirx.const(0, "float32"))
+    low = tirx.min(tirx.Cast("int64", place), size(extent) - 1)
+    return low, tirx.min(low + 1, size(extent) - 1), place - _as_float(low)
+
+
+def _resample(
+    e: Emitter, x: Expression, sizes: list[Any], factors: Any, align: bool | None, channels_last: bool
+) -> Expression:
+    """Nearest where `align` is None, else bilinear."""
+    height, width = shape(x)[1:3] if channels_last else shape(x)[2:]
     each = factors or [None, None]
 
-    def source(o: Expression, extent: Expression, wanted: Any, factor: float | None) -> Expression:
-        if factor is not None and float(factor).is_integer():
-            return tirx.floordiv(o, int(factor))
-        if factor is not None:
-            step = tirx.const(1 / factor, "float32")
-        else:
-            step = tirx.Cast("float32", size(extent)) / tirx.Cast("float32", size(wanted))
-        return tirx.min(tirx.Cast("int64", tirx.floor(tirx.Cast("float32", o) * step)), size(extent) - 1)
-
     def body(values: Expression) -> Expression:
-        return te.compute(
-            (values.shape[0], values.shape[1], new_height, new_width),
-            lambda n, c, i, j: values(
-                n, c, source(i, height, new_height, each[0]), source(j, width, new_width, each[1])
-            ),
-        )
+        def at(n: Expression, c: Expression, i: Expression, j: Expression) -> Expression:
+            return values(n, i, j, c) if channels_last else values(n, c, i, j)
 
-    return e.compute(body, x, name="upsample_nearest")
+        def element(n: Expression, c: Expression, i: Expression, j: Expression) -> Expression:
+            if align is None:
+                return at(n, c, _nearest(i, height, sizes[0], each[0]), _nearest(j, width, sizes[1], each[1]))
+            top, bottom, down = _between(i, height, sizes[0], each[0], align)
+            left, right, across = _between(j, width, sizes[1], each[1], align)
+            upper = at(n, c, top, left) * (1 - across) + at(n, c, top, right) * across
+            lower = at(n, c, bottom, left) * (1 - across) + at(n, c, bottom, right) * across
+            return upper * (1 - down) + lower * down
+
+        if channels_last:
+            return te.compute((values.shape[0], *sizes, values.shape[3]), lambda n, i, j, c: element(n, c, i, j))
+        return te.compute((values.shape[0], values.shape[1], *sizes), element)
+
+    return e.compute(body, x, name="upsample_nearest" if align is None else "upsample_bilinear")
+
+
+def upsample_nearest(e: Emitter, x: Expression, sizes: Any, factors: Any) -> Expression:
+    """Nearest neighbour."""
+    return _resample(e, x, _resized(x, sizes, factors), factors, None, False)
 
 
 def upsample_bilinear(e: Emitter, x: Expression, sizes: Any, align: bool, factors: Any) -> Expression:
     """Bilinear, half-pixel centers or aligned corners."""
-    height, width = shape(x)[2:]
-    new_height, new_width = _resized(x, sizes, factors)
-    each = factors or [None, None]
+    return _resample(e, x, _resized(x, sizes, factors), factors, align, False)
 
-    def as_float(value: Any) -> Expression:
-        return tirx.Cast("float32", size(value))
 
-    def source(o: Expression, extent: Expression, wanted: Any, factor: float | None) -> tuple[Any, Any, Any]:
-        if align:
-            step = as_float(size(extent) - 1) / tirx.max(as_float(size(wanted) - 1), tirx.const(1, "float32"))
-            place = as_float(o) * step
-        else:
-            step = tirx.const(1 / factor, "float32") if factor is not None else as_float(extent) / as_float(wanted)
-            place = tirx.max((as_float(o) + 0.5) * step - 0.5, tirx.const(0, "float32"))
-        low = tirx.min(tirx.Cast("int64", place), size(extent) - 1)
-        return low, tirx.min(low + 1, size(extent) - 1), place - as_float(low)
+def upsample_nhwc(e: Emitter, x: Expression, sizes: Any, mode: str, align: bool | None) -> Expression:
+    """Either, channels last."""
+    known = zip(sizes, shape(x)[1:3], strict=True)
+    factors = [s // int(old) if s % int(old) == 0 else None for s, old in known]
+    whole = factors if None not in factors else None
+    return _resample(e, x, list(sizes), whole, None if mode == "nearest" else bool(align), True)
 
-    def body(values: Expression) -> Expression:
-        def element(n: Expression, c: Expression, i: Expression, j: Expression) -> Expression:
-            (top, bottom, down) = source(i, height, new_height, each[0])
-            (left, right, across) = source(j, width, new_width, each[1])
-            upper = values(n, c, top, left) * (1 - across) + values(n, c, top, right) * across
-            lower = values(n, c, bottom, left) * (1 - across) + values(n, c, bottom, right) * across
-            return upper * (1 - down) + lower * down
 
-        return te.compute((values.shape[0], values.shape[1], new_height, new_width), element)
+def max_pool2d_nhwc(e: Emitter, x: Expression, kernel: Any, stride: Any, padding: Any) -> Expression:
+    """Channels last."""
+    return e(NN.max_pool2d(x, kernel, stride, list(padding), layout="NHWC"))
 
-    return e.compute(body, x, name="upsample_bilinear")
+
+def avg_pool2d_nhwc(
+    e: Emitter, x: Expression, kernel: Any, stride: Any, padding: Any, count_include_pad: bool
+) -> Expression:
+    """Channels last."""
+    both = [*padding, *padding]
+    return e(NN.avg_pool2d(x, kernel, stride, both, layout="NHWC", count_include_pad=count_include_pad))
 
 
 def pixel_shuffle(e: Emitter, x: Expression, factor: int) -> Expression:
@@ -152,5 +181,6 @@ RULES: dict[str, Rule] = {
     "adaptive_avg_pool1d": _adaptive_avg_pool(1, _average[1], NN.adaptive_avg_pool1d),
     "adaptive_avg_pool2d": _adaptive_avg_pool(2, _average[2], NN.adaptive_avg_pool2d),
     "upsample_nearest2d.vec": upsample_nearest, "upsample_bilinear2d.vec": upsample_bilinear,
-    "pixel_shuffle": pixel_shuffle,
+    "pixel_shuffle": pixel_shuffle, "mcc.max_pool2d_nhwc": max_pool2d_nhwc, "mcc.avg_pool2d_nhwc": avg_pool2d_nhwc,
+    "mcc.upsample_nhwc": upsample_nhwc,
 }  # fmt: skip

@@ -1,8 +1,10 @@
-"""Convolutions: any kernel size, stride, dilation, padding and groups, NCHW in and out, fixed height and width.
+"""Convolutions with channels last: any kernel size, stride, dilation, padding and groups, fixed height and width.
 
-Lanes are output channels: a tile holds a few neighbouring pixels times a few vectors of channels, and each input value
-is broadcast, so NCHW needs no repacking on the way in beyond one padded copy of the image. Results are transposed to
-NCHW from a small block of rows. int8 codes are copied four channels a word, so that one word meets `dot4`.
+Lanes are output channels. A tile of pixels times a few vectors stays in registers while it runs over the kernel's
+window and the input channels, each input value broadcast; the source is read as it lies, or through one padded copy.
+Where the channels of a group are no multiple of a vector, the last vector overlaps the one before it, so that every
+store is whole. Groups with fewer outputs than a vector are joined, with zeros between them. int8 codes are read four
+channels a word, which `dot4` takes.
 """
 
 from __future__ import annotations
@@ -22,22 +24,18 @@ from mcc.backends.cpu.microkernel import Vectors
 from mcc.backends.kernel import Lowered, Region, apply_epilogue
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from mcc.target import Target
-
-FEWEST_CHANNELS = 8  # below that most lanes of a vector would idle: depthwise needs another kernel
 
 
 def _refusal(region: Region) -> str | None:
     if region.weight.sparse is not None:
         return "there is no kernel for sparse convolution weights yet"
     shape = conv_shape(region)
-    if isinstance(shape, str):
-        return shape
-    if shape.group_outputs < FEWEST_CHANNELS:
-        return f"{shape.group_outputs} output channels a group would leave lanes idle"
-    return None
+    return shape if isinstance(shape, str) else None
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,10 @@ class Conv2dFloat:
     """float32 activations; weights float32, or int8 with a scale for each output channel."""
 
     name: str = "conv2d_f32"
-    anchor: ClassVar[ops.Op] = ops.CONV2D
+    anchor: ClassVar[ops.Op] = ops.CONV2D_NHWC
 
     def refuses(self, region: Region, target: Target) -> str | None:
-        """Takes conv2d with at least 8 output channels a group."""
+        """Takes every conv2d of fixed height and width."""
         del target
         return "the activations are quantized" if region.activation is not None else _refusal(region)
 
@@ -61,9 +59,9 @@ class Conv2dFloat:
         body = FloatConvolution(region, Vectors(target), parse_tile(tile))
         return Lowered(body.function(self.name), body.packed)
 
-    def reference(self, region: Region, source: NDArray[Any]) -> NDArray[Any]:
+    def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """Float64 sums."""
-        return conv_reference(region, source)
+        return conv_reference(region, source, operands)
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Conv2dInt8:
     """uint8 activation codes times int8 weight codes, exact int32 sums."""
 
     name: str = "conv2d_int8"
-    anchor: ClassVar[ops.Op] = ops.CONV2D
+    anchor: ClassVar[ops.Op] = ops.CONV2D_NHWC
 
     def refuses(self, region: Region, target: Target) -> str | None:
         """Takes what `Conv2dFloat` takes, with int8 weights and activations."""
@@ -89,24 +87,23 @@ class Conv2dInt8:
         body = IntegerConvolution(region, Vectors(target), parse_tile(tile))
         return Lowered(body.function(self.name), body.packed)
 
-    def reference(self, region: Region, source: NDArray[Any]) -> NDArray[Any]:
+    def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """Exact integer sums."""
-        return conv_reference(region, source)
+        return conv_reference(region, source, operands)
 
 
-def conv_reference(region: Region, source: NDArray[Any]) -> NDArray[Any]:
+def conv_reference(region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
     """The convolution in float64 (exact for codes)."""
     shape = conv_shape(region)
     assert isinstance(shape, ConvShape)
     zero = 0 if region.activation is None else region.activation.zero_point
-    x = torch.from_numpy(source.astype(np.float64) - zero)
+    x = torch.from_numpy(source.astype(np.float64) - zero).permute(0, 3, 1, 2)
+    x = torch.nn.functional.pad(x, [shape.before[1], shape.after[1], shape.before[0], shape.after[0]])
     weight = torch.from_numpy(region.weight.decoded().astype(np.float64))
-    sums = torch.nn.functional.conv2d(
-        x, weight, None, shape.stride, shape.padding, shape.dilation, shape.groups
-    ).numpy()
+    sums = torch.nn.functional.conv2d(x, weight, None, shape.stride, 0, shape.dilation, shape.groups)
     scale = np.float32(1) if region.weight.scale is None else region.weight.scale
     if region.activation is not None:
         scale = scale * np.float32(region.activation.scale)
     bias = np.zeros(shape.outputs, np.float32) if region.bias is None else region.bias
-    values = sums * np.reshape(scale, (-1, 1, 1)).astype(np.float64) + bias.reshape(-1, 1, 1)
-    return apply_epilogue(values.astype(np.float32), region.epilogue)
+    values = sums.permute(0, 2, 3, 1).numpy() * scale.astype(np.float64) + bias
+    return apply_epilogue(values.astype(np.float32), region.epilogue, operands)

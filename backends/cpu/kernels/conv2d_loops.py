@@ -1,4 +1,4 @@
-"""The loops of a convolution, for float32 values and for codes; see conv2d.py."""
+"""The loops of a convolution with channels last, for float32 values and for codes; see conv2d.py."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
-from mcc.backends.cpu.epilogue import emit_epilogue
-from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
+from mcc.backends.cpu.epilogue import Epilogue
+from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape, merge_groups
 from mcc.backends.cpu.kernels.integer_sums import pairs_fit
-from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, leading_dims, panel_widths
+from mcc.backends.cpu.kernels.tiles import TileShape, balanced, leading_dims
 from mcc.backends.cpu.microkernel import Expression, Parameter, Vectors, branch, flat, kernel_function, parallel, serial
 
 if TYPE_CHECKING:
@@ -22,67 +22,94 @@ if TYPE_CHECKING:
 
     from mcc.backends.kernel import Region
 
+MANY_IMAGES = 4  # from here on threads take images, not parts of one
+CACHE_BYTES = 192 << 10  # of the source that one pass over a block of channels reads: half of a small L2 cache
+FEWEST_PARTS = 4
+
 
 class _Convolution:
-    """Loops of a convolution; subclasses say how input values are copied, multiplied and finished."""
+    """Loops of a convolution; subclasses say how input values are read, multiplied and finished."""
 
     source_dtype: str
     sum_dtype: str
+    word: int  # source channels that one broadcast holds
 
     def __init__(self, region: Region, vectors: Vectors, tile: TileShape) -> None:
         shape = conv_shape(region)
         assert isinstance(shape, ConvShape)
-        self.region, self.v, self.tile, self.shape = region, vectors, tile, shape
-        self.width = tile.vectors * vectors.lanes
-        self.padded_outputs = -(-shape.group_outputs // vectors.lanes) * vectors.lanes
-        self.full_blocks, self.full, self.tail = panel_widths(shape.group_outputs, tile, vectors.lanes)
-        self.blocks = self.full_blocks + (1 if self.tail else 0)
-        height, width = shape.result
-        # whole blocks of rows that have a vector's worth of pixels, to transpose from
-        self.block_rows = next(
-            r for r in range(1, height + 1) if height % r == 0 and (r * width >= vectors.lanes or r == height)
-        )
-        self.packed: dict[str, NDArray[Any]] = {"weight": self.pack_weight(), **self._vectors()}
+        self.region, self.v, self.tile = region, vectors, tile
+        self.shape = shape.merged(vectors.lanes)
+        self.weight = merge_groups(region.weight.decoded(), shape.groups, self.shape.groups)
+        self.group_vectors = -(-self.shape.group_outputs // vectors.lanes)
+        self.full, self.tail = divmod(self.group_vectors, tile.vectors)
+        self.blocks = self.full + (1 if self.tail else 0)
+        self.depth = -(-self.shape.group_inputs // self.word)
+        height, width = self.shape.result
+        self.columns = min(tile.rows, width)
+        self.rows = min(max(tile.rows // width, 1), height)
+        self.packed: dict[str, NDArray[Any]] = {"weight": self._pack_weight(), **self._pack_vectors()}
 
-    def pack_weight(self) -> NDArray[Any]:
-        """Weights in the order the tile reads them."""
-        raise NotImplementedError
+    def _lanes(self) -> NDArray[np.int64]:
+        """Which output of a group each lane is, [vectors, lanes]; beyond a group smaller than a vector, the last."""
+        outputs, lanes = self.shape.group_outputs, self.v.lanes
+        starts = np.minimum(np.arange(self.group_vectors) * lanes, max(outputs - lanes, 0))
+        return np.minimum(starts[:, None] + np.arange(lanes), outputs - 1)
 
-    def _vectors(self) -> dict[str, NDArray[Any]]:
-        """Per-channel arrays, each group padded to whole vectors."""
+    def _pack_weight(self) -> NDArray[Any]:
+        """[group][block][kernel row][kernel column][depth][vector][lane][word]."""
+        shape, lanes = self.shape, self._lanes()
+        grouped = self.weight.reshape(shape.groups, shape.group_outputs, *self.weight.shape[1:])
+        room = np.zeros((*grouped.shape[:2], self.depth * self.word, *shape.kernel), grouped.dtype)
+        room[:, :, : shape.group_inputs] = grouped
+        words = room.reshape(*grouped.shape[:2], self.depth, self.word, *shape.kernel)
+        by_lane = words[:, lanes]  # [group, vector, lane, depth, word, row, column]
+        ordered = by_lane.transpose(0, 1, 5, 6, 3, 2, 4)  # [group, vector, row, column, depth, lane, word]
+        step = self.tile.vectors
+        parts = [
+            np.moveaxis(ordered[g, start : start + step], 0, 3).reshape(-1)
+            for g in range(shape.groups)
+            for start in range(0, self.group_vectors, step)
+        ]
+        return np.concatenate(parts)
+
+    def _pack_vectors(self) -> dict[str, NDArray[Any]]:
+        """Per-channel arrays, one value a lane."""
         region, shape = self.region, self.shape
 
-        def padded(values: NDArray[Any]) -> NDArray[Any]:
-            room = np.zeros((shape.groups, self.padded_outputs), values.dtype)
-            room[:, : shape.group_outputs] = values.reshape(shape.groups, -1)
-            return room.reshape(-1)
+        def by_lane(values: NDArray[Any]) -> NDArray[Any]:
+            return values.reshape(shape.groups, -1)[:, self._lanes()].reshape(-1)
 
         bias = np.zeros(shape.outputs, np.float32) if region.bias is None else region.bias
-        vectors = {"bias": padded(bias)}
+        vectors = {"bias": by_lane(bias)}
         if region.weight.scale is not None:
             gain = np.float32(1.0 if region.activation is None else region.activation.scale)
-            vectors["scale"] = padded(region.weight.scale * gain)
+            vectors["scale"] = by_lane(region.weight.scale * gain)
         if region.activation is not None:
-            sums = region.weight.decoded().reshape(shape.outputs, -1).astype(np.int64).sum(1)
-            vectors["start"] = padded((-region.activation.zero_point * sums).astype(np.int32))
+            sums = self.weight.reshape(shape.outputs, -1).astype(np.int64).sum(1)
+            vectors["start"] = by_lane((-region.activation.zero_point * sums).astype(np.int32))
         return vectors
 
     def function(self, name: str) -> tirx.PrimFunc:
         """The PrimFunc."""
         (self.batch,) = leading_dims(self.region.source.shape[:1])
         shape = self.shape
+        result = (self.batch, *shape.result, shape.outputs)
         parameters = [
-            Parameter("X", (self.batch, shape.inputs, *shape.image), self.source_dtype),
+            Parameter("X", (self.batch, *shape.image, shape.inputs), self.source_dtype),
+            *(Parameter(f"A{i}", result, "float32") for i in range(len(self.region.operands))),
             *(Parameter(key, array.shape, array.dtype.name) for key, array in self.packed.items()),
-            Parameter("Y", (self.batch, shape.outputs, *shape.result), self.region.output_dtype),
+            Parameter("Y", result, self.region.output_dtype),
         ]
         return kernel_function(name, parameters, self._emit)
 
     def _emit(self, x: Expression, *rest: Expression) -> None:
         shape = self.shape
-        self.arrays = dict(zip(self.packed, rest[:-1], strict=True))
+        count = len(self.region.operands)
+        operands, packed = rest[:count], rest[count:-1]
+        self.arrays = dict(zip(self.packed, packed, strict=True))
         self.x = flat(x, self.batch * (shape.inputs * shape.image[0] * shape.image[1]))
-        self.y = flat(rest[-1], self.batch * (shape.outputs * shape.result[0] * shape.result[1]))
+        size = self.batch * (shape.outputs * shape.result[0] * shape.result[1])
+        self.epilogue = Epilogue(self.v, self.region, [flat(a, size) for a in operands], flat(rest[-1], size))
 
         def images_in_parallel() -> None:
             parallel(self.batch, lambda n: self._image(n, serial))
@@ -90,109 +117,120 @@ class _Convolution:
         def parts_in_parallel() -> None:
             serial(self.batch, lambda n: self._image(n, parallel))
 
-        branch(self.batch >= 2, images_in_parallel, parts_in_parallel)
+        branch(self.batch >= MANY_IMAGES, images_in_parallel, parts_in_parallel)
 
     def _image(self, n: Expression, loop: Callable[..., None]) -> None:
-        source, base = self.copy_image(T.cast(n, "int64"), loop)
-        chunks = self.shape.result[0] // self.block_rows
+        n = T.cast(n, "int64")
+        source = self.source(n, loop)
+        shape = self.shape
+        bands = -(-shape.result[0] // self.rows)
+        chunk = self._chunk(bands)
+        chunks = -(-bands // chunk)
+        blocks = shape.groups * self.blocks
 
         def part(i: Expression) -> None:
-            block, chunk = tirx.floordiv(i, chunks), tirx.floormod(i, chunks)
-            group, within = tirx.floordiv(block, self.blocks), tirx.floormod(block, self.blocks)
+            c, b = tirx.floordiv(i, blocks), tirx.floormod(i, blocks)
+            group, block = tirx.floordiv(b, self.blocks), tirx.floormod(b, self.blocks)
+            count = chunk if bands % chunk == 0 else tirx.min(chunk, bands - c * chunk)
 
-            def rows(panel: PanelWidth) -> None:
-                self._rows(n, (source, base), (group, within, panel), chunk)
+            def panel(vectors: int) -> None:
+                serial(count, lambda r: self._band(n, source, (group, block, vectors), c * chunk + r))
 
-            tail = self.tail
-            if tail is None or not self.full_blocks:
-                rows(tail or self.full)
+            if not self.tail or not self.full:
+                panel(self.tail or self.tile.vectors)
             else:
-                branch(within < self.full_blocks, lambda: rows(self.full), lambda: rows(tail))
+                branch(block < self.full, lambda: panel(self.tile.vectors), lambda: panel(self.tail))
 
-        loop(self.shape.groups * self.blocks * chunks, part)
+        loop(chunks * blocks, part)
 
-    def copy_image(self, n: Expression, loop: Callable[..., None]) -> tuple[Expression, Expression]:
-        """The padded image as the tile reads it: a buffer and the index of its first element."""
+    def _chunk(self, bands: int) -> int:
+        """Bands of rows that one part goes over: its source should stay in cache, and the threads need parts alike."""
+        shape = self.shape
+        row_bytes = shape.padded[1] * shape.inputs * (1 if self.word > 1 else 4) * shape.stride[0]
+        most = max(1, CACHE_BYTES // (row_bytes * self.rows))
+        chunks = -(-bands // most)
+        blocks = shape.groups * self.blocks
+        while chunks < bands and (chunks * blocks < FEWEST_PARTS or chunks * blocks % 2):
+            chunks += 1
+        return -(-bands // chunks)
+
+    def source(self, n: Expression, loop: Callable[..., None]) -> tuple[Expression, Expression]:
+        """The image as the tile reads it, in words: a buffer and the index of its first element."""
         raise NotImplementedError
 
-    def _rows(
-        self,
-        n: Expression,
-        source: tuple[Expression, Expression],
-        block: tuple[Expression, Expression, PanelWidth],
-        chunk: Expression,
+    def _band(
+        self, n: Expression, source: tuple[Expression, Expression], block: tuple[Expression, Expression, int], r: Any
     ) -> None:
-        """A block of output rows for one block of channels: compute into a local block, then transpose it out."""
-        v, (_, out_width) = self.v, self.shape.result
-        group, within, panel = block
-        vectors = panel.vectors
-        pixels = self.block_rows * out_width
-        room = B.alloc_buffer((pixels * vectors * v.lanes,), self.region_float(), layout=None)
-        count = -(-out_width // self.tile.rows)
-        low, high = out_width // count, out_width % count
+        """A few rows of output for one block of channels."""
+        height, width = self.shape.result
+        whole, left = divmod(height, self.rows)
 
-        def row(r: Expression) -> None:
-            def tile(column: Expression, width: int) -> None:
-                place = (chunk * self.block_rows + r, column, width)
-                self._tile(source, block, place, (room, (r * out_width + column) * (vectors * v.lanes)))
+        def rows(count: int) -> None:
+            for first, number, columns in balanced(width, self.columns):
+                serial(
+                    number,
+                    lambda t, f=first, c=columns: self._tile(n, source, block, (r * self.rows, f + t * c, count, c)),
+                )
 
-            serial(high, lambda t: tile(t * (low + 1), low + 1))
-            serial(count - high, lambda t: tile(high * (low + 1) + t * low, low))
-
-        serial(self.block_rows, row)
-        channel = group * self.shape.group_outputs + within * self.width
-        image = self.shape.result[0] * out_width
-        first = (T.cast(n, "int64") * self.shape.outputs + channel) * image + chunk * pixels
-        self._transpose_out(room, (pixels, panel), first, image)
-
-    def region_float(self) -> str:
-        """Element type of the local block: results before the epilogue."""
-        return "float32"
+        if not left or not whole:
+            rows(self.rows if whole else left)
+        else:
+            branch(r < whole, lambda: rows(self.rows), lambda: rows(left))
 
     def _tile(
         self,
+        n: Expression,
         source: tuple[Expression, Expression],
-        block: tuple[Expression, Expression, PanelWidth],
-        place: tuple[Expression, Expression, int],
-        room: tuple[Expression, Expression],
+        block: tuple[Expression, Expression, int],
+        place: tuple[Expression, Expression, int, int],
     ) -> None:
         v, shape = self.v, self.shape
-        group, within, vectors = block[0], block[1], block[2].vectors
-        row, column, width = place
-        sums = v.registers(width, vectors, self.sum_dtype)
-        vector = group * self.padded_outputs + within * self.width
-        for pixel in sums:
-            for j, register in enumerate(pixel):
-                register.set(self.start(vector + j * v.lanes))
-        depth = self.depth()
-        padded_height, padded_width = shape.padded
-        weight_block = self.weight_offset(group, within)
+        group, within, vectors = block
+        row, column, height, width = place
+        pixels = [(i, j) for i in range(height) for j in range(width)]
+        sums = v.registers(len(pixels), vectors, self.sum_dtype)
+        vector = group * self.group_vectors + within * self.tile.vectors
+        for j in range(vectors):
+            start = B.Bind(self.start((vector + j) * v.lanes))
+            for pixel in sums:
+                pixel[j].set(start)
+        channels = shape.groups * self.depth
+        line = shape.padded[1] * channels
+        corner = B.Bind(
+            source[1] + row * (shape.stride[0] * line) + column * (shape.stride[1] * channels) + group * self.depth
+        )
+        taps = self.depth * shape.kernel[0] * shape.kernel[1]
+        weight = B.Bind(vector * (taps * v.lanes))
+        # with one group the taps of a row lie side by side
+        joined = shape.groups == 1 and shape.dilation[1] == 1
+        inner, steps = (self.depth * shape.kernel[1], 1) if joined else (self.depth, shape.kernel[1])
 
-        def step(c: Expression, kh: Expression, kw: Expression) -> None:
-            at = weight_block + ((c * shape.kernel[0] + kh) * shape.kernel[1] + kw) * (vectors * v.lanes)
+        def step(kh: Expression, kw: Expression, c: Expression) -> None:
+            at = weight + ((kh * steps + kw) * inner + c) * (vectors * v.lanes)
             w = [B.Bind(self.load_weight(at + j * v.lanes)) for j in range(vectors)]
-            plane = (group * depth + c) * (padded_height * padded_width)
-            line = (row * shape.stride[0] + kh * shape.dilation[0]) * padded_width
-            start = plane + line + column * shape.stride[1] + kw * shape.dilation[1]
-            for i in range(width):
-                value = B.Bind(v.splat(source[0][source[1] + (start + i * shape.stride[1])]))
-                for j in range(vectors):
-                    sums[i][j].set(self.multiply(sums[i][j].get(), value, w[j]))
+            start = corner + kh * (shape.dilation[0] * line) + kw * (shape.dilation[1] * channels) + c
+            for (i, j), pixel in zip(pixels, sums, strict=True):
+                offset = i * shape.stride[0] * line + j * shape.stride[1] * channels
+                value = B.Bind(v.splat(source[0][start + offset]))
+                for register, part in zip(pixel, w, strict=True):
+                    register.set(self.multiply(register.get(), value, part))
 
-        serial(depth, lambda c: serial(shape.kernel[0], lambda kh: serial(shape.kernel[1], lambda kw: step(c, kh, kw))))
-        for i in range(width):
-            for j in range(vectors):
-                total = self.finish(sums[i][j].get(), vector + j * v.lanes)
-                v.store(room[0], room[1] + (i * vectors + j) * v.lanes, total)
+        serial(shape.kernel[0], lambda kh: serial(steps, lambda kw: serial(inner, lambda c: step(kh, kw, c))))
+        first = B.Bind(((n * shape.result[0] + row) * shape.result[1] + column) * shape.outputs)
+        for j in range(vectors):
+            channel = self._channel(group, within, j)
+            for (y, x), pixel in zip(pixels, sums, strict=True):
+                total = self.finish(pixel[j].get(), (vector + j) * v.lanes)
+                index = first + (y * shape.result[1] + x) * shape.outputs + channel
+                self.epilogue.store(total, index, min(v.lanes, shape.group_outputs))
 
-    def depth(self) -> int:
-        """Steps over input channels."""
-        raise NotImplementedError
-
-    def weight_offset(self, group: Expression, within: Expression) -> Expression:
-        """Index of a channel block's first weight."""
-        taps = self.depth() * self.shape.kernel[0] * self.shape.kernel[1]
-        return (group * self.padded_outputs + within * self.width) * taps
+    def _channel(self, group: Expression, block: Expression, j: int) -> Expression:
+        """The first output channel of a vector."""
+        outputs, lanes = self.shape.group_outputs, self.v.lanes
+        start = (block * self.tile.vectors + j) * lanes
+        if outputs % lanes and outputs > lanes:
+            start = tirx.min(start, outputs - lanes)
+        return group * outputs + start
 
     def start(self, index: Expression) -> Expression:
         """What sums begin with."""
@@ -210,92 +248,22 @@ class _Convolution:
         """Sums as float32 results, before the epilogue."""
         raise NotImplementedError
 
-    def _transpose_out(self, room: Expression, size: tuple[int, PanelWidth], first: Expression, image: int) -> None:
-        """Write [pixels][channels] as [channels][pixels], blocks of lanes x lanes, epilogue on the way."""
-        v = self.v
-        pixels, panel = size
-        vectors, width = panel.vectors, panel.vectors * v.lanes
-        for j in range(vectors):
-            used = panel.used_lanes(j, v.lanes)
-
-            def block(p: Expression, j: int = j, used: int = used) -> None:
-                rows = [B.Bind(v.load(room, (p + r) * width + j * v.lanes)) for r in range(v.lanes)]
-                for c, column in enumerate(v.transpose(rows)[:used]):
-                    value = emit_epilogue(v, column, self.region.epilogue)
-                    v.store(self.y, first + (j * v.lanes + c) * image + p, value)
-
-            if pixels >= v.lanes:
-                serial(pixels // v.lanes, lambda b, block=block: block(b * v.lanes))  # type: ignore[misc]
-                if pixels % v.lanes:
-                    block(pixels - v.lanes)
-                continue
-            for p in range(pixels):
-                value = B.Bind(emit_epilogue(v, v.load(room, p * width + j * v.lanes), self.region.epilogue))
-                for c in range(used):
-                    B.buffer_store(self.y, tirx.Shuffle([value], [c]), [first + (j * v.lanes + c) * image + p])
-
-
-def _padded_copy(
-    shape: ConvShape,
-    loop: Callable[..., None],
-    channels: int,
-    write: Callable[[Expression, Expression, Expression], None],
-    fill: Callable[[Expression], None],
-) -> None:
-    """Fill borders and copy the inside, channel by channel: `write(channel, row, column)`, `fill(index)`."""
-    (height, width), (above, left) = shape.image, shape.padding
-    padded_height, padded_width = shape.padded
-
-    def channel(c: Expression) -> None:
-        base = c * (padded_height * padded_width)
-        serial(above * padded_width, lambda i: fill(base + i))
-        serial(above * padded_width, lambda i: fill(base + (above + height) * padded_width + i))
-
-        def row(h: Expression) -> None:
-            line = base + (h + above) * padded_width
-            serial(left, lambda i: fill(line + i))
-            serial(width, lambda w: write(c, h, w))
-            serial(left, lambda i: fill(line + left + width + i))
-
-        serial(height, row)
-
-    loop(channels, channel)
-
 
 class FloatConvolution(_Convolution):
     """float32 values, weights converted in registers where they are codes."""
 
     source_dtype = "float32"
     sum_dtype = "float32"
+    word = 1
 
-    def pack_weight(self) -> NDArray[Any]:
-        shape, weight = self.shape, self.region.weight.decoded()
-        room = np.zeros((shape.groups, self.padded_outputs, *weight.shape[1:]), weight.dtype)
-        room[:, : shape.group_outputs] = weight.reshape(shape.groups, shape.group_outputs, *weight.shape[1:])
-        parts = [
-            room[g, start : start + self.width].transpose(1, 2, 3, 0).reshape(-1)
-            for g in range(shape.groups)
-            for start in range(0, self.padded_outputs, self.width)
-        ]
-        return np.concatenate(parts)
-
-    def depth(self) -> int:
-        return self.shape.group_inputs
-
-    def copy_image(self, n: Expression, loop: Callable[..., None]) -> tuple[Expression, Expression]:
+    def source(self, n: Expression, loop: Callable[..., None]) -> tuple[Expression, Expression]:
         shape = self.shape
         height, width = shape.image
         first = n * (shape.inputs * height * width)
-        if shape.padding == (0, 0):
+        if not shape.pads:
             return self.x, first
-        padded_height, padded_width = shape.padded
-        room = B.alloc_buffer((shape.inputs * padded_height * padded_width,), "float32", layout=None)
-
-        def write(c: Expression, h: Expression, w: Expression) -> None:
-            at = (c * padded_height + h + shape.padding[0]) * padded_width + shape.padding[1] + w
-            B.buffer_store(room, self.x[first + (c * height + h) * width + w], [at])
-
-        _padded_copy(shape, loop, shape.inputs, write, lambda i: B.buffer_store(room, T.float32(0), [i]))
+        room = B.alloc_buffer((shape.padded[0] * shape.padded[1] * shape.inputs,), "float32", layout=None)
+        copy_rows(self.v, shape, (self.x, first), (room, T.float32(0)), loop)
         return room, tirx.const(0, "int64")
 
     def start(self, index: Expression) -> Expression:
@@ -319,52 +287,25 @@ class IntegerConvolution(_Convolution):
 
     source_dtype = "uint8"
     sum_dtype = "int32"
+    word = 4
 
-    def pack_weight(self) -> NDArray[Any]:
-        shape, weight = self.shape, self.region.weight.decoded()
-        self.bounded = pairs_fit(weight)
-        depth, (kh, kw) = self.depth(), shape.kernel
-        room = np.zeros((shape.groups, self.padded_outputs, depth * 4, kh, kw), np.int8)
-        room[:, : shape.group_outputs, : shape.group_inputs] = weight.reshape(
-            shape.groups, shape.group_outputs, *weight.shape[1:]
-        )
-        words = room.reshape(shape.groups, self.padded_outputs, depth, 4, kh, kw)
-        parts = [
-            words[g, start : start + self.width].transpose(1, 3, 4, 0, 2).reshape(-1)
-            for g in range(shape.groups)
-            for start in range(0, self.padded_outputs, self.width)
-        ]
-        return np.concatenate(parts)
+    def __init__(self, region: Region, vectors: Vectors, tile: TileShape) -> None:
+        super().__init__(region, vectors, tile)
+        self.bounded = pairs_fit(self.weight)
 
-    def depth(self) -> int:
-        return -(-self.shape.group_inputs // 4)
-
-    def copy_image(self, n: Expression, loop: Callable[..., None]) -> tuple[Expression, Expression]:
+    def source(self, n: Expression, loop: Callable[..., None]) -> tuple[Expression, Expression]:
         shape = self.shape
-        activation = self.region.activation
-        assert activation is not None
-        zero = tirx.const(activation.zero_point, "uint8")
-        (height, width), (above, left) = shape.image, shape.padding
-        padded_height, padded_width = shape.padded
-        words = shape.groups * self.depth() * padded_height * padded_width
-        room = B.alloc_buffer((words * 4,), "uint8", layout=None)
-        first = n * (shape.inputs * height * width)
-        last = shape.group_inputs - 1
-
-        def write(c: Expression, h: Expression, w: Expression) -> None:
-            at = ((c * padded_height + h + above) * padded_width + left + w) * 4
-            group, word = tirx.floordiv(c, self.depth()), tirx.floormod(c, self.depth())
-            for byte in range(4):
-                # past the last channel any value will do: its weights are zero
-                channel = group * shape.group_inputs + tirx.min(word * 4 + byte, last)
-                B.buffer_store(room, self.x[first + (channel * height + h) * width + w], [at + byte])
-
-        def fill(i: Expression) -> None:
-            for byte in range(4):
-                B.buffer_store(room, zero, [i * 4 + byte])
-
-        _padded_copy(shape, loop, shape.groups * self.depth(), write, fill)
         self.weight_words = flat(self.arrays["weight"], self.packed["weight"].size // 4, "int32")
+        size = shape.inputs * shape.image[0] * shape.image[1]
+        whole_words = shape.group_inputs % 4 == 0
+        if whole_words and not shape.pads:
+            return flat(self.x, self.batch * (size // 4), "int32"), n * (size // 4)
+        assert self.region.activation is not None
+        zero = tirx.const(self.region.activation.zero_point, "uint8")
+        words = shape.padded[0] * shape.padded[1] * shape.groups * self.depth
+        room = B.alloc_buffer((words * 4,), "uint8", layout=None)
+        copy = copy_rows if whole_words else _copy_words
+        copy(self.v, shape, (self.x, n * size), (room, zero), loop)
         return flat(room, words, "int32"), tirx.const(0, "int64")
 
     def start(self, index: Expression) -> Expression:
@@ -379,3 +320,82 @@ class IntegerConvolution(_Convolution):
     def finish(self, total: Expression, index: Expression) -> Expression:
         scale, bias = self.v.load(self.arrays["scale"], index), self.v.load(self.arrays["bias"], index)
         return self.v.fma(self.v.to_float(total), scale, bias)
+
+
+def copy_rows(
+    v: Vectors,
+    shape: ConvShape,
+    source: tuple[Expression, Expression],
+    target: tuple[Expression, Expression],
+    loop: Callable[..., None],
+) -> None:
+    """Copy an image into a padded one: `source` is buffer and first index, `target` is buffer and padding value."""
+    (room, zero), pixel = target, shape.inputs
+    (height, width), (padded_height, padded_width) = shape.image, shape.padded
+    line = padded_width * pixel
+    lanes = v.lanes * (4 if room.dtype == "uint8" else 1)
+
+    def span(size: int, store: Callable[[Expression, int], None]) -> None:
+        serial(size // lanes, lambda i: store(i * lanes, lanes))
+        if size % lanes and size > lanes:
+            store(size - lanes, lanes)
+        elif size % lanes:
+            serial(size, lambda i: store(i, 1))
+
+    def fill(first: Expression, size: int) -> None:
+        span(size, lambda i, n: v.store(room, first + i, T.broadcast(zero, n), n) if n > 1
+             else B.buffer_store(room, zero, [first + i]))  # fmt: skip
+
+    def copy(from_index: Expression, to_index: Expression, size: int) -> None:
+        span(size, lambda i, n: v.store(room, to_index + i, v.load(source[0], from_index + i, n), n) if n > 1
+             else B.buffer_store(room, source[0][from_index + i], [to_index + i]))  # fmt: skip
+
+    def row(h: Expression) -> None:
+        inside = tirx.all(h >= shape.before[0], h < shape.before[0] + height)
+
+        def image_row() -> None:
+            fill(h * line, shape.before[1] * pixel)
+            from_index = source[1] + (h - shape.before[0]) * (width * pixel)
+            copy(from_index, h * line + shape.before[1] * pixel, width * pixel)
+            fill(h * line + (shape.before[1] + width) * pixel, shape.after[1] * pixel)
+
+        branch(inside, image_row, lambda: fill(h * line, line))
+
+    loop(padded_height, row)
+
+
+def _copy_words(
+    v: Vectors,
+    shape: ConvShape,
+    source: tuple[Expression, Expression],
+    target: tuple[Expression, Expression],
+    loop: Callable[..., None],
+) -> None:
+    """As `copy_rows`, each group's channels filled up to whole words of four."""
+    del v
+    room, zero = target
+    (height, width), (padded_height, padded_width) = shape.image, shape.padded
+    depth = -(-shape.group_inputs // 4) * 4
+    pixel = shape.groups * depth
+
+    def row(h: Expression) -> None:
+        def column(w: Expression) -> None:
+            y, x = h - shape.before[0], w - shape.before[1]
+            inside = tirx.all(y >= 0, y < height, x >= 0, x < width)
+            to_index = (h * padded_width + w) * pixel
+            from_index = source[1] + (y * width + x) * shape.inputs
+
+            def copy(g: Expression) -> None:
+                for c in range(depth):
+                    # past the last channel any value will do: its weights are zero
+                    channel = g * shape.group_inputs + min(c, shape.group_inputs - 1)
+                    B.buffer_store(room, source[0][from_index + channel], [to_index + g * depth + c])
+
+            def fill(i: Expression) -> None:
+                B.buffer_store(room, zero, [to_index + i])
+
+            branch(inside, lambda: serial(shape.groups, copy), lambda: serial(pixel, fill))
+
+        serial(padded_width, column)
+
+    loop(padded_height, row)

@@ -1,16 +1,22 @@
-"""The sizes of a convolution, and the register tiles that suit them."""
+"""The sizes of a convolution with channels last, and the register tiles that suit them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mcc.backends.cpu.kernels.tiles import TileShape
-from mcc.backends.relax.emitter import tuple_of
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from mcc.backends.kernel import Region
     from mcc.target import Target
+
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -20,11 +26,12 @@ class ConvShape:
     inputs: int
     outputs: int
     groups: int
-    image: tuple[int, int]
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    image: Pair
+    kernel: Pair
+    stride: Pair
+    before: Pair
+    after: Pair
+    dilation: Pair
 
     @property
     def group_inputs(self) -> int:
@@ -37,12 +44,23 @@ class ConvShape:
         return self.outputs // self.groups
 
     @property
-    def padded(self) -> tuple[int, int]:
-        """The image with its padding."""
-        return self.image[0] + 2 * self.padding[0], self.image[1] + 2 * self.padding[1]
+    def depthwise(self) -> bool:
+        """Whether every channel is convolved alone."""
+        return self.groups > 1 and self.groups == self.inputs == self.outputs
 
     @property
-    def result(self) -> tuple[int, int]:
+    def padded(self) -> Pair:
+        """The image with its padding."""
+        height, width = (i + b + a for i, b, a in zip(self.image, self.before, self.after, strict=True))
+        return height, width
+
+    @property
+    def pads(self) -> bool:
+        """Whether there is any padding."""
+        return self.padded != self.image
+
+    @property
+    def result(self) -> Pair:
         """The output image."""
         height, width = (
             (p - d * (k - 1) - 1) // s + 1
@@ -50,34 +68,54 @@ class ConvShape:
         )
         return height, width
 
+    def merged(self, lanes: int) -> ConvShape:
+        """The same convolution with groups joined until one has a vector of outputs; see `merge_groups`."""
+        groups = self.groups
+        while groups > 1 and self.outputs // groups < lanes:
+            groups = next(g for g in range(groups - 1, 0, -1) if self.groups % g == 0)
+        return replace(self, groups=groups)
+
+
+def merge_groups(weight: NDArray[Any], groups: int, merged: int) -> NDArray[Any]:
+    """Weights [out, in / groups, …] of `groups` as those of `merged` groups: zeros where two groups do not meet."""
+    if groups == merged:
+        return weight
+    outputs, inputs = weight.shape[:2]
+    joined, per_group = groups // merged, outputs // groups
+    wide = np.zeros((outputs, inputs * joined, *weight.shape[2:]), weight.dtype)
+    for group in range(groups):
+        rows = slice(group * per_group, (group + 1) * per_group)
+        place = group % joined * inputs
+        wide[rows, place : place + inputs] = weight[rows]
+    return wide
+
 
 def conv_shape(region: Region) -> ConvShape | str:
     """The sizes of a region's convolution, or why it has none."""
     dims = region.source.shape
     if len(dims) != 4 or not all(isinstance(s, int) for s in dims[1:]):
-        return "its height, width or channels vary, or it has no batch dim"
+        return "its height, width or channels vary"
     anchor, weight = region.anchor, region.weight.shape
-    stride, padding, dilation = (_pair(anchor.argument(i, default)) for i, default in ((3, 1), (4, 0), (5, 1)))
+    (top, left, bottom, right) = anchor.argument(4)
+    stride, dilation = anchor.argument(3), anchor.argument(5)
     return ConvShape(
-        int(dims[1]), weight[0], int(anchor.argument(6, 1)), (int(dims[2]), int(dims[3])), (weight[2], weight[3]),
-        stride, padding, dilation,
+        int(dims[3]), weight[0], int(anchor.argument(6)), (int(dims[1]), int(dims[2])), (weight[2], weight[3]),
+        (stride[0], stride[1]), (top, left), (bottom, right), (dilation[0], dilation[1]),
     )  # fmt: skip
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    first, second = tuple_of(value, 2)
-    return first, second
-
-
 def conv_tiles(region: Region, target: Target) -> tuple[str, ...]:
-    """Tiles (pixels x vectors) that fill the registers; no wider than the channels or the row."""
+    """Tiles (pixels x vectors) that fill the registers, no wider than the channels or the image."""
     shape = conv_shape(region)
     assert isinstance(shape, ConvShape)
-    room = 28 if target.vector_registers == 32 else 12
-    most = -(-shape.group_outputs // target.vector_lanes)
+    outputs = shape.merged(target.vector_lanes).group_outputs
+    vectors = -(-outputs // target.vector_lanes)
+    many = target.vector_registers == 32
+    wanted = ((14, 2), (7, 4), (6, 4), (9, 3), (14, 1)) if many else ((6, 2), (4, 3), (5, 2), (12, 1))
     tiles = []
-    for vectors in (4, 3, 2, 1) if target.vector_registers == 32 else (2, 3, 1):
-        if vectors <= most:
-            pixels = min(room // vectors, 14, shape.result[1])
-            tiles.append(str(TileShape(pixels, vectors)))
+    for pixels, wide in wanted:
+        if wide <= vectors and (vectors % wide == 0 or vectors > 2 * wide):
+            tiles.append(str(TileShape(min(pixels, math.prod(shape.result)), wide)))
+    if not tiles:
+        tiles.append(str(TileShape(min(14 if many else 12, math.prod(shape.result)), 1)))
     return tuple(dict.fromkeys(tiles))

@@ -17,7 +17,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc import ops
-from mcc.backends.cpu.epilogue import emit_epilogue
+from mcc.backends.cpu.epilogue import Epilogue
 from mcc.backends.cpu.kernels.integer_sums import pairs_fit, sums_overflow
 from mcc.backends.cpu.kernels.tiles import (
     PanelWidth,
@@ -35,7 +35,6 @@ from mcc.backends.cpu.microkernel import (
     branch,
     flat,
     kernel_function,
-    lane,
     parallel,
     product,
     serial,
@@ -80,9 +79,9 @@ class DenseFloat:
         body = _FloatBody(plan, scaled=weight.scale is not None)
         return Lowered(plan.function(self.name, packed, body.emit), packed)
 
-    def reference(self, region: Region, source: NDArray[Any]) -> NDArray[Any]:
+    def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """Float64 sums."""
-        return dense_reference(region, source)
+        return dense_reference(region, source, operands)
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,9 @@ class DenseInt8:
         body = _IntegerBody(plan, bounded=pairs_fit(weight.dense))
         return Lowered(plan.function(self.name, packed, body.emit), packed)
 
-    def reference(self, region: Region, source: NDArray[Any]) -> NDArray[Any]:
+    def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """Exact integer sums."""
-        return dense_reference(region, source)
+        return dense_reference(region, source, operands)
 
 
 def dense_tiles(region: Region, target: Target) -> tuple[str, ...]:
@@ -171,18 +170,18 @@ def integer_vectors(region: Region, size: int) -> dict[str, NDArray[Any]]:
     return vectors
 
 
-def dense_reference(region: Region, source: NDArray[Any]) -> NDArray[Any]:
+def dense_reference(region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
     """The layer in NumPy: exact integers for codes, float64 sums for float."""
     weight = region.weight.decoded().reshape(region.weight.shape[0], -1)
     bias = np.float32(0) if region.bias is None else region.bias
     if region.activation is None:
         sums = source.astype(np.float64) @ weight.T.astype(np.float64)
         scaled = sums if region.weight.scale is None else sums * region.weight.scale
-        return apply_epilogue((scaled + bias).astype(np.float32), region.epilogue)
+        return apply_epilogue((scaled + bias).astype(np.float32), region.epilogue, operands)
     assert region.weight.scale is not None
     exact = (source.astype(np.int64) - region.activation.zero_point) @ weight.T.astype(np.int64)
     scale = region.weight.scale * np.float32(region.activation.scale)
-    return apply_epilogue((exact * scale.astype(np.float64) + bias).astype(np.float32), region.epilogue)
+    return apply_epilogue((exact * scale.astype(np.float64) + bias).astype(np.float32), region.epilogue, operands)
 
 
 class _Plan:
@@ -201,12 +200,21 @@ class _Plan:
     def function(self, name: str, packed: dict[str, NDArray[Any]], body: Any) -> tirx.PrimFunc:
         """The PrimFunc around `body`."""
         dtype = "float32" if self.region.activation is None else "uint8"
+        operands = [(*self.leading, self.outputs)] * len(self.region.operands)
         parameters = [
             Parameter("X", (*self.leading, self.inputs), dtype),
+            *(Parameter(f"A{i}", dims, "float32") for i, dims in enumerate(operands)),
             *(Parameter(key, array.shape, array.dtype.name) for key, array in packed.items()),
             Parameter("Y", (*self.leading, self.outputs), self.region.output_dtype),
         ]
-        return kernel_function(name, parameters, body)
+
+        def emit(x: Expression, *rest: Expression) -> None:
+            size = product(self.leading) * self.outputs
+            flat_operands = [flat(a, size) for a in rest[: len(operands)]]
+            self.epilogue = Epilogue(self.vectors, self.region, flat_operands, flat(rest[-1], size))
+            body(x, *rest[len(operands) : -1])
+
+        return kernel_function(name, parameters, emit)
 
     def loops(self, emit_tile: EmitTile) -> None:
         """Call `emit_tile(panel, its width, first row, rows)` for every tile: one row alone, or blocks of rows."""
@@ -250,14 +258,9 @@ class _Plan:
         total = self._panels * count
         branch(few, lambda: serial(total, block), lambda: parallel(total, block))
 
-    def store(self, out: Expression, row: Expression, column: Expression, value: Expression, used: int) -> None:
-        """Write the first `used` lanes of an output vector."""
-        index = row * self.outputs + column
-        if used == self.vectors.lanes:
-            self.vectors.store(out, index, value)
-            return
-        for i in range(used):
-            B.buffer_store(out, lane(value, i), [index + i])
+    def store(self, row: Expression, column: Expression, value: Expression, used: int) -> None:
+        """Finish an output vector and write its first `used` lanes."""
+        self.epilogue.store(value, row * self.outputs + column, used)
 
 
 class _FloatBody:
@@ -272,7 +275,7 @@ class _FloatBody:
         plan = self.plan
         rows = product(plan.leading)
         self.weight, self.bias, self.scale = weight, bias, rest[0] if self.scaled else None
-        self.source, self.target = flat(x, rows * plan.inputs), flat(rest[-1], rows * plan.outputs)
+        self.source = flat(x, rows * plan.inputs)
         plan.loops(self._tile)
 
     def _tile(self, panel: Expression, width: PanelWidth, first: Expression, count: int) -> None:
@@ -316,8 +319,7 @@ class _FloatBody:
                     value = value + chain[i][j].get()
                 if self.scaled:
                     value = v.fma(value, v.load(self.scale, column), v.load(self.bias, column))
-                value = B.Bind(emit_epilogue(v, value, plan.region.epilogue))
-                plan.store(self.target, first + i, column, value, width.used_lanes(j, v.lanes))
+                plan.store(first + i, column, value, width.used_lanes(j, v.lanes))
 
 
 class _IntegerBody:
@@ -332,8 +334,7 @@ class _IntegerBody:
         """Emit the whole kernel."""
         plan = self.plan
         rows = product(plan.leading)
-        self.bias, self.scale, self.start, out = rest
-        self.target = flat(out, rows * plan.outputs)
+        self.bias, self.scale, self.start = rest
         self.words = flat(weight, self.groups * plan.padded_outputs, "int32")
         self.codes = flat(x, rows * plan.inputs)
         self.whole = plan.inputs % 4 == 0
@@ -362,8 +363,7 @@ class _IntegerBody:
             gain, offset = B.Bind(v.load(self.scale, column)), B.Bind(v.load(self.bias, column))
             for i in range(count):
                 value = v.fma(v.to_float(sums[i][j].get()), gain, offset)
-                value = B.Bind(emit_epilogue(v, value, plan.region.epilogue))
-                plan.store(self.target, first + i, column, value, width.used_lanes(j, v.lanes))
+                plan.store(first + i, column, value, width.used_lanes(j, v.lanes))
 
     def _padded_rows(self, first: Expression, count: int) -> Expression:
         """A copy of `count` rows, each padded to whole words; the padding meets zero weights."""

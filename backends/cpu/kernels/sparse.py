@@ -40,7 +40,7 @@ from mcc.backends.cpu.microkernel import (
 from mcc.backends.kernel import Lowered, Region, SparseArrays
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -64,6 +64,8 @@ class SparseDense:
         del target
         if region.weight.sparse is None:
             return "the weight is dense"
+        if region.operands:
+            return "its epilogue reads another value"
         if region.activation is not None:
             if region.weight.scale is None:
                 return "the activations are quantized and the weight is not"
@@ -83,9 +85,9 @@ class SparseDense:
         body = _Body(region, Vectors(target))
         return Lowered(body.function(self.name), body.packed)
 
-    def reference(self, region: Region, source: NDArray[Any]) -> NDArray[Any]:
+    def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """As for a dense layer."""
-        return dense_reference(region, source)
+        return dense_reference(region, source, operands)
 
 
 def pack_groups(weight: SparseArrays) -> dict[str, NDArray[Any]]:

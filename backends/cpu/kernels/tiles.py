@@ -97,10 +97,15 @@ def row_blocks(
 
 def _tiles_static(rows: int, tile_rows: int, emit: Callable[[Expression, int], None]) -> None:
     """Tiles of nearly equal height: 13 rows by 6 give 5, 4, 4, with no slow tail."""
-    if rows == 0:
-        return
-    count = -(-rows // tile_rows)
-    low = rows // count
-    high = rows - low * count
-    serial(high, lambda t: emit(t * (low + 1), low + 1))
-    serial(count - high, lambda t: emit(high * (low + 1) + t * low, low))
+    for first, number, size in balanced(rows, tile_rows):
+        serial(number, lambda t, f=first, n=size: emit(f + t * n, n))  # type: ignore[misc]
+
+
+def balanced(extent: int, largest: int) -> list[tuple[int, int, int]]:
+    """Cut an extent into nearly equal pieces: (first, number, size), 13 by 6 giving one of 5 and two of 4."""
+    if extent == 0:
+        return []
+    count = -(-extent // largest)
+    low, high = divmod(extent, count)
+    pieces = [(0, high, low + 1), (high * (low + 1), count - high, low)]
+    return [piece for piece in pieces if piece[1]]

@@ -1,0 +1,290 @@
+"""What each op becomes when its activations lie [batch, height, width, channels]."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from mcc import layouts, ops
+from mcc.cost import weight_expression
+from mcc.ops import OPS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from mcc.graph import Graph, Node
+
+TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+_NEW_DIM = (0, 3, 1, 2)  # where each NCHW dim goes
+
+Arguments: TypeAlias = tuple[Any, ...]
+Form: TypeAlias = "Callable[[Turner, Node], tuple[Any, Arguments]]"
+
+
+class Turner:
+    """Turns nodes of a graph, one after another in order."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._varying: set[fx.Node] = set()
+        for node in graph.module.graph.nodes:
+            if node.op == "placeholder" or any(i in self._varying for i in node.all_input_nodes):
+                self._varying.add(node)
+        self._turned: dict[fx.Node, fx.Node] = {}
+        self._views: dict[fx.Node, fx.Node] = {}
+        self._backs: dict[fx.Node, fx.Node] = {}
+
+    def varies(self, node: fx.Node) -> bool:
+        """Whether a node depends on the inputs: what does not is computed when the model is compiled."""
+        return node in self._varying
+
+    def able(self, node: Node) -> bool:
+        """Whether this very call has a form with channels last."""
+        if not self.varies(node.fx):
+            return False
+        source = node.operand(0) if node.op is not OPS["cat"] else None
+        if source is not None and source.op is not None and isinstance(source.value, list | tuple):
+            return source.op.name in FORMS and self.able(source)  # a part of a split
+        tensors = [n for n in node.fx.all_input_nodes if isinstance(n.meta.get("val"), Tensor) and self.varies(n)]
+        return all(n.meta["val"].dim() == 4 for n in tensors) and _CONDITIONS.get(node.op, _always)(node)
+
+    def turn(self, node: Node) -> None:
+        """Put the form with channels last before a node, and its value, turned back, wherever the node was read."""
+        assert node.op is not None
+        target, args = FORMS[node.op.name](self, node)
+        made = self.call(node, target, *args)
+        if target is node.fx.target:
+            made.kwargs = node.fx.kwargs
+        self._turned[node.fx] = made
+        value = node.value
+        if isinstance(value, Tensor) and value.dim() == 4:
+            back = self.call(node, OPS["permute"].target, made, list(TO_FIRST))
+            back.meta["val"] = value
+            self._views[back] = self._backs[back] = made
+            self._replace(node, back)
+        elif isinstance(value, Tensor):
+            self._replace(node, made)
+
+    def _replace(self, node: Node, by: fx.Node) -> None:
+        node.fx.replace_all_uses_with(by, delete_user_cb=lambda user: user is not by)
+        name = node.name
+        self.graph.module.graph.erase_node(node.fx)
+        by.name = name
+
+    def finish(self) -> None:
+        """Name the values for the nodes they took the place of, where those are no longer needed."""
+        self.graph.clean()
+        for back, made in self._backs.items():
+            if back._erased and not made._erased:
+                made.name = back.name
+
+    def call(self, before: Node, target: Any, *args: Any) -> fx.Node:
+        """A new call in front of a node, which it has the place in the user's code from."""
+        with self.graph.module.graph.inserting_before(before.fx):
+            made = self.graph.module.graph.call_function(target, args)
+        made.meta = {k: v for k, v in before.fx.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        return made
+
+    def last(self, node: Node, operand: Any) -> Any:
+        """An operand with its channels last; what is no activation of four dims is brought to them, or left alone."""
+        if not isinstance(operand, fx.Node):
+            return operand
+        if operand in self._views:
+            return self._views[operand]
+        value = operand.meta.get("val")
+        if not isinstance(value, Tensor) or value.numel() == 1 and not self.varies(operand):
+            return operand
+        if value.dim() < 4:
+            operand = self.call(node, OPS["reshape"].target, operand, [*[1] * (4 - value.dim()), *value.shape])
+        turned = self.call(node, OPS["permute"].target, operand, list(TO_LAST))
+        if value.dim() == 4:
+            self._views[operand] = turned
+        return turned
+
+    def part(self, node: fx.Node) -> fx.Node:
+        """The turned form of a node that gives several values."""
+        return self._turned[node]
+
+
+def _dims(dims: Any) -> Any:
+    return [_NEW_DIM[d % 4] for d in dims] if isinstance(dims, list | tuple) else _NEW_DIM[dims % 4]
+
+
+def _pointwise(turner: Turner, node: Node) -> tuple[Any, Arguments]:
+    return node.fx.target, tuple(turner.last(node, a) for a in node.fx.args)
+
+
+def _first_only(turner: Turner, node: Node) -> tuple[Any, Arguments]:
+    """Ops whose further operands are scales of the whole tensor."""
+    return node.fx.target, (turner.last(node, node.fx.args[0]), *node.fx.args[1:])
+
+
+def _with_dim(position: int, default: int = 0) -> Form:
+    """Ops that take a dim, or several, at an argument."""
+
+    def form(turner: Turner, node: Node) -> tuple[Any, Arguments]:
+        source = node.fx.args[0]
+        turned = [turner.last(node, s) for s in source] if isinstance(source, list | tuple) else turner.last(node, source)
+        args = [turned, *node.fx.args[1:]]
+        while len(args) <= position:
+            args.append(default)
+        args[position] = _dims(args[position])
+        return node.fx.target, tuple(args)
+
+    return form
+
+
+def _permute(turner: Turner, node: Node) -> tuple[Any, Arguments]:
+    """A user's own permute to NCHW: with its channels last it is what it was made from."""
+    del turner
+    order = node.argument(1)
+    return node.fx.target, (node.fx.args[0], [order[d] % 4 for d in TO_LAST])
+
+
+def _getitem(turner: Turner, node: Node) -> tuple[Any, Arguments]:
+    source, index = node.fx.args
+    assert isinstance(source, fx.Node)
+    return node.fx.target, (turner.part(source), index)
+
+
+def _convolution(turner: Turner, node: Node) -> tuple[Any, Arguments]:
+    stride, padding, dilation = (_pair(node.argument(i, d)) for i, d in ((3, 1), (4, 0), (5, 1)))
+    weight, bias = node.argument(1), node.argument(2)
+    source = turner.last(node, node.fx.args[0])
+    return layouts.conv2d_nhwc._opoverload, (source, weight, bias, stride, padding * 2, dilation, node.argument(6, 1))
+
+
+def _max_pool(turner: Turner, node: Node) -> tuple[Any, Arguments]:
+    kernel = _pair(node.argument(1))
+    stride, padding = _pair(node.argument(2) or kernel), _pair(node.argument(3, 0))
+    bottom = padding
+    if node.argument(5, False):  # noqa: FBT003 (an argument's default)
+        source = node.operand(0)
+        assert source is not None
+        sizes = zip(source.shape[2:], node.shape[2:], kernel, stride, padding, strict=True)
+        bottom = [max(p, (int(out) - 1) * s + k - int(size) - p) for size, out, k, s, p in sizes]
+    source_last = turner.last(node, node.fx.args[0])
+    return layouts.max_pool2d_nhwc._opoverload, (source_last, kernel, stride, [*padding, *bottom])
+
+
+def _avg_pool(turner: Turner, node: Node) -> tuple[Any, Arguments]:
+    kernel = _pair(node.argument(1))
+    stride, padding = _pair(node.argument(2) or kernel), _pair(node.argument(3, 0))
+    counted = node.argument(5, True)  # noqa: FBT003 (an argument's default)
+    return layouts.avg_pool2d_nhwc._opoverload, (turner.last(node, node.fx.args[0]), kernel, stride, padding, counted)
+
+
+def _global_pool(turner: Turner, node: Node) -> tuple[Any, Arguments]:
+    return OPS["mean.dim"].target, (turner.last(node, node.fx.args[0]), [1, 2], True)
+
+
+def _batch_norm(turner: Turner, node: Node) -> tuple[Any, Arguments]:
+    """As one multiplication and one addition a channel, computed in float64 at build time."""
+    parts = [node.operand(i) for i in range(1, 5)]
+    gamma, beta, mean, variance = (None if p is None else p.tensor.detach().double() for p in parts)
+    assert mean is not None
+    assert variance is not None
+    gain = (variance + float(node.argument(7))).rsqrt()
+    gain = gain if gamma is None else gain * gamma
+    shift = -mean * gain if beta is None else beta - mean * gain
+    read = []
+    for kind, tensor in (("gain", gain), ("shift", shift)):
+        name = turner.graph.free_name(f"{node.name}_{kind}")
+        turner.graph.set_tensor(name, tensor.float())
+        read.append(turner.graph.read(name, node).fx)
+    scaled = turner.call(node, ops.MUL.target, turner.last(node, node.fx.args[0]), read[0])
+    return OPS["add.Tensor"].target, (scaled, read[1])
+
+
+def _pad(turner: Turner, node: Node) -> tuple[Any, Arguments]:
+    """Padding is given from the last dim on."""
+    pairs = [list(node.fx.args[1][i : i + 2]) for i in range(0, len(node.fx.args[1]), 2)]  # type: ignore[index,arg-type]
+    pairs += [[0, 0]] * (3 - len(pairs))
+    width, height, channels = pairs
+    args = [turner.last(node, node.fx.args[0]), [*channels, *width, *height], *node.fx.args[2:]]
+    return node.fx.target, tuple(args)
+
+
+def _upsample(mode: str) -> Form:
+    def form(turner: Turner, node: Node) -> tuple[Any, Arguments]:
+        align = node.argument(2) if mode == "bilinear" else None
+        size = [int(s) for s in node.shape[2:]]
+        return layouts.upsample_nhwc._opoverload, (turner.last(node, node.fx.args[0]), size, mode, align)
+
+    return form
+
+
+def _pair(value: Any) -> list[int]:
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return values * 2 if len(values) == 1 else values
+
+
+def order_of(node: Node) -> tuple[int, ...]:
+    """The order that a permute gives its dims."""
+    return tuple(d % len(node.argument(1)) for d in node.argument(1))
+
+
+def _always(node: Node) -> bool:
+    del node
+    return True
+
+
+def _fixed(node: Node, dims: Iterable[int]) -> bool:
+    source = node.operand(0)
+    return source is not None and all(isinstance(source.shape[d], int) for d in dims)
+
+
+def _convolution_fits(node: Node) -> bool:
+    stored = node.operand(1) is not None and weight_expression(node.operand(1)) is not None
+    bias = node.operand(2)
+    return stored and _fixed(node, (1, 2, 3)) and (bias is None or bias.is_parameter)
+
+
+def _pool_fits(node: Node) -> bool:
+    return _fixed(node, (1, 2, 3)) and set(_pair(node.argument(4, 1))) == {1} and node.dtype is torch.float32
+
+
+def _avg_pool_fits(node: Node) -> bool:
+    exact = not node.argument(4, False) and node.argument(6) is None  # noqa: FBT003 (an argument's default)
+    return exact and _fixed(node, (1, 2, 3)) and node.dtype is torch.float32
+
+
+def _batch_norm_fits(node: Node) -> bool:
+    return all(p is None or p.is_parameter for p in (node.operand(i) for i in range(1, 5))) and bool(
+        node.operand(3) and not node.argument(5)
+    )
+
+
+def _factors_are_whole(node: Node) -> bool:
+    factors = node.argument(3 if node.op is OPS["upsample_bilinear2d.vec"] else 2)
+    whole = factors is None or all(float(f).is_integer() for f in factors)
+    return whole and _fixed(node, (2, 3)) and node.dtype is torch.float32
+
+
+def _one_scale(node: Node) -> bool:
+    return node.argument(3) is None
+
+
+PREFERRED = (ops.CONV2D, OPS["max_pool2d"], OPS["avg_pool2d"])
+_CONDITIONS: dict[ops.Op | None, Callable[[Node], bool]] = {
+    ops.CONV2D: _convolution_fits, OPS["max_pool2d"]: _pool_fits, OPS["avg_pool2d"]: _avg_pool_fits,
+    OPS["adaptive_avg_pool2d"]: lambda n: all(s == 1 for s in n.shape[2:]), ops.BATCH_NORM: _batch_norm_fits,
+    OPS["upsample_nearest2d.vec"]: _factors_are_whole, OPS["upsample_bilinear2d.vec"]: _factors_are_whole,
+    ops.QUANTIZE: _one_scale, ops.DEQUANTIZE: _one_scale, OPS["mean.dim"]: lambda n: n.argument(1) is not None,
+    OPS["permute"]: lambda n: order_of(n) == TO_FIRST,
+    OPS["pad"]: lambda n: len(n.argument(1)) <= 6, OPS["prelu"]: lambda n: n.operand(1) is not None and n.operand(1).value.numel() == 1,
+}  # fmt: skip
+
+FORMS: dict[str, Form] = {
+    **{row.name: _pointwise for row in OPS.values() if row.family == "pointwise"},
+    "mcc.quantize": _first_only, "mcc.dequantize": _first_only, "dropout": _first_only,
+    "cat": _with_dim(1), "chunk": _with_dim(2), "split.Tensor": _with_dim(2), "split_with_sizes": _with_dim(2),
+    "slice.Tensor": _with_dim(1), "softmax.int": _with_dim(1), "getitem": _getitem, "permute": _permute,
+    "mean.dim": _with_dim(1), "sum.dim_IntList": _with_dim(1), "amax": _with_dim(1), "amin": _with_dim(1),
+    "conv2d": _convolution, "max_pool2d": _max_pool, "avg_pool2d": _avg_pool, "adaptive_avg_pool2d": _global_pool,
+    "batch_norm": _batch_norm, "pad": _pad, "constant_pad_nd": _pad,
+    "upsample_nearest2d.vec": _upsample("nearest"), "upsample_bilinear2d.vec": _upsample("bilinear"),
+}  # fmt: skip
+"""By op: its form with channels last."""
