@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tvm
 from tvm import relax, tirx
@@ -42,6 +42,22 @@ def build(lowering: Lowering) -> Lowering:
     Raises:
         BackendError: TVM or the linker refuses.
     """
+    executable = compile_module(lowering, "compiled")
+    try:
+        with tempfile.TemporaryDirectory(prefix="mcc-") as folder:
+            path = Path(folder) / "library.so"
+            executable.export_library(str(path), fcompile=_link)
+            return replace(lowering, library=path.read_bytes())
+    except (RuntimeError, OSError) as error:
+        raise _failure(error) from error
+
+
+def compile_module(lowering: Lowering, mode: Literal["compiled", "bytecode"]) -> Any:
+    """The relax executable, its main function as machine code or as bytecode, which can be profiled.
+
+    Raises:
+        BackendError: TVM refuses.
+    """
     target = tvm_target(lowering.target)
 
     @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]  # TVM has no types
@@ -57,18 +73,18 @@ def build(lowering: Lowering) -> Lowering:
 
     try:
         with tvm.transform.PassContext(config=_CONFIG):
-            executable = relax.build(lowering.module, target, relax_pipeline=lower, exec_mode="compiled")
-        with tempfile.TemporaryDirectory(prefix="mcc-") as folder:
-            path = Path(folder) / "library.so"
-            executable.export_library(str(path), fcompile=_link)
-            return replace(lowering, library=path.read_bytes())
-    except (RuntimeError, ValueError, TypeError, OSError) as error:
-        # TVM's messages end in a drawing of where in the script it was
-        lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^~|")]
-        raise BackendError(
-            f"TVM could not compile the model: {lines[-1] if lines else repr(error)}",
-            remedy="please report this with the model",
-        ) from error
+            return relax.build(lowering.module, target, relax_pipeline=lower, exec_mode=mode)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise _failure(error) from error
+
+
+def _failure(error: Exception) -> BackendError:
+    # TVM's messages end in a drawing of where in the script it was
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^~|")]
+    return BackendError(
+        f"TVM could not compile the model: {lines[-1] if lines else repr(error)}",
+        remedy="please report this with the model",
+    )
 
 
 def _mend_shape_functions(module: tvm.IRModule) -> tvm.IRModule:

@@ -1,0 +1,212 @@
+"""Depthwise convolutions with channels last: every channel is convolved alone.
+
+Lanes are channels. A tile of pixels of one output row keeps its sums in registers; each input vector is loaded once a
+kernel row and meets all taps that read it. Nothing is padded: rows of the window beyond the image are left out at run
+time, columns when the code of the first and last tiles is made. The last vector of channels overlaps the one before.
+Codes are summed in float32, which holds their products exactly up to 2^24; that is checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import tvm.tirx.script.builder.ir as B
+from tvm import tirx
+from tvm.script import tirx as T
+
+from mcc import ops
+from mcc.backends.cpu.epilogue import Epilogue
+from mcc.backends.cpu.kernels.conv2d import conv_reference
+from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
+from mcc.backends.cpu.kernels.integer_sums import largest_sum
+from mcc.backends.cpu.kernels.tiles import balanced, leading_dims
+from mcc.backends.cpu.microkernel import Expression, Parameter, Vectors, flat, kernel_function, parallel, serial
+from mcc.backends.kernel import Lowered, Region
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from tvm.tirx import PrimFunc
+
+    from mcc.target import Target
+
+EXACT_FLOAT = 1 << 24
+
+
+@dataclass(frozen=True)
+class Depthwise:
+    """float32 activations and weights, int8 weights alone, or int8 weights and activations."""
+
+    name: str = "depthwise"
+    anchor: ClassVar[ops.Op] = ops.CONV2D_NHWC
+
+    def refuses(self, region: Region, target: Target) -> str | None:
+        """Takes convolutions with one channel a group and at least a vector of channels."""
+        shape = conv_shape(region)
+        if isinstance(shape, str):
+            return shape
+        if region.weight.sparse is not None:
+            return "the weight is sparse"
+        if not shape.depthwise or shape.inputs < target.vector_lanes:
+            return "it is not depthwise, or has fewer channels than a vector"
+        if region.activation is not None:
+            if region.weight.scale is None:
+                return "the activations are quantized and the weight is not"
+            if largest_sum(region) >= EXACT_FLOAT:
+                return "its integer sums may leave what float32 holds exactly"
+        return None
+
+    def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
+        """Pixels of a row that a tile holds."""
+        shape = conv_shape(region)
+        assert isinstance(shape, ConvShape)
+        wanted = (7, 14, 4) if target.vector_registers == 32 else (4, 7, 5)
+        return tuple(dict.fromkeys(str(min(w, shape.result[1])) for w in wanted))
+
+    def lower(self, region: Region, target: Target, tile: str) -> Lowered:
+        """See the module's text."""
+        body = _Body(region, Vectors(target), int(tile))
+        return Lowered(body.function(self.name), body.packed)
+
+    def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
+        """As of any convolution."""
+        return conv_reference(region, source, operands)
+
+
+class _Body:
+    def __init__(self, region: Region, vectors: Vectors, pixels: int) -> None:
+        shape = conv_shape(region)
+        assert isinstance(shape, ConvShape)
+        self.region, self.v, self.shape, self.pixels = region, vectors, shape, pixels
+        weight = region.weight.decoded().astype(np.float32)
+        rows = np.ascontiguousarray(weight[:, 0].transpose(1, 2, 0))  # [kernel row][kernel column][channel]
+        bias = np.zeros(shape.outputs, np.float32) if region.bias is None else region.bias
+        self.packed: dict[str, NDArray[Any]] = {"weight": self._stored(rows).reshape(-1), "bias": bias}
+        if region.weight.scale is not None:
+            gain = np.float32(1.0 if region.activation is None else region.activation.scale)
+            self.packed["scale"] = region.weight.scale * gain
+
+    def _stored(self, rows: NDArray[np.float32]) -> NDArray[Any]:
+        return rows if self.region.weight.scale is None else rows.astype(np.int8)
+
+    def function(self, name: str) -> PrimFunc:
+        """The PrimFunc."""
+        (self.batch,) = leading_dims(self.region.source.shape[:1])
+        shape = self.shape
+        result = (self.batch, *shape.result, shape.outputs)
+        source_dtype = "float32" if self.region.activation is None else "uint8"
+        parameters = [
+            Parameter("X", (self.batch, *shape.image, shape.inputs), source_dtype),
+            *(Parameter(f"A{i}", result, "float32") for i in range(len(self.region.operands))),
+            *(Parameter(key, array.shape, array.dtype.name) for key, array in self.packed.items()),
+            Parameter("Y", result, self.region.output_dtype),
+        ]
+        return kernel_function(name, parameters, self._emit)
+
+    def _emit(self, x: Expression, *rest: Expression) -> None:
+        shape = self.shape
+        count = len(self.region.operands)
+        self.arrays = dict(zip(self.packed, rest[count:-1], strict=True))
+        self.x = flat(x, self.batch * (shape.inputs * shape.image[0] * shape.image[1]))
+        size = self.batch * (shape.outputs * shape.result[0] * shape.result[1])
+        self.epilogue = Epilogue(self.v, self.region, [flat(a, size) for a in rest[:count]], flat(rest[-1], size))
+        parallel(self.batch * shape.result[0], self._row)
+
+    def _row(self, i: Expression) -> None:
+        """One row of output, tile by tile."""
+        shape = self.shape
+        height = shape.result[0]
+        n, row = B.Bind(T.cast(tirx.floordiv(i, height), "int64")), B.Bind(tirx.floormod(i, height))
+        top, reach = shape.before[0] - row * shape.stride[0], shape.dilation[0]
+        first = B.Bind(tirx.max(0, tirx.floordiv(top + reach - 1, reach)))
+        last = B.Bind(tirx.min(shape.kernel[0], tirx.floordiv(top + shape.image[0] + reach - 1, reach)))
+        source = B.Bind((n * shape.image[0] - top) * (shape.image[1] * shape.inputs))
+        target = B.Bind(i * (shape.result[1] * shape.outputs))
+        for start, number, width in balanced(shape.result[1], self.pixels):
+            inside = [t for t in range(number) if self._all_inside(start + t * width, width)]
+            for t in [t for t in range(number) if t not in inside]:
+                self._tile((start + t * width, width, True), (first, last), (source, target))
+            if inside:
+                base = start + inside[0] * width
+                serial(
+                    len(inside),
+                    lambda t, b=base, w=width: self._tile((b + t * w, w, False), (first, last), (source, target)),
+                )
+
+    def _column(self, pixel: Expression, tap: int) -> Expression:
+        """The input column that a tap of an output pixel reads."""
+        return pixel * self.shape.stride[1] + tap * self.shape.dilation[1] - self.shape.before[1]
+
+    def _all_inside(self, start: int, width: int) -> bool:
+        last = self._column(start + width - 1, self.shape.kernel[1] - 1)
+        return bool(self._column(start, 0) >= 0 and last < self.shape.image[1])
+
+    def _tile(
+        self,
+        place: tuple[Expression, int, bool],
+        rows: tuple[Expression, Expression],
+        bases: tuple[Expression, Expression],
+    ) -> None:
+        """All channels of a few pixels; `place` is the first pixel, their number, and whether the border is near."""
+        v, channels = self.v, self.shape.inputs
+        vectors = -(-channels // v.lanes)
+
+        def block(b: Expression) -> None:
+            channel = b * v.lanes
+            if channels % v.lanes:
+                channel = B.Bind(tirx.min(channel, channels - v.lanes))
+            self._block(place, rows, bases, channel)
+
+        serial(vectors, block)
+
+    def _block(
+        self,
+        place: tuple[Expression, int, bool],
+        rows: tuple[Expression, Expression],
+        bases: tuple[Expression, Expression],
+        channel: Expression,
+    ) -> None:
+        v, shape, (start, width, border) = self.v, self.shape, place
+        taps, channels = range(shape.kernel[1]), shape.inputs
+        (sums,) = v.registers(1, width, "float32")
+        scaled = "scale" in self.packed
+        bias = B.Bind(v.constant(0.0) if scaled else v.load(self.arrays["bias"], channel))
+        for total in sums:
+            total.set(bias)
+        readers: dict[int, list[tuple[int, int]]] = {}  # by input column from that of the first pixel's first tap
+        for j in range(width):
+            for k in taps:
+                if not border or 0 <= self._column(start + j, k) < shape.image[1]:
+                    readers.setdefault(j * shape.stride[1] + k * shape.dilation[1], []).append((j, k))
+
+        def kernel_row(r: Expression) -> None:
+            kh = rows[0] + r
+            weight = [
+                B.Bind(v.to_float(v.load(self.arrays["weight"], (kh * shape.kernel[1] + k) * channels + channel)))
+                for k in taps
+            ]
+            line = bases[0] + kh * (shape.dilation[0] * shape.image[1] * channels) + channel
+            corner = B.Bind(line + self._column(start, 0) * channels)
+            for offset, uses in sorted(readers.items()):
+                value = B.Bind(self._load(corner + offset * channels))
+                for j, k in uses:
+                    sums[j].set(v.fma(value, weight[k], sums[j].get()))
+
+        serial(rows[1] - rows[0], kernel_row)
+        for j, total in enumerate(sums):
+            value = total.get()
+            if scaled:
+                scale, offset = (v.load(self.arrays[key], channel) for key in ("scale", "bias"))
+                value = v.fma(value, scale, offset)
+            self.epilogue.store(value, bases[1] + (start + j) * shape.outputs + channel, v.lanes)
+
+    def _load(self, index: Expression) -> Expression:
+        """Input lanes as float, codes less their zero point."""
+        value = self.v.load(self.x, index)
+        if self.region.activation is None:
+            return value
+        codes = T.cast(value, f"int32x{self.v.lanes}")
+        return self.v.to_float(codes - self.v.constant(self.region.activation.zero_point, "int32"))
