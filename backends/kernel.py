@@ -232,11 +232,11 @@ def apply_epilogue(
 
 
 def _sigmoid(x: NDArray[Any]) -> NDArray[Any]:
-    return 1 / (1 + np.exp(-x))
+    return np.asarray(1 / (1 + np.exp(-x)))
 
 
 def _gelu(x: NDArray[Any]) -> NDArray[Any]:
-    return x * (0.5 + 0.5 * np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2)))
+    return np.asarray(x * (0.5 + 0.5 * np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2))))
 
 
 _FUNCTIONS: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]] = {

@@ -45,7 +45,7 @@ def _(  # noqa: PLR0913 (as above)
 
 @torch.library.custom_op("mcc::max_pool2d_nhwc", mutates_args=())
 def max_pool2d_nhwc(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
-    """The largest value of every window of x [n, h, w, c], beyond whose borders [top, left, bottom, right] is nothing."""
+    """The largest value of every window of x [n, h, w, c]; padding [top, left, bottom, right] is never largest."""
     top, left, bottom, right = padding
     padded = torch.nn.functional.pad(x.permute(_FIRST), [left, right, top, bottom], value=float("-inf"))
     return _last(torch.nn.functional.max_pool2d(padded, kernel, stride))
@@ -75,7 +75,7 @@ def _(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], count
 
 @torch.library.custom_op("mcc::upsample_nhwc", mutates_args=())
 def upsample_nhwc(x: Tensor, size: list[int], mode: str, align_corners: bool | None) -> Tensor:  # noqa: FBT001
-    """x [n, h, w, c] resampled to size [height, width]: mode nearest or bilinear, as torch's interpolate has them."""
+    """Resample x [n, h, w, c] to size [height, width]: mode nearest or bilinear, as torch's interpolate has them."""
     resized = torch.nn.functional.interpolate(x.permute(_FIRST), size, mode=mode, align_corners=align_corners)
     return _last(resized)
 

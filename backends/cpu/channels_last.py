@@ -94,7 +94,7 @@ class Turner:
         if operand in self._views:
             return self._views[operand]
         value = operand.meta.get("val")
-        if not isinstance(value, Tensor) or value.numel() == 1 and not self.varies(operand):
+        if not isinstance(value, Tensor) or (value.numel() == 1 and not self.varies(operand)):
             return operand
         if value.dim() < 4:
             operand = self.call(node, OPS["reshape"].target, operand, [*[1] * (4 - value.dim()), *value.shape])
@@ -126,7 +126,9 @@ def _with_dim(position: int, default: int = 0) -> Form:
 
     def form(turner: Turner, node: Node) -> tuple[Any, Arguments]:
         source = node.fx.args[0]
-        turned = [turner.last(node, s) for s in source] if isinstance(source, list | tuple) else turner.last(node, source)
+        turned = (
+            [turner.last(node, s) for s in source] if isinstance(source, list | tuple) else turner.last(node, source)
+        )
         args = [turned, *node.fx.args[1:]]
         while len(args) <= position:
             args.append(default)
@@ -160,7 +162,7 @@ def _max_pool(turner: Turner, node: Node) -> tuple[Any, Arguments]:
     kernel = _pair(node.argument(1))
     stride, padding = _pair(node.argument(2) or kernel), _pair(node.argument(3, 0))
     bottom = padding
-    if node.argument(5, False):  # noqa: FBT003 (an argument's default)
+    if node.argument(5, False):
         source = node.operand(0)
         assert source is not None
         sizes = zip(source.shape[2:], node.shape[2:], kernel, stride, padding, strict=True)
@@ -172,7 +174,7 @@ def _max_pool(turner: Turner, node: Node) -> tuple[Any, Arguments]:
 def _avg_pool(turner: Turner, node: Node) -> tuple[Any, Arguments]:
     kernel = _pair(node.argument(1))
     stride, padding = _pair(node.argument(2) or kernel), _pair(node.argument(3, 0))
-    counted = node.argument(5, True)  # noqa: FBT003 (an argument's default)
+    counted = node.argument(5, True)
     return layouts.avg_pool2d_nhwc._opoverload, (turner.last(node, node.fx.args[0]), kernel, stride, padding, counted)
 
 
@@ -247,7 +249,7 @@ def _pool_fits(node: Node) -> bool:
 
 
 def _avg_pool_fits(node: Node) -> bool:
-    exact = not node.argument(4, False) and node.argument(6) is None  # noqa: FBT003 (an argument's default)
+    exact = not node.argument(4, False) and node.argument(6) is None
     return exact and _fixed(node, (1, 2, 3)) and node.dtype is torch.float32
 
 
@@ -263,6 +265,11 @@ def _factors_are_whole(node: Node) -> bool:
     return whole and _fixed(node, (2, 3)) and node.dtype is torch.float32
 
 
+def _one_slope(node: Node) -> bool:
+    slope = node.operand(1)
+    return slope is not None and slope.value.numel() == 1
+
+
 def _one_scale(node: Node) -> bool:
     return node.argument(3) is None
 
@@ -274,7 +281,7 @@ _CONDITIONS: dict[ops.Op | None, Callable[[Node], bool]] = {
     OPS["upsample_nearest2d.vec"]: _factors_are_whole, OPS["upsample_bilinear2d.vec"]: _factors_are_whole,
     ops.QUANTIZE: _one_scale, ops.DEQUANTIZE: _one_scale, OPS["mean.dim"]: lambda n: n.argument(1) is not None,
     OPS["permute"]: lambda n: order_of(n) == TO_FIRST,
-    OPS["pad"]: lambda n: len(n.argument(1)) <= 6, OPS["prelu"]: lambda n: n.operand(1) is not None and n.operand(1).value.numel() == 1,
+    OPS["pad"]: lambda n: len(n.argument(1)) <= 6, OPS["prelu"]: _one_slope,
 }  # fmt: skip
 
 FORMS: dict[str, Form] = {

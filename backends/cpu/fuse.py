@@ -28,7 +28,7 @@ def fuse(lowering: Lowering) -> Lowering:
     """
     regions: dict[fx.Node, Region] = {}
     taken: set[fx.Node] = set()
-    for region in reversed(lowering.regions.values()):
+    for region in reversed(list(lowering.regions.values())):
         extended = region
         while (following := _following(extended, taken)) is not None:
             node, step = following

@@ -76,14 +76,9 @@ def _stored_weight(node: Node) -> StoredWeight | None:
 
 def _quantized_source(source: Node) -> tuple[QuantizedInput | None, Node | None]:
     codes = source.operand(0) if source.op is ops.DEQUANTIZE else None
-    if (
-        codes is None
-        or codes.op is not ops.QUANTIZE
-        or codes.dtype is not torch.uint8
-        or source.argument(3) is not None
-    ):
+    if codes is None or codes.dtype is not torch.uint8 or source.argument(3) is not None:
         return None, None
     scale, zero_point = source.operand(1), source.operand(2)
-    assert scale is not None
-    assert zero_point is not None
+    if scale is None or zero_point is None or not (scale.is_parameter and zero_point.is_parameter):
+        return None, None
     return QuantizedInput(float(scale.tensor), int(zero_point.tensor)), codes

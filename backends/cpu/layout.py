@@ -46,7 +46,7 @@ def choose_channels_last(graph: Graph, turner: Turner) -> set[fx.Node]:
     wanted = {n for n in able if ops.lookup(n.target) in PREFERRED}
     if not wanted:
         return set()
-    flow = networkx.DiGraph()
+    flow: networkx.DiGraph[object] = networkx.DiGraph()
     for node in graph.module.graph.nodes:
         if not turner.varies(node):
             continue
@@ -64,10 +64,10 @@ def choose_channels_last(graph: Graph, turner: Turner) -> set[fx.Node]:
     if "first" not in flow:
         return able
     _, (last, _) = networkx.minimum_cut(flow, "last", "first")
-    return able & last
+    return {node for node in able if node in last}
 
 
-def _add_value(flow: networkx.DiGraph, node: fx.Node, size: int, readers: list[fx.Node | str]) -> None:
+def _add_value(flow: networkx.DiGraph[object], node: fx.Node, size: int, readers: list[fx.Node | str]) -> None:
     """A value is transposed once, whatever the number of its readers in the other layout."""
     to_first, to_last = (node, "to first"), (node, "to last")
     flow.add_edge(node, to_first, capacity=size)

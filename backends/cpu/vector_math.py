@@ -47,7 +47,7 @@ def sigmoid(v: Vectors, x: Expression) -> Expression:
 
 
 def silu(v: Vectors, x: Expression) -> Expression:
-    """x * sigmoid(x)."""
+    """Swish: x * sigmoid(x)."""
     return x / (v.constant(1.0) + exp(v, v.constant(0.0) - x))
 
 
@@ -60,7 +60,7 @@ def tanh(v: Vectors, x: Expression) -> Expression:
 
 
 def gelu(v: Vectors, x: Expression) -> Expression:
-    """x times the normal distribution's integral up to x, within 2e-7 |x|."""
+    """Multiply x by the normal distribution's integral up to x, within 2e-7 |x|."""
     scaled = B.Bind(x * v.constant(math.sqrt(0.5)))
     size = B.Bind(T.max(scaled, v.constant(0.0) - scaled))
     t = B.Bind(v.constant(1.0) / v.fma(size, v.constant(0.3275911), v.constant(1.0)))
@@ -71,7 +71,7 @@ def gelu(v: Vectors, x: Expression) -> Expression:
 
 
 def gelu_tanh(v: Vectors, x: Expression) -> Expression:
-    """x * sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3): the approximation GPT-2 uses."""
+    """Approximate `gelu` as x * sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3): the approximation GPT-2 uses."""
     factor = 2 * math.sqrt(2 / math.pi)
     u = v.fma(x * x, v.constant(0.044715 * factor), v.constant(factor)) * x
     return x / (v.constant(1.0) + exp(v, v.constant(0.0) - u))
@@ -83,7 +83,7 @@ def hardsigmoid(v: Vectors, x: Expression) -> Expression:
 
 
 def hardswish(v: Vectors, x: Expression) -> Expression:
-    """x * hardsigmoid(x)."""
+    """Multiply x by hardsigmoid(x)."""
     return x * hardsigmoid(v, x)
 
 

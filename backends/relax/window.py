@@ -82,10 +82,7 @@ def _nearest(o: Expression, extent: Expression, wanted: Any, factor: float | Non
     """Source index floor(o / factor), in integers where the factor is whole."""
     if factor is not None and float(factor).is_integer():
         return tirx.floordiv(o, int(factor))
-    if factor is not None:
-        step = tirx.const(1 / factor, "float32")
-    else:
-        step = _as_float(extent) / _as_float(wanted)
+    step = tirx.const(1 / factor, "float32") if factor is not None else _as_float(extent) / _as_float(wanted)
     return tirx.min(tirx.Cast("int64", tirx.floor(tirx.Cast("float32", o) * step)), size(extent) - 1)
 
 

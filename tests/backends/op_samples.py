@@ -114,6 +114,21 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
         S(lambda n: (f(n, 8, 5, 5), f(24, 4, 1, 1), None, [1, 1], [0, 0], [1, 1], 2)),
         S(lambda n: (f(n, 5, 17, 17), f(19, 5, 5, 5), f(19), [1, 1], [2, 2])),
     ),
+    "mcc.conv2d_nhwc": (
+        S(lambda n: (f(n, 9, 11, 3), f(16, 3, 3, 3), f(16), [2, 1], [1, 2, 0, 1], [1, 2], 1)),
+        S(lambda n: (f(n, 7, 7, 18), f(18, 1, 3, 3), None, [1, 1], [1, 1, 1, 1], [1, 1], 18)),
+        S(lambda n: (f(n, 5, 5, 32), f(32, 4, 1, 1), f(32), [1, 1], [0, 0, 0, 0], [1, 1], 8)),
+    ),
+    "mcc.max_pool2d_nhwc": (S(lambda n: (f(n, 9, 10, 3), [3, 2], [2, 2], [1, 0, 1, 1])),),
+    "mcc.avg_pool2d_nhwc": (
+        S(lambda n: (f(n, 9, 9, 3), [3, 3], [2, 2], [1, 1], True)),
+        S(lambda n: (f(n, 9, 9, 3), [3, 3], [2, 2], [1, 1], False)),
+    ),
+    "mcc.upsample_nhwc": (
+        S(lambda n: (f(n, 4, 5, 3), [8, 10], "nearest", None)),
+        S(lambda n: (f(n, 4, 5, 3), [7, 11], "bilinear", False)),
+        S(lambda n: (f(n, 4, 5, 3), [7, 11], "bilinear", True)),
+    ),
     "conv2d.padding": (S(lambda n: (f(n, 3, 8, 8), f(5, 3, 4, 4), f(5), [1, 1], "same")),),
     "conv3d": (S(lambda n: (f(n, 4, 5, 6, 7), f(6, 2, 3, 3, 3), f(6), [1, 1, 1], [1, 1, 1], [1, 1, 1], 2)),),
     "conv_transpose2d.input": (

@@ -169,7 +169,7 @@ class _Convolution:
             for first, number, columns in balanced(width, self.columns):
                 serial(
                     number,
-                    lambda t, f=first, c=columns: self._tile(n, source, block, (r * self.rows, f + t * c, count, c)),
+                    lambda t, f=first, c=columns: self._tile(n, source, block, (r * self.rows, f + t * c, count, c)),  # type: ignore[misc]
                 )
 
         if not left or not whole:

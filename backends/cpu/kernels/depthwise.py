@@ -133,7 +133,7 @@ class _Body:
                 base = start + inside[0] * width
                 serial(
                     len(inside),
-                    lambda t, b=base, w=width: self._tile((b + t * w, w, False), (first, last), (source, target)),
+                    lambda t, b=base, w=width: self._tile((b + t * w, w, False), (first, last), (source, target)),  # type: ignore[misc]
                 )
 
     def _column(self, pixel: Expression, tap: int) -> Expression:

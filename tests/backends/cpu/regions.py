@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,13 +67,23 @@ def run_kernel(
     module = tvm.tirx.build(tvm.IRModule.from_expr(lowered.function), target=tvm_target(target))
     results = []
     for source in sources:
-        out = np.full(kernel.reference(region, source).shape, 77, region.output_dtype)
+        operands = make_operands(kernel, region, source)
+        out = np.full(kernel.reference(region, source, operands).shape, 77, region.output_dtype)
         arguments = [
-            tvm.runtime.tensor(np.ascontiguousarray(a), tvm.cpu()) for a in (source, *lowered.packed.values(), out)
+            tvm.runtime.tensor(np.ascontiguousarray(a), tvm.cpu())
+            for a in (source, *operands, *lowered.packed.values(), out)
         ]
         module[kernel.name](*arguments)
         results.append(arguments[-1].numpy())
     return results
+
+
+def make_operands(kernel: Kernel, region: Region, source: np.ndarray) -> list[np.ndarray]:
+    """What the epilogue adds."""
+    shape = kernel.reference(dataclasses.replace(region, epilogue=()), source).shape
+    return [
+        np.random.default_rng(11 + k).standard_normal(shape).astype(np.float32) for k in range(len(region.operands))
+    ]
 
 
 def make_source(shape: tuple[int, ...], region: Region, seed: int) -> np.ndarray:
@@ -88,7 +99,7 @@ def assert_kernel_equals_reference(
     """Float results within rounding of float64; codes within the one step that a rounding epilogue may flip."""
     sources = [make_source(shape, region, k) for k, shape in enumerate(shapes)]
     for source, found in zip(sources, run_kernel(kernel, region, target, tile, sources), strict=True):
-        expected = kernel.reference(region, source)
+        expected = kernel.reference(region, source, make_operands(kernel, region, source))
         assert found.shape == expected.shape
         apart = np.abs(found.astype(np.float64) - expected.astype(np.float64))
         if region.output_dtype == "uint8":

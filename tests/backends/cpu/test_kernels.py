@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tvm
+import tvm.tirx.script.builder.ir as B
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from regions import TARGETS, Symbolic, assert_kernel_equals_reference, make_region, make_weight
+from regions import TARGETS, Symbolic, Value, assert_kernel_equals_reference, make_region, make_weight
 
 from mcc import ops
+from mcc.backends.cpu.epilogue import emit_epilogue
 from mcc.backends.cpu.kernels.conv2d import Conv2dFloat, Conv2dInt8
+from mcc.backends.cpu.kernels.conv_shape import ConvShape, merge_groups
 from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8, pack_panels
+from mcc.backends.cpu.kernels.depthwise import Depthwise
 from mcc.backends.cpu.kernels.integer_sums import pairs_fit
 from mcc.backends.cpu.kernels.sparse import SparseDense, pack_groups
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, panel_widths, parse_tile
-from mcc.backends.kernel import Clamp, QuantizedInput, Relu, Requantize, SparseArrays
+from mcc.backends.cpu.microkernel import Parameter, Vectors, kernel_function, tvm_target
+from mcc.backends.kernel import Activation, Add, Clamp, QuantizedInput, Relu, Requantize, SparseArrays, apply_epilogue
 
 # each example is compiled: shrinking one would take minutes, and a fixed choice keeps CI's verdict its own
 few = settings(
     max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck),
     phases=(Phase.explicit, Phase.generate),
 )  # fmt: skip
+OTHER = Value()
 epilogues = st.sampled_from(
-    [(), (Relu(),), (Clamp(0.0, 6.0),), (Relu(), Requantize(0.03, 0, 0, 255)), (Requantize(0.05, 121, 0, 255),)]
+    [
+        (),
+        (Relu(),),
+        (Clamp(0.0, 6.0),),
+        (Relu(), Requantize(0.03, 0, 0, 255)),
+        (Requantize(0.05, 121, 0, 255),),
+        (Add(OTHER), Relu()),
+        (Activation("silu"), Add(OTHER), Add(OTHER), Requantize(0.05, 30, 0, 255)),
+        (Activation("gelu"),),
+    ]
 )
 sizes = st.sampled_from([1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 64, 70])
 targets = st.sampled_from(TARGETS)
@@ -90,6 +106,9 @@ def test_sparse_dense(target, inputs, outputs, density, epilogue, kind):
     weight = make_weight((outputs, inputs), "float32" if kind == "float32" else "int8", 3, density=density)
     activation = QuantizedInput(0.02, 9) if kind == "codes" else None
     region = make_region(ops.LINEAR, (Symbolic(), inputs), weight, epilogue, activation)
+    if region.operands:
+        assert kernel.refuses(region, target) == "its epilogue reads another value"
+        return
     assert kernel.refuses(region, target) is None
     assert_kernel_equals_reference(kernel, region, target, "32", [(m, inputs) for m in (*ROWS, 0)])
 
@@ -103,38 +122,73 @@ def test_leading_dims_are_rows(target):
 
 @few
 @given(
-    target=targets, channels=st.sampled_from([(1, 1, 8), (1, 3, 16), (1, 5, 37), (2, 4, 18), (1, 16, 64)]),
-    image=st.sampled_from([(1, 1), (5, 7), (8, 8), (9, 17), (14, 14)]), kernel_size=st.sampled_from([(1, 1), (3, 3), (5, 2)]),
+    target=targets, channels=st.sampled_from([(1, 1, 8), (1, 3, 16), (1, 5, 37), (2, 4, 18), (1, 16, 64), (1, 6, 3), (8, 32, 32), (6, 6, 12)]),
+    image=st.sampled_from([(1, 1), (5, 7), (8, 8), (9, 17), (14, 14)]), kernel_size=st.sampled_from([(1, 1), (3, 3), (5, 2), (7, 7)]),
     stride=st.sampled_from([(1, 1), (2, 1), (2, 2)]), dilation=st.sampled_from([1, 2]), epilogue=epilogues,
-    kind=st.sampled_from(["float32", "int8", "codes"]), pick=st.integers(0, 3),
+    kind=st.sampled_from(["float32", "int8", "codes"]), pick=st.integers(0, 3), uneven=st.booleans(),
 )  # fmt: skip
-def test_conv2d(target, channels, image, kernel_size, stride, dilation, epilogue, kind, pick):
+def test_conv2d(target, channels, image, kernel_size, stride, dilation, epilogue, kind, pick, uneven):
     groups, inputs, outputs = channels
-    padding = [(k - 1) * dilation // 2 + 1 if k > 1 else 0 for k in kernel_size]
-    if any(
-        i + 2 * p < d for i, p, d in zip(image, padding, ((k - 1) * dilation + 1 for k in kernel_size), strict=True)
-    ):
-        return
     kernel = Conv2dInt8() if kind == "codes" else Conv2dFloat()
-    weight = make_weight((outputs, inputs // groups, *kernel_size), "float32" if kind == "float32" else "int8", 4)
-    activation = QuantizedInput(0.02, 17) if kind == "codes" else None
-    options = (list(stride), padding, [dilation] * 2, groups)
-    region = make_region(ops.CONV2D, (Symbolic(), inputs, *image), weight, epilogue, activation, options)
+    region = conv_region(inputs, outputs, groups, image, kernel_size, stride, dilation, epilogue, kind, uneven)
+    if region is None:
+        return
     assert kernel.refuses(region, target) is None
     tiles = kernel.tiles(region, target)
-    shapes = [(n, inputs, *image) for n in (1, 2, 3)]
+    shapes = [(n, *image, inputs) for n in (1, 2, 5, 0)]
     assert_kernel_equals_reference(kernel, region, target, tiles[pick % len(tiles)], shapes)
 
 
-@pytest.mark.parametrize(("channels", "image", "reason"), [
-    ((6, 6, 6), (8, 8), "1 output channels a group would leave lanes idle"),
-    ((1, 3, 8), (8, Symbolic()), "its height, width or channels vary, or it has no batch dim"),
+@few
+@given(
+    target=targets, channels=st.sampled_from([16, 17, 24, 31, 40, 64]), image=st.sampled_from([(1, 1), (5, 7), (2, 19), (14, 14)]),
+    kernel_size=st.sampled_from([(1, 1), (3, 3), (5, 2), (7, 7)]), stride=st.sampled_from([(1, 1), (2, 1), (3, 2)]),
+    dilation=st.sampled_from([1, 2]), epilogue=epilogues, kind=st.sampled_from(["float32", "int8", "codes"]),
+    pick=st.integers(0, 3), uneven=st.booleans(),
+)  # fmt: skip
+def test_depthwise(target, channels, image, kernel_size, stride, dilation, epilogue, kind, pick, uneven):
+    kernel = Depthwise()
+    region = conv_region(channels, channels, channels, image, kernel_size, stride, dilation, epilogue, kind, uneven)
+    if region is None:
+        return
+    assert kernel.refuses(region, target) is None
+    tiles = kernel.tiles(region, target)
+    shapes = [(n, *image, channels) for n in (1, 2, 0)]
+    assert_kernel_equals_reference(kernel, region, target, tiles[pick % len(tiles)], shapes)
+
+
+def conv_region(inputs, outputs, groups, image, kernel_size, stride, dilation, epilogue, kind, uneven):
+    """A convolution with padding, one more at the end where `uneven`; None where the window is larger than the image."""
+    before = [(k - 1) * dilation // 2 for k in kernel_size]
+    padding = [*before, *(p + uneven for p in before)]
+    reach = [(k - 1) * dilation + 1 for k in kernel_size]
+    if any(i + before[d] + padding[2 + d] < reach[d] for d, i in enumerate(image)):
+        return None
+    weight = make_weight((outputs, inputs // groups, *kernel_size), "float32" if kind == "float32" else "int8", 4)
+    activation = QuantizedInput(0.02, 17) if kind == "codes" else None
+    options = (list(stride), padding, [dilation] * 2, groups)
+    return make_region(ops.CONV2D_NHWC, (Symbolic(), *image, inputs), weight, epilogue, activation, options)
+
+
+@pytest.mark.parametrize(("kernel", "image", "channels", "reason"), [
+    (Conv2dFloat(), (8, Symbolic()), 6, "its height, width or channels vary"),
+    (Depthwise(), (8, 8), 3, "it is not depthwise, or has fewer channels than a vector"),
 ])  # fmt: skip
-def test_a_convolution_that_the_kernel_cannot_take_is_refused_in_words(channels, image, reason):
-    groups, inputs, outputs = channels
-    weight = make_weight((outputs, inputs // groups, 3, 3), "float32", 4)
-    region = make_region(ops.CONV2D, (Symbolic(), inputs, *image), weight, options=([1, 1], [1, 1], [1, 1], groups))
-    assert Conv2dFloat().refuses(region, TARGETS[0]) == reason
+def test_a_convolution_that_a_kernel_cannot_take_is_refused_in_words(kernel, image, channels, reason):
+    weight = make_weight((channels, 1, 3, 3), "float32", 4)
+    options = ([1, 1], [1, 1, 1, 1], [1, 1], channels)
+    region = make_region(ops.CONV2D_NHWC, (Symbolic(), *image, channels), weight, options=options)
+    assert kernel.refuses(region, TARGETS[0]) == reason
+
+
+def test_groups_are_joined_until_they_fill_a_vector():
+    shape = ConvShape(32, 32, 8, (5, 5), (3, 3), (1, 1), (1, 1), (1, 1), (1, 1)).merged(16)
+    assert shape.groups == 2
+    weight = np.random.default_rng(0).standard_normal((32, 4, 3, 3)).astype(np.float32)
+    wide = merge_groups(weight, 8, 2)
+    assert wide.shape == (32, 16, 3, 3)
+    assert np.array_equal(wide[5, 4:8], weight[5])
+    assert np.count_nonzero(wide) == np.count_nonzero(weight)
 
 
 def test_kernels_say_why_they_refuse():
@@ -195,3 +249,29 @@ def test_sums_that_int32_cannot_hold_are_refused():
     weight.dense[:] = 127
     region = make_region(ops.LINEAR, (1, 70000), weight, (), QuantizedInput(1.0, 0), bias=False)
     assert "beyond int32" in str(DenseInt8().refuses(region, TARGETS[0]))
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize(("name", "bound"), [
+    ("sigmoid", 4e-7), ("silu", 5e-7), ("tanh", 4e-7), ("gelu", 4e-7), ("gelu_tanh", 5e-7), ("hardsigmoid", 2e-7), ("hardswish", 3e-7),
+])  # fmt: skip
+def test_vector_functions_keep_to_their_stated_error(target, name, bound):
+    """Against float64, relative to max(|x|, 1): on a dense grid, at zero, and far outside."""
+    x = np.concatenate(
+        [np.linspace(-100, 100, 4000), np.linspace(-1, 1, 2000), [0.0, -0.0, 1e30, -1e30, 1e-30, 87, -87, 88.5]]
+    )
+    x = np.pad(x, (0, -len(x) % 16)).astype(np.float32)
+    v = Vectors(target)
+
+    def body(source, out):
+        with B.serial(0, len(x) // v.lanes) as i:
+            v.store(out, i * v.lanes, emit_epilogue(v, v.load(source, i * v.lanes), (Activation(name),)))
+
+    function = kernel_function("f", [Parameter("X", x.shape, "float32"), Parameter("Y", x.shape, "float32")], body)
+    module = tvm.tirx.build(tvm.IRModule.from_expr(function), target=tvm_target(target))
+    out = tvm.runtime.tensor(np.zeros_like(x), tvm.cpu())
+    module["f"](tvm.runtime.tensor(x, tvm.cpu()), out)
+    with np.errstate(over="ignore"):
+        expected = apply_epilogue(x, (Activation(name),)).astype(np.float64)
+    apart = np.abs(out.numpy() - expected) / np.maximum(np.abs(x), 1)
+    assert apart.max() <= bound

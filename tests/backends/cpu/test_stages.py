@@ -11,6 +11,7 @@ import mcc
 from mcc.backends import cpu
 from mcc.backends.cpu.fuse import fuse
 from mcc.backends.cpu.integerize import integerize
+from mcc.backends.cpu.layout import layout
 from mcc.backends.cpu.lowering import Lowering
 from mcc.backends.cpu.measure import measure
 from mcc.backends.tune import Tuner
@@ -26,7 +27,7 @@ def regions(model, x, *steps):
     graph = mcc.capture(model.eval(), (x,))
     graph, _ = Pipeline(steps, parse_target("cpu"), Data(calibration=[x])).run(graph, (x,))
     encoded, _ = encode(graph, cpu.prefer_dense)
-    lowering = fuse(integerize(Lowering(encoded, parse_target("cpu"), Tuner("model", measure))))
+    lowering = fuse(integerize(layout(Lowering(encoded, parse_target("cpu"), Tuner("model", measure)))))
     return {r.anchor.layer: r for r in lowering.regions.values()}
 
 
@@ -48,7 +49,7 @@ def test_activation_and_requantize_fuse_and_a_chain_stays_in_codes():
 
 def test_a_value_that_is_read_twice_ends_its_region():
     found = regions(Residual(), torch.randn(2, 3, 8, 8), FoldBatchNorm(), Quantize())
-    assert found["c1"].text == "conv2d + relu"
+    assert found["c1"].text == "mcc.conv2d_nhwc + relu"
 
 
 def test_an_output_ends_its_region():
@@ -65,7 +66,16 @@ def test_an_output_ends_its_region():
 
 
 @pytest.mark.parametrize(
-    ("activation", "text"), [(nn.ReLU6(), "linear + clamp"), (nn.Hardtanh(), "linear + clamp"), (nn.GELU(), "linear")]
+    ("activation", "text"),
+    [
+        (nn.ReLU6(), "linear + clamp"),
+        (nn.Hardtanh(), "linear + clamp"),
+        (nn.GELU(), "linear + gelu"),
+        (nn.GELU("tanh"), "linear + gelu_tanh"),
+        (nn.SiLU(), "linear + silu"),
+        (nn.Hardswish(), "linear + hardswish"),
+        (nn.Softplus(), "linear"),
+    ],
 )
 def test_which_activations_fuse(activation, text):
     assert regions(nn.Sequential(nn.Linear(4, 4), activation), torch.randn(2, 4))["0"].text == text
@@ -81,20 +91,31 @@ def test_a_sparse_convolution_is_decoded_at_build_time_and_the_report_says_so():
 
 
 def test_a_layer_left_to_the_op_library_is_in_the_report_with_the_reason():
-    class Depthwise(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.depthwise = nn.Conv2d(6, 6, 3, groups=6)
+    row = compiled(nn.Conv1d(6, 6, 3), torch.randn(2, 6, 9)).report.layers[0]
+    assert (row.kernel, row.reason) == ("op library", "there is no own kernel for conv1d yet")
 
-        def forward(self, x):
-            return self.depthwise(x)
 
-    row = compiled(Depthwise(), torch.randn(2, 6, 9, 9)).report.layers[0]
-    assert (row.layer, row.kernel) == ("depthwise", "op library")
-    assert (
-        row.reason
-        == "conv2d_int8: weight and activations are not both int8; conv2d_f32: 1 output channels a group would leave lanes idle"
-    )
+class Sums(nn.Module):
+    """Additions after layers: of an input, of another layer, of the layer itself, and one that broadcasts."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(20, 20) for _ in range(4))
+
+    def forward(self, x, row):
+        y = torch.relu(self.a(x) + x)
+        z = self.b(y) + self.c(y)
+        t = self.d(z)
+        return (t + t) + row
+
+
+def test_an_addition_goes_into_the_layer_that_is_computed_last():
+    model, x, row = Sums().eval(), torch.randn(5, 20), torch.randn(1, 20)
+    artifact = mcc.compile(model, (x, row), measure="never", tuning="model")
+    with torch.no_grad():
+        torch.testing.assert_close(artifact(x, row), model(x, row), rtol=1e-4, atol=1e-5)
+    texts = {r.layer: r.op for r in artifact.report.layers}
+    assert texts == {"a": "linear + add + relu", "b": "linear", "c": "linear + add", "d": "linear"}
 
 
 @pytest.mark.parametrize("shape", [(1, 12), (7, 12), (0, 12)])

@@ -1,0 +1,137 @@
+"""Channels last: what turns, what stays, and that the graph computes what it did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+import mcc
+from mcc.backends.cpu.layout import layout
+from mcc.backends.cpu.lowering import Lowering
+from mcc.backends.cpu.measure import measure
+from mcc.backends.tune import Tuner
+from mcc.graph import Graph
+from mcc.target import parse_target
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+def turned(model: nn.Module, *inputs: torch.Tensor, **options: object) -> Graph:
+    graph = mcc.capture(model.eval(), inputs, **options)
+    result = layout(Lowering(graph, parse_target("cpu"), Tuner("model", measure))).graph
+    with torch.no_grad():
+        torch.testing.assert_close(result(*inputs), graph(*inputs), rtol=1e-4, atol=1e-5)
+    assert result.signature == graph.signature
+    return result
+
+
+def permutes(graph: Graph) -> list[str]:
+    return [n.name for n in graph.nodes if n.op.name in ("permute", "transpose.int")]
+
+
+class Classifier(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True),
+            nn.Conv2d(8, 8, (1, 3), stride=(1, 2)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+        )  # fmt: skip
+
+
+def test_a_network_turns_as_a_whole():
+    graph = turned(Classifier(), torch.randn(2, 3, 9, 12))
+    assert str(graph) == (GOLDEN / "channels_last.txt").read_text()
+
+
+class Squeezed(nn.Module):
+    """Squeeze and excitation, a concat of branches, a split, a scale of each channel and one of rank three."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 5, padding=2, groups=16)
+        self.down, self.up, self.last = nn.Linear(16, 4), nn.Linear(4, 16), nn.Conv2d(24, 6, 1)
+        self.scale, self.gain = nn.Parameter(torch.rand(16, 1, 1)), nn.Parameter(torch.rand(1, 6, 1, 1))
+
+    def forward(self, x):
+        y = F.silu(self.depthwise(self.stem(x)))
+        gate = torch.sigmoid(self.up(F.relu(self.down(y.mean((2, 3))))))
+        y = y * gate[:, :, None, None] * self.scale
+        left, right = y.chunk(2, 1)
+        return self.last(torch.cat([left, right, left], 1)) * self.gain
+
+
+class NextBlock(nn.Module):
+    """ConvNeXt's: the model has permutes of its own around a norm and two linears."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(16, 16, 7, padding=3, groups=16), nn.LayerNorm(16)
+        self.up, self.down, self.scale = nn.Linear(16, 32), nn.Linear(32, 16), nn.Parameter(torch.rand(16, 1, 1))
+
+    def forward(self, x):
+        for _ in range(2):
+            y = self.down(F.gelu(self.up(self.norm(self.conv(x).permute(0, 2, 3, 1))))).permute(0, 3, 1, 2)
+            x = x + self.scale * y
+        return x
+
+
+class Upsampled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(16, 2, 3, padding=1)
+
+    def forward(self, x):
+        y = self.a(x)
+        low = F.avg_pool2d(F.pad(y, (1, 1, 0, 0)), 2, padding=1, count_include_pad=False)
+        back = F.interpolate(low, size=y.shape[2:], mode="bilinear", align_corners=False)
+        return self.b(torch.cat([y, back], 1)), F.interpolate(y, scale_factor=2.0, mode="nearest")
+
+
+class Patches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patch, self.linear = nn.Conv2d(3, 12, 4, stride=4), nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.linear(self.patch(x).flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize(("model", "size", "left"), [
+    (Classifier(), (2, 3, 9, 12), 1),  # the image alone
+    (Squeezed(), (2, 3, 9, 7), 2),  # the image and the result
+    (NextBlock(), (1, 16, 6, 5), 2),
+    (Upsampled(), (2, 3, 8, 6), 3),  # two results
+    (Patches(), (2, 3, 8, 12), 1),  # flattening an image turns nothing
+    (nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), (2, 3, 4, 4), 0),  # no convolution: nothing turns
+    (nn.Sequential(nn.Conv2d(3, 4, 2), nn.Softmax(1), nn.Flatten(2)), (2, 3, 4, 4), 2),
+])  # fmt: skip
+def test_only_the_borders_are_transposed(model, size, left):
+    assert len(permutes(turned(model, torch.randn(size)))) == left
+
+
+def test_a_varying_batch_stays_so():
+    graph = turned(Squeezed(), torch.randn(2, 3, 9, 7), dynamic_shapes=({0: "batch"},))
+    for batch in (1, 5):
+        x = torch.randn(batch, 3, 9, 7)
+        with torch.no_grad():
+            assert graph(x).shape == (batch, 6, 9, 7)
+
+
+def test_a_convolution_of_varying_width_is_left_as_it_is():
+    graph = turned(nn.Conv2d(3, 8, 3), torch.randn(1, 3, 9, 9), dynamic_shapes=({3: "width"},))
+    assert [n.op.name for n in graph.nodes] == ["conv2d"]
+
+
+@pytest.mark.parametrize(
+    "model", [Classifier(), Squeezed(), NextBlock(), Upsampled(), Patches()], ids=lambda m: type(m).__name__
+)
+def test_artifacts_equal_their_models(model):
+    x = torch.randn(3, 16 if isinstance(model, NextBlock) else 3, 16, 12)
+    artifact = mcc.compile(model.eval(), (x,), measure="never", tuning="model")
+    with torch.no_grad():
+        for found, expected in zip(pytree.tree_leaves(artifact(x)), pytree.tree_leaves(model(x)), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
