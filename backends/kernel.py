@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class QuantizedInput:
+    """Scale and zero point of unsigned 8-bit activation codes."""
+
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True)
 class Relu:
     """max(x, 0)."""
 
@@ -62,9 +70,10 @@ class Activation:
 
 @dataclass(frozen=True)
 class Add:
-    """x + another node's float32 value of the same shape."""
+    """x + another node's value of the same shape: float32, or uint8 codes where `activation` says how to read them."""
 
     operand: Node
+    activation: QuantizedInput | None = None
 
     def __str__(self) -> str:
         return "add"
@@ -124,14 +133,6 @@ class StoredWeight:
 
 
 @dataclass(frozen=True)
-class QuantizedInput:
-    """Scale and zero point of unsigned 8-bit activation codes."""
-
-    scale: float
-    zero_point: int
-
-
-@dataclass(frozen=True)
 class Region:
     """An anchor op with what a kernel does after it.
 
@@ -156,9 +157,19 @@ class Region:
     inner: tuple[Node, ...] = ()
 
     @property
+    def additions(self) -> tuple[Add, ...]:
+        """The steps that read another value, in order."""
+        return tuple(step for step in self.epilogue if isinstance(step, Add))
+
+    @property
     def operands(self) -> tuple[Node, ...]:
         """What the epilogue reads besides the sums, in order."""
-        return tuple(step.operand for step in self.epilogue if isinstance(step, Add))
+        return tuple(step.operand for step in self.additions)
+
+    @property
+    def operand_dtypes(self) -> tuple[str, ...]:
+        """Element types of `operands`."""
+        return tuple("float32" if step.activation is None else "uint8" for step in self.additions)
 
     @property
     def output_dtype(self) -> str:
@@ -219,8 +230,12 @@ def apply_epilogue(
         match step:
             case Activation(name):
                 values = _FUNCTIONS[name](values.astype(np.float64)).astype(np.float32)
-            case Add():
-                values = values + next(others)
+            case Add(_, activation):
+                other = next(others)
+                if activation is not None:
+                    codes = other.astype(np.float32) - np.float32(activation.zero_point)
+                    other = codes * np.float32(activation.scale)
+                values = values + other
             case Relu():
                 values = np.maximum(values, 0)
             case Clamp(low, high):

@@ -47,7 +47,8 @@ def _(  # noqa: PLR0913 (as above)
 def max_pool2d_nhwc(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
     """The largest value of every window of x [n, h, w, c]; padding [top, left, bottom, right] is never largest."""
     top, left, bottom, right = padding
-    padded = torch.nn.functional.pad(x.permute(_FIRST), [left, right, top, bottom], value=float("-inf"))
+    lowest = float("-inf") if x.is_floating_point() else torch.iinfo(x.dtype).min
+    padded = torch.nn.functional.pad(x.permute(_FIRST), [left, right, top, bottom], value=lowest)
     return _last(torch.nn.functional.max_pool2d(padded, kernel, stride))
 
 

@@ -136,6 +136,9 @@ class Quantize(Pass):
             chosen = histograms[x.name].choose_range(self.observer, high - low + 1)
             scale, zero_point = affine_parameters(*chosen, low, high)
             readers = [node.fx for node in layers if node.operand(0) == x]
+            if all(ops.lookup(reader.target) in ops.CONVOLUTIONS for reader in readers):
+                # the residual of a convolutional network is added in codes too: it need not be kept in float beside
+                readers += [user.fx for user in x.users if user.op is ops.ADD]
             first = next(n for n in graph.module.graph.nodes if n in readers)
             rewriter = Rewriter(graph, Node(first, graph))
             made = rewriter.call(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mcc.backends.cpu.build import build
 from mcc.backends.cpu.emit import emit
 from mcc.backends.cpu.fuse import fuse
+from mcc.backends.cpu.hoist import hoist
 from mcc.backends.cpu.integerize import integerize
 from mcc.backends.cpu.layout import layout
 from mcc.backends.cpu.lowering import Lowering
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from mcc.graph import Graph
     from mcc.target import Target
 
-STAGES = (layout, integerize, fuse, select, emit, build)
+STAGES = (hoist, layout, integerize, fuse, select, emit, build)
 
 __all__ = ["STAGES", "Lowering", "lower", "prefer_dense"]
 

@@ -1,4 +1,4 @@
-"""Stage 6: compile the relax module to a shared object."""
+"""Stage 7: compile the relax module to a shared object."""
 
 from __future__ import annotations
 

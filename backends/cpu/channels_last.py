@@ -244,8 +244,11 @@ def _convolution_fits(node: Node) -> bool:
     return stored and _fixed(node, (1, 2, 3)) and (bias is None or bias.is_parameter)
 
 
+_POOLED = (torch.float32, torch.uint8)
+
+
 def _pool_fits(node: Node) -> bool:
-    return _fixed(node, (1, 2, 3)) and set(_pair(node.argument(4, 1))) == {1} and node.dtype is torch.float32
+    return _fixed(node, (1, 2, 3)) and set(_pair(node.argument(4, 1))) == {1} and node.dtype in _POOLED
 
 
 def _avg_pool_fits(node: Node) -> bool:

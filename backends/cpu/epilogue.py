@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, assert_never
 
+import numpy as np
 import tvm.tirx.script.builder.ir as B
 from tvm.script import tirx as T
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mcc.backends.cpu.microkernel import Expression, Vectors
-    from mcc.backends.kernel import Region
+    from mcc.backends.kernel import QuantizedInput, Region
 
 
 class Epilogue:
@@ -30,7 +33,7 @@ class Epilogue:
 
     def __init__(self, vectors: Vectors, region: Region, operands: Sequence[Expression], out: Expression) -> None:
         self.v = vectors
-        self.steps = region.epilogue
+        self.steps = merged(region.epilogue)
         self.operands = operands
         self.out = out
 
@@ -55,6 +58,28 @@ class Epilogue:
         return room.get()
 
 
+def merged(steps: tuple[EpilogueStep, ...]) -> tuple[EpilogueStep, ...]:
+    """The same steps, with a relu or clamp before a final requantize as bounds of its codes: rounding keeps order."""
+    *before, last = steps or (Relu(),)
+    if not isinstance(last, Requantize):
+        return steps
+    while before and isinstance(step := before[-1], Relu | Clamp):
+        before.pop()
+        bounds = (0.0, math.inf) if isinstance(step, Relu) else (step.low, step.high)
+        # the last bounds hold, as they would if applied one after another
+        low, high = (min(max(_code(last, bound), last.low), last.high) for bound in bounds)
+        last = replace(last, low=low, high=high)
+    return (*before, last)
+
+
+def _code(step: Requantize, value: float) -> int:
+    """The code of a value, before it is held to the range."""
+    if math.isinf(value):
+        return -(1 << 30) if value < 0 else 1 << 30
+    # as the kernels compute it, in float32
+    return int(np.rint(np.float32(value) * np.float32(1 / step.scale))) + step.zero_point
+
+
 def emit_epilogue(
     vectors: Vectors, value: Expression, steps: tuple[EpilogueStep, ...], operands: Sequence[Expression] = ()
 ) -> Expression:
@@ -68,8 +93,8 @@ def emit_epilogue(
                 value = T.min(T.max(value, vectors.constant(low)), vectors.constant(high))
             case Activation(name):
                 value = FUNCTIONS[name](vectors, B.Bind(value))
-            case Add():
-                value = value + next(others)
+            case Add(_, activation):
+                value = _added(vectors, value, next(others), activation)
             case Requantize(scale, zero_point, low, high):
                 value = _requantize(vectors, value, 1 / scale, zero_point, (low, high))
             case _:
@@ -77,11 +102,18 @@ def emit_epilogue(
     return value
 
 
+def _added(vectors: Vectors, value: Expression, other: Expression, activation: QuantizedInput | None) -> Expression:
+    if activation is None:
+        return value + other
+    codes = T.cast(other, f"int32x{vectors.lanes}") - vectors.constant(activation.zero_point, "int32")
+    return vectors.fma(vectors.to_float(codes), vectors.constant(activation.scale), value)
+
+
 def _requantize(
     vectors: Vectors, value: Expression, inverse_scale: float, zero_point: int, codes: tuple[int, int]
 ) -> Expression:
     # clamped as float: a conversion of what does not fit int32 is undefined
     low, high = (vectors.constant(float(c - zero_point)) for c in codes)
-    rounded = vectors.round_half_even(value * vectors.constant(inverse_scale))
-    integer = T.cast(T.min(T.max(rounded, low), high), f"int32x{vectors.lanes}")
+    scaled = value * vectors.constant(inverse_scale)
+    integer = vectors.to_nearest_integer(T.min(T.max(scaled, low), high))
     return T.cast(integer + vectors.constant(zero_point, "int32"), f"uint8x{vectors.lanes}")

@@ -1,4 +1,4 @@
-"""Stage 3: let a region take in what follows its anchor."""
+"""Stage 4: let a region take in what follows its anchor."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mcc import ops
+from mcc.backends.cpu.integerize import quantized_source
 from mcc.backends.kernel import Activation, Add, Clamp, EpilogueStep, Region, Relu, Requantize
 from mcc.ops import OPS
 
@@ -49,7 +50,7 @@ def _following(region: Region, taken: set[fx.Node]) -> tuple[Node, EpilogueStep]
 
 def _step(node: Node, region: Region) -> EpilogueStep | None:
     source = region.output
-    if node.op is OPS["add.Tensor"]:
+    if node.op is ops.ADD:
         return _addition(node, region)
     if node.operand(0) != source:
         return None
@@ -74,7 +75,10 @@ def _addition(node: Node, region: Region) -> Add | None:
         return None
     other = second if first == region.output else first
     alike = [str(s) for s in other.value.shape] == [str(s) for s in region.output.shape]
-    return Add(other) if alike and other.dtype is torch.float32 and not other.is_parameter else None
+    if not alike or other.dtype is not torch.float32 or other.is_parameter:
+        return None
+    activation, codes = quantized_source(other)
+    return Add(other) if codes is None else Add(codes, activation)
 
 
 def requantize_step(node: Node) -> Requantize | None:

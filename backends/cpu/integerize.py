@@ -1,4 +1,4 @@
-"""Stage 2: find the layers with weights, and how their weights and activations are stored."""
+"""Stage 3: find the layers with weights, and how their weights and activations are stored."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def integerize(lowering: Lowering) -> Lowering:
             continue
         source = node.operand(0)
         assert source is not None
-        activation, codes = _quantized_source(source)
+        activation, codes = quantized_source(source)
         if activation is not None and weight.dtype == "int8" and codes is not None:
             source = codes
         else:
@@ -74,7 +74,8 @@ def _stored_weight(node: Node) -> StoredWeight | None:
     return StoredWeight(name, shape, inner.tensor.detach().contiguous().numpy(), None, scale)
 
 
-def _quantized_source(source: Node) -> tuple[QuantizedInput | None, Node | None]:
+def quantized_source(source: Node) -> tuple[QuantizedInput | None, Node | None]:
+    """How to read the codes under a float value, and the node that gives them; None twice where there are none."""
     codes = source.operand(0) if source.op is ops.DEQUANTIZE else None
     if codes is None or codes.dtype is not torch.uint8 or source.argument(3) is not None:
         return None, None

@@ -27,7 +27,7 @@ def measure(lowered: Lowered, region: Region, target: Target) -> float:
     else:
         source = random.integers(0, 256, source_shape).astype(np.uint8)
     result = np.zeros(tuple(extent(s) for s in region.output.shape), region.output_dtype)
-    operands = [random.standard_normal(result.shape).astype(np.float32) for _ in region.operands]
+    operands = [random.integers(0, 256, result.shape).astype(kind) for kind in region.operand_dtypes]
     arguments = [tvm.runtime.tensor(a, tvm.cpu()) for a in (source, *operands, *lowered.packed.values(), result)]
     name = str(lowered.function.attrs["global_symbol"])
     timer = module.time_evaluator(name, tvm.cpu(), number=1, repeat=REPEATS, min_repeat_ms=1)

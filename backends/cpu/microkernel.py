@@ -182,6 +182,11 @@ class Vectors:
         n = self.lanes
         return tirx.call_llvm_pure_intrin(f"float32x{n}", f"llvm.fma.v{n}f32", a, b, c)
 
+    def to_nearest_integer(self, value: Expression) -> Expression:
+        """To int32, rounding half to even, in one instruction; the value must fit."""
+        n = self.lanes
+        return tirx.call_llvm_pure_intrin(f"int32x{n}", f"llvm.lrint.v{n}i32.v{n}f32", value)
+
     def round_half_even(self, value: Expression) -> Expression:
         """To the nearest integer, still float."""
         n = self.lanes

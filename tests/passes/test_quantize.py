@@ -115,11 +115,28 @@ def test_the_weight_range_follows_the_target_and_the_report_says_so():
     assert graph.node("weight_0_quantized").argument(5) == 127
 
 
-def test_a_value_read_by_two_layers_is_quantized_once_and_a_residual_keeps_its_float():
+def test_a_residual_of_convolutions_is_added_as_the_codes_that_the_next_layer_reads():
     graph, rows = run(Residual(), torch.randn(2, 3, 8, 8), Quantize())
-    relu = graph.node("relu")
-    assert {u.op.name for u in relu.users} == {"mcc.fake_quantize", "add.Tensor"}
+    assert {u.op.name for u in graph.node("relu").users} == {"mcc.fake_quantize"}
+    assert {u.op.name for u in graph.node("relu_quantized").users} == {"conv2d", "add.Tensor"}
     assert rows[1].edits == 3
+
+
+class ResidualOfLinears(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x):
+        y = torch.relu(x)
+        return self.a(y) + self.b(y) + y
+
+
+def test_a_value_read_by_two_linears_is_quantized_once_and_the_residual_keeps_its_float():
+    graph, rows = run(ResidualOfLinears(), torch.randn(2, 12), Quantize())
+    assert {u.op.name for u in graph.node("relu").users} == {"mcc.fake_quantize", "add.Tensor"}
+    assert {u.op.name for u in graph.node("relu_quantized").users} == {"linear"}
+    assert rows[1].edits == 2
 
 
 def test_a_shared_weight_gets_one_quantizer():

@@ -96,7 +96,7 @@ class _Convolution:
         result = (self.batch, *shape.result, shape.outputs)
         parameters = [
             Parameter("X", (self.batch, *shape.image, shape.inputs), self.source_dtype),
-            *(Parameter(f"A{i}", result, "float32") for i in range(len(self.region.operands))),
+            *(Parameter(f"A{i}", result, kind) for i, kind in enumerate(self.region.operand_dtypes)),
             *(Parameter(key, array.shape, array.dtype.name) for key, array in self.packed.items()),
             Parameter("Y", result, self.region.output_dtype),
         ]

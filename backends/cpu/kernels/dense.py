@@ -200,10 +200,10 @@ class _Plan:
     def function(self, name: str, packed: dict[str, NDArray[Any]], body: Any) -> tirx.PrimFunc:
         """The PrimFunc around `body`."""
         dtype = "float32" if self.region.activation is None else "uint8"
-        operands = [(*self.leading, self.outputs)] * len(self.region.operands)
+        operands = self.region.operand_dtypes
         parameters = [
             Parameter("X", (*self.leading, self.inputs), dtype),
-            *(Parameter(f"A{i}", dims, "float32") for i, dims in enumerate(operands)),
+            *(Parameter(f"A{i}", (*self.leading, self.outputs), kind) for i, kind in enumerate(operands)),
             *(Parameter(key, array.shape, array.dtype.name) for key, array in packed.items()),
             Parameter("Y", (*self.leading, self.outputs), self.region.output_dtype),
         ]

@@ -100,7 +100,7 @@ class _Body:
         source_dtype = "float32" if self.region.activation is None else "uint8"
         parameters = [
             Parameter("X", (self.batch, *shape.image, shape.inputs), source_dtype),
-            *(Parameter(f"A{i}", result, "float32") for i in range(len(self.region.operands))),
+            *(Parameter(f"A{i}", result, kind) for i, kind in enumerate(self.region.operand_dtypes)),
             *(Parameter(key, array.shape, array.dtype.name) for key, array in self.packed.items()),
             Parameter("Y", result, self.region.output_dtype),
         ]

@@ -81,9 +81,11 @@ def run_kernel(
 def make_operands(kernel: Kernel, region: Region, source: np.ndarray) -> list[np.ndarray]:
     """What the epilogue adds."""
     shape = kernel.reference(dataclasses.replace(region, epilogue=()), source).shape
-    return [
-        np.random.default_rng(11 + k).standard_normal(shape).astype(np.float32) for k in range(len(region.operands))
+    drawn = [
+        np.random.default_rng(11 + k).integers(0, 256, shape).astype(kind) / (40 if kind == "float32" else 1)
+        for k, kind in enumerate(region.operand_dtypes)
     ]
+    return [a.astype(kind) for a, kind in zip(drawn, region.operand_dtypes, strict=True)]
 
 
 def make_source(shape: tuple[int, ...], region: Region, seed: int) -> np.ndarray:

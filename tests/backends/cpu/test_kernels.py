@@ -36,6 +36,7 @@ epilogues = st.sampled_from(
         (Relu(), Requantize(0.03, 0, 0, 255)),
         (Requantize(0.05, 121, 0, 255),),
         (Add(OTHER), Relu()),
+        (Add(OTHER, QuantizedInput(0.03, 90)), Relu(), Requantize(0.05, 3, 0, 255)),
         (Activation("silu"), Add(OTHER), Add(OTHER), Requantize(0.05, 30, 0, 255)),
         (Activation("gelu"),),
     ]

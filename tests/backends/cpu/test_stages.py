@@ -10,6 +10,7 @@ from torch import nn
 import mcc
 from mcc.backends import cpu
 from mcc.backends.cpu.fuse import fuse
+from mcc.backends.cpu.hoist import hoist
 from mcc.backends.cpu.integerize import integerize
 from mcc.backends.cpu.layout import layout
 from mcc.backends.cpu.lowering import Lowering
@@ -27,7 +28,7 @@ def regions(model, x, *steps):
     graph = mcc.capture(model.eval(), (x,))
     graph, _ = Pipeline(steps, parse_target("cpu"), Data(calibration=[x])).run(graph, (x,))
     encoded, _ = encode(graph, cpu.prefer_dense)
-    lowering = fuse(integerize(layout(Lowering(encoded, parse_target("cpu"), Tuner("model", measure)))))
+    lowering = fuse(integerize(layout(hoist(Lowering(encoded, parse_target("cpu"), Tuner("model", measure))))))
     return {r.anchor.layer: r for r in lowering.regions.values()}
 
 
@@ -48,8 +49,34 @@ def test_activation_and_requantize_fuse_and_a_chain_stays_in_codes():
 
 
 def test_a_value_that_is_read_twice_ends_its_region():
-    found = regions(Residual(), torch.randn(2, 3, 8, 8), FoldBatchNorm(), Quantize())
+    found = regions(Residual(), torch.randn(2, 3, 8, 8), FoldBatchNorm())
     assert found["c1"].text == "mcc.conv2d_nhwc + relu"
+
+
+def test_a_quantized_residual_stays_in_codes():
+    found = regions(Residual(), torch.randn(2, 3, 8, 8), FoldBatchNorm(), Quantize())
+    assert found["c1"].text == "mcc.conv2d_nhwc + relu + requantize"
+    added = [r for r in found.values() if r.operands]
+    assert [r.operand_dtypes for r in added] == [("uint8",)]
+
+
+def test_a_quantizer_moves_up_through_pools_and_concats():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x):
+            return self.c(nn.functional.max_pool2d(torch.cat([torch.relu(self.a(x)), self.b(x)], 1), 3, 2, 1))
+
+    x = torch.randn(2, 3, 9, 9)
+    found = regions(Pooled(), x, Quantize())
+    assert [found[k].text.removeprefix("mcc.conv2d_nhwc") for k in "abc"] == [
+        " + relu + requantize",
+        " + requantize",
+        "",
+    ]
+    compiled(Pooled().eval(), x, Quantize())  # verified
 
 
 def test_an_output_ends_its_region():
