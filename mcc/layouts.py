@@ -85,3 +85,40 @@ def upsample_nhwc(x: Tensor, size: list[int], mode: str, align_corners: bool | N
 def _(x: Tensor, size: list[int], mode: str, align_corners: bool | None) -> Tensor:  # noqa: FBT001
     del mode, align_corners
     return x.new_empty([x.shape[0], *size, x.shape[3]])
+
+
+def _heads_first(x: Tensor, tokens_first: bool) -> Tensor:  # noqa: FBT001
+    return x.transpose(1, 2) if tokens_first else x
+
+
+@torch.library.custom_op("mcc::attention", mutates_args=())
+def attention(  # noqa: PLR0913 (an op's schema)
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float,  # noqa: FBT001
+    tokens_first: list[bool],
+) -> Tensor:  # fmt: skip
+    """Scaled dot-product attention, each of query, key, value and output [batch, heads, tokens, …] or tokens first.
+
+    Args:
+        query: float32, with a multiple of the heads that key and value have.
+        key: float32.
+        value: float32.
+        mask: bool or float32, broadcast to [batch, heads, query tokens, key tokens].
+        causal: whether token i sees keys up to i.
+        scale: of the products.
+        tokens_first: for query, key, value and output: [batch, tokens, heads, …].
+    """
+    q, k, v = (_heads_first(x, first) for x, first in zip((query, key, value), tokens_first, strict=False))
+    seen = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return _heads_first(seen, tokens_first[3]).contiguous()
+
+
+@attention.register_fake
+def _(  # noqa: PLR0913 (as above)
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float,  # noqa: FBT001
+    tokens_first: list[bool],
+) -> Tensor:  # fmt: skip
+    del key, mask, causal, scale
+    q = _heads_first(query, tokens_first[0])
+    return query.new_empty(_heads_first(q[..., :1].expand(*q.shape[:3], value.shape[3]), tokens_first[3]).shape)

@@ -69,6 +69,14 @@ def _attention_macs(node: fx.Node) -> int:
     return math.prod(query) * key[-2] + math.prod(query[:-1]) * math.prod(value[-2:])
 
 
+def _tokens_attention_macs(node: fx.Node) -> int:
+    first = node.args[6]
+    assert isinstance(first, list)
+    query, key, value = (shape_of(_operand(node, i)) for i in range(3))
+    tokens = key[1] if first[1] else key[2]
+    return math.prod(query) * tokens + math.prod(query[:-1]) * tokens * value[-1]
+
+
 @dataclass(frozen=True, eq=False)
 class Op:
     """A row of the op table.
@@ -189,6 +197,7 @@ _TABLE = (
     Op("getitem", "size"),
     # as their NCHW forms, channels last: a backend's layout stage puts them in place of those
     Op("mcc.conv2d_nhwc", "weights", weights=(1, 2), macs=_conv_macs),
+    Op("mcc.attention", "contraction", macs=_tokens_attention_macs),
     *_rows("window", "mcc.max_pool2d_nhwc mcc.avg_pool2d_nhwc mcc.upsample_nhwc"),
     *_rows("compression", "mcc.fake_quantize mcc.quantize mcc.dequantize mcc.decode_sparse"),
 )
@@ -196,6 +205,7 @@ _TABLE = (
 OPS: dict[str, Op] = {row.name: row for row in _TABLE}
 
 LINEAR, CONV1D, CONV2D = OPS["linear"], OPS["conv1d"], OPS["conv2d"]
+ATTENTION = OPS["scaled_dot_product_attention"]
 CONV2D_NHWC = OPS["mcc.conv2d_nhwc"]
 CONV3D, CONV_TRANSPOSE2D = OPS["conv3d"], OPS["conv_transpose2d.input"]
 CONVOLUTIONS = (CONV1D, CONV2D, OPS["conv2d.padding"], CONV3D, CONV_TRANSPOSE2D)

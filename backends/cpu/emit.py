@@ -20,13 +20,15 @@ from tvm.sym.analyzer import Analyzer
 from mcc import ops
 from mcc.artifact import TensorSpec, stored_bytes
 from mcc.backends.cpu.fuse import requantize_step
+from mcc.backends.cpu.kernels.attention import AttentionShape, attention_function
 from mcc.backends.cpu.kernels.quantize import quantize_function
 from mcc.backends.cpu.kernels.tiles import leading_dims
 from mcc.backends.cpu.microkernel import Parameter, flat, kernel_function, product
 from mcc.backends.relax import RULES
-from mcc.backends.relax.emitter import DTYPES, Emitter, Expression, is_tensor, static
+from mcc.backends.relax.emitter import DTYPES, Emitter, Expression, is_tensor, size, static
 from mcc.cost import LARGEST_GROWTH, weight_expression
 from mcc.errors import BackendError, MccError
+from mcc.ops import OPS
 from mcc.report import LayerRow
 from mcc.text import dim_text, located_text
 
@@ -219,6 +221,8 @@ class _Writer:
         if node.op is ops.GETITEM:
             return self._value(node.fx.args[0])[node.fx.args[1]]  # type: ignore[arg-type]
         assert node.op is not None
+        if node.op is OPS["mcc.attention"]:
+            return self._attention(emitter, node)
         if node.op is ops.QUANTIZE and (step := requantize_step(node)) is not None:
             return self._quantize(emitter, node, step)
         rule = RULES.get(node.op.name)
@@ -281,6 +285,33 @@ class _Writer:
             choice.reason,
         )
         return emitter(relax.call_tir(function, operands, output))
+
+    def _attention(self, emitter: Emitter, node: Node) -> Any:
+        operands = [self._value(n.fx) for n in (node.operand(i) for i in range(4)) if n is not None]
+        mask = operands[3] if len(operands) > 3 else None
+        first = node.argument(6)
+
+        def sizes(which: int) -> tuple[Any, Any, Any, Any]:
+            batch, a, b, size = (static(s) if static(s) is not None else s for s in operands[which].ty.shape)
+            return (batch, b, a, size) if first[which] else (batch, a, b, size)
+
+        (batch, heads, rows, depth), (_, key_heads, keys, _), (*_, width) = (sizes(i) for i in range(3))
+        dims: tuple[Any, ...] | None = None
+        if mask is not None:
+            dims = tuple(static(s) if static(s) is not None else s for s in mask.ty.shape)
+            dims = (1,) * (4 - len(dims)) + dims
+            operands[3] = emitter(relax.op.reshape(mask, [size(d) for d in dims]))
+        varying = {
+            str(d): tirx.Var(str(d), "int64") for d in (batch, rows, keys, *(dims or ())) if not isinstance(d, int)
+        }
+        shape = AttentionShape(
+            *(varying.get(str(d), d) for d in (batch, heads, key_heads, rows, keys, depth, width)),
+            tuple(first), None if dims is None else tuple(varying.get(str(d), d) for d in dims),
+            "" if mask is None else str(mask.ty.dtype), node.argument(4), node.argument(5),
+        )  # fmt: skip
+        self._row(node, "attention", "attention", ("", 0), "")
+        function = emitter.builder.add_func(attention_function(shape, self.lowering.target), "attention")
+        return emitter(relax.call_tir(function, operands, relax.TensorType(self.sizes.shape(node.value), "float32")))
 
     def _quantize(self, emitter: Emitter, node: Node, step: Requantize) -> Any:
         source = self._value(node.fx.all_input_nodes[0])

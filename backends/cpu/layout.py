@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from mcc import ops
 from mcc.backends.cpu.channels_last import FORMS, PREFERRED, TO_FIRST, TO_LAST, Turner, order_of
 from mcc.backends.cpu.permutes import simplify_permutes
+from mcc.backends.cpu.tokens import attend_by_tokens
 from mcc.graph import Node
 from mcc.ops import OPS, shape_of
 
@@ -37,6 +38,7 @@ def layout(lowering: Lowering) -> Lowering:
     turner.finish()
     graph.clean().repropagate()
     simplify_permutes(graph)
+    attend_by_tokens(graph.clean(), lowering.target)
     return replace(lowering, graph=graph.clean().repropagate())
 
 

@@ -22,12 +22,12 @@ _PERMUTE, _TRANSPOSE, _RESHAPE = OPS["permute"], OPS["transpose.int"], OPS["resh
 def simplify_permutes(graph: Graph) -> None:
     """Compose permutes of permutes, in place; what is left that moves only dims of one element becomes a reshape."""
     for node in graph.nodes:
-        order = _order(node)
+        order = order_of(node)
         if order is None:
             continue
         source = node.operand(0)
         assert source is not None
-        while (inner := _order(source)) is not None:
+        while (inner := order_of(source)) is not None:
             order = [inner[o] for o in order]
             before = source.operand(0)
             assert before is not None
@@ -43,7 +43,7 @@ def simplify_permutes(graph: Graph) -> None:
             _call(node, _RESHAPE.target, rows, [rows.shape[0], *node.shape[1:]])
 
 
-def _order(node: Node) -> list[int] | None:
+def order_of(node: Node) -> list[int] | None:
     """The order a permute or transpose gives dims, or None."""
     rank = node.value.dim() if isinstance(node.value, Tensor) else 0
     if node.op is _PERMUTE:
@@ -67,7 +67,7 @@ def _flattened_image(node: Node, order: Sequence[int]) -> Node | None:
     if list(order) != [0, 2, 1] or flat is None or flat.op is not _RESHAPE:
         return None
     image = flat.operand(0)
-    if image is None or _order(image) != [0, 3, 1, 2]:
+    if image is None or order_of(image) != [0, 3, 1, 2]:
         return None
     same = [str(s) for s in image.shape[:2]] == [str(s) for s in flat.shape[:2]]
     return image.operand(0) if same else None
