@@ -184,8 +184,12 @@ def _asked_dims(
 def _widened(
     args: tuple[Any, ...], kwargs: dict[str, Any], asked: Mapping[tuple[int, int], str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example inputs with dynamic dims of size 1 repeated to 2: torch.export would fix a dim of 1."""
+    """The example inputs, dynamic dims of size 1 repeated to 2, which torch.export would fix, and none given twice.
+
+    Tracing knows an input by its tensor: of one given twice, all reads would be of the last.
+    """
     leaves, structure = pytree.tree_flatten((args, kwargs))
+    leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     for position, axis in asked:
         leaf = leaves[position]
         if isinstance(leaf, Tensor) and leaf.shape[axis] == 1:

@@ -281,3 +281,14 @@ class DropsInPlaceFromAView(nn.Module):
 
 def test_a_write_into_a_view_that_alone_is_read_after_is_taken():
     close(DropsInPlaceFromAView().eval(), torch.randn(2, 3, 4))
+
+
+class Difference(nn.Module):
+    def forward(self, x, y):
+        return x - 2 * y
+
+
+def test_one_tensor_given_as_two_example_inputs():
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    artifact = mcc.compile(Difference(), (x, x), **QUICK)
+    torch.testing.assert_close(artifact(x, y), x - 2 * y)

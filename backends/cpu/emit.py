@@ -20,12 +20,12 @@ from tvm.sym.analyzer import Analyzer
 from mcc import ops
 from mcc.artifact import TensorSpec, stored_bytes
 from mcc.backends.cpu.fuse import requantize_step
-from mcc.backends.cpu.kernels.attention import AttentionShape, attention_function
+from mcc.backends.cpu.kernels.attention import attention_function, attention_shape
 from mcc.backends.cpu.kernels.quantize import quantize_function
 from mcc.backends.cpu.kernels.tiles import leading_dims
 from mcc.backends.cpu.microkernel import Parameter, flat, kernel_function, product
 from mcc.backends.relax import RULES
-from mcc.backends.relax.emitter import DTYPES, Emitter, Expression, is_tensor, size, static
+from mcc.backends.relax.emitter import DTYPES, Emitter, Expression, is_tensor, rank, static
 from mcc.cost import LARGEST_GROWTH, weight_expression
 from mcc.errors import BackendError, MccError
 from mcc.ops import OPS
@@ -288,27 +288,12 @@ class _Writer:
 
     def _attention(self, emitter: Emitter, node: Node) -> Any:
         operands = [self._value(n.fx) for n in (node.operand(i) for i in range(4)) if n is not None]
-        mask = operands[3] if len(operands) > 3 else None
-        first = node.argument(6)
-
-        def sizes(which: int) -> tuple[Any, Any, Any, Any]:
-            batch, a, b, size = (static(s) if static(s) is not None else s for s in operands[which].ty.shape)
-            return (batch, b, a, size) if first[which] else (batch, a, b, size)
-
-        (batch, heads, rows, depth), (_, key_heads, keys, _), (*_, width) = (sizes(i) for i in range(3))
-        dims: tuple[Any, ...] | None = None
-        if mask is not None:
-            dims = tuple(static(s) if static(s) is not None else s for s in mask.ty.shape)
-            dims = (1,) * (4 - len(dims)) + dims
-            operands[3] = emitter(relax.op.reshape(mask, [size(d) for d in dims]))
-        varying = {
-            str(d): tirx.Var(str(d), "int64") for d in (batch, rows, keys, *(dims or ())) if not isinstance(d, int)
-        }
-        shape = AttentionShape(
-            *(varying.get(str(d), d) for d in (batch, heads, key_heads, rows, keys, depth, width)),
-            tuple(first), None if dims is None else tuple(varying.get(str(d), d) for d in dims),
-            "" if mask is None else str(mask.ty.dtype), node.argument(4), node.argument(5),
-        )  # fmt: skip
+        if len(operands) > 3:
+            mask = operands[3]
+            operands[3] = emitter(relax.op.reshape(mask, [*[1] * (4 - rank(mask)), *mask.ty.shape]))
+        dims = [tuple(static(s) if static(s) is not None else s for s in x.ty.shape) for x in operands]
+        mask_dtype = str(operands[3].ty.dtype) if len(operands) > 3 else ""
+        shape = attention_shape(dims, mask_dtype, node.argument(6), causal=node.argument(4), scale=node.argument(5))
         self._row(node, "attention", "attention", ("", 0), "")
         function = emitter.builder.add_func(attention_function(shape, self.lowering.target), "attention")
         return emitter(relax.call_tir(function, operands, relax.TensorType(self.sizes.shape(node.value), "float32")))

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from mcc import ops
+from mcc.backends.cpu.tokens import refusal as attention_refusal
 from mcc.backends.kernel import QuantizedInput, Region, SparseArrays, StoredWeight
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def integerize(lowering: Lowering) -> Lowering:
     for node in lowering.graph.nodes:
         if node.op not in ANCHORS:
             if node.op is not None and node.op.macs(node.fx):
-                refused[node.fx] = f"there is no own kernel for {node.op.name} yet"
+                reason = attention_refusal(node, lowering.target) if node.op is ops.ATTENTION else None
+                refused[node.fx] = reason or f"there is no own kernel for {node.op.name} yet"
             continue
         weight = _stored_weight(node)
         bias = node.operand(2)

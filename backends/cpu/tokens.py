@@ -41,7 +41,7 @@ def refusal(node: Node, target: Target) -> str | None:
         return f"its values have fewer than {target.vector_lanes} elements"
     if query.shape[2] == 1:
         return "a single query is faster by the op library"
-    if query.shape[1] % key.shape[1] or key.shape[1] != value.shape[1]:
+    if int(query.shape[1]) % int(key.shape[1]) or key.shape[1] != value.shape[1]:
         return "its heads are no multiple of those of the keys"
     if any(str(x.shape[0]) != str(query.shape[0]) for x in operands):
         return "its batch broadcasts"

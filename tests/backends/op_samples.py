@@ -119,6 +119,26 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
         S(lambda n: (f(n, 7, 7, 18), f(18, 1, 3, 3), None, [1, 1], [1, 1, 1, 1], [1, 1], 18)),
         S(lambda n: (f(n, 5, 5, 32), f(32, 4, 1, 1), f(32), [1, 1], [0, 0, 0, 0], [1, 1], 8)),
     ),
+    "mcc.attention": (
+        S(lambda n: (f(n, 4, 7, 8), f(n, 4, 9, 8), f(n, 4, 9, 21), None, False, 0.3, [False] * 4), (0, 1, 2)),
+        S(lambda n: (f(n, 13, 4, 24), f(n, 33, 2, 24), f(n, 33, 2, 16), None, True, 0.2, [True] * 4), (0, 1, 2)),
+        S(
+            lambda n: (
+                f(n, 2, 5, 17),
+                f(n, 6, 2, 17),
+                f(n, 2, 6, 32),
+                b(5, 6) | torch.eye(5, 6).bool(),
+                False,
+                0.2,
+                [False, True, False, True],
+            ),
+            (0, 1, 2),
+        ),
+        S(
+            lambda n: (f(n, 2, 70, 64), f(n, 2, 70, 64), f(n, 2, 70, 64), f(1, 2, 1, 70), False, 0.125, [False] * 4),
+            (0, 1, 2),
+        ),
+    ),
     "mcc.max_pool2d_nhwc": (S(lambda n: (f(n, 9, 10, 3), [3, 2], [2, 2], [1, 0, 1, 1])),),
     "mcc.avg_pool2d_nhwc": (
         S(lambda n: (f(n, 9, 9, 3), [3, 3], [2, 2], [1, 1], True)),

@@ -8,7 +8,6 @@ Dao, Fu, Ermon, Rudra, Ré: FlashAttention. arXiv 2205.14135, 2022 (there for lo
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ from mcc.backends.cpu.microkernel import (
 from mcc.backends.cpu.vector_math import exp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from mcc.target import Target
 
@@ -68,6 +67,28 @@ class AttentionShape:
     mask_dtype: str
     causal: bool
     scale: float
+
+
+def attention_shape(
+    operands: Sequence[tuple[Any, ...]], mask_dtype: str, tokens_first: Sequence[bool], *, causal: bool, scale: float
+) -> AttentionShape:
+    """The sizes of an attention whose query, key, value and mask, if any, have these dims; equal symbols stay equal."""
+    variables: dict[str, tirx.Var] = {}
+
+    def known(dim: Any) -> Any:
+        return dim if isinstance(dim, int) else variables.setdefault(str(dim), tirx.Var(f"d{len(variables)}", "int64"))
+
+    dims = [tuple(map(known, d)) for d in operands]
+    query, key, value = (
+        (batch, b, a, size) if first else (batch, a, b, size)
+        for (batch, a, b, size), first in zip(dims[:3], tokens_first, strict=False)
+    )
+    first = (tokens_first[0], tokens_first[1], tokens_first[2], tokens_first[3])
+    mask = dims[3] if len(dims) > 3 else None
+    return AttentionShape(
+        batch=query[0], heads=query[1], key_heads=key[1], rows=query[2], keys=key[2], depth=query[3], width=value[3],
+        tokens_first=first, mask=mask, mask_dtype=mask_dtype, causal=causal, scale=scale,
+    )  # fmt: skip
 
 
 def attention_function(shape: AttentionShape, target: Target) -> tirx.PrimFunc:
@@ -294,8 +315,3 @@ class _Body:
             for i, row in enumerate(sums):
                 for register, start in zip(row, part, strict=True):
                     v.store(self.out, out[0] + i * out[1] + start, register.get() * v.splat(inverse[i]))
-
-
-def default_scale(depth: int) -> float:
-    """1 / sqrt(depth)."""
-    return 1 / math.sqrt(depth)

@@ -227,3 +227,55 @@ def test_a_measured_time_is_a_time():
 
     target = parse_target("cpu")
     assert 0 < measure(DenseFloat().lower(region, target, "4x2"), region, target) < 1
+
+
+class Attends(nn.Module):
+    """Attention of tokens, split into heads and joined again."""
+
+    def __init__(self, heads, key_heads, causal):
+        super().__init__()
+        self.heads, self.key_heads, self.causal = heads, key_heads, causal
+
+    def forward(self, query, key, value, mask=None):
+        parts = ((query, self.heads), (key, self.key_heads), (value, self.key_heads))
+        q, k, v = (x.unflatten(-1, (n, -1)).transpose(1, 2) for x, n in parts)
+        options = {"is_causal": self.causal, "enable_gqa": self.heads != self.key_heads}
+        return nn.functional.scaled_dot_product_attention(q, k, v, mask, **options).transpose(1, 2).flatten(2)
+
+
+def floats(*shape):
+    return torch.randn(shape)
+
+
+@pytest.mark.parametrize(("heads", "causal", "sizes", "mask"), [
+    ((4, 4), False, (7, 7, 32), None), ((4, 2), True, (13, 13, 24), None), ((3, 1), True, (50, 70, 17), None),
+    ((2, 2), False, (5, 33, 16), lambda rows, keys: torch.rand(2, 1, rows, keys) > 0.3),
+    ((2, 2), False, (6, 16, 64), lambda rows, keys: torch.rand(1, keys) > 0.3),
+    ((3, 1), False, (20, 9, 64), lambda rows, keys: torch.randn(rows, keys)),
+])  # fmt: skip
+def test_attention_reads_and_writes_tokens_where_they_lie(heads, causal, sizes, mask):
+    rows, keys, depth = sizes
+    inputs = [floats(2, rows, heads[0] * depth), floats(2, keys, heads[1] * depth), floats(2, keys, heads[1] * depth)]
+    inputs += [] if mask is None else [mask(rows, keys)]
+    model = Attends(*heads, causal).eval()
+    artifact = mcc.compile(model, tuple(inputs), measure="never", tuning="model")
+    assert [(r.op, r.kernel) for r in artifact.report.layers] == [("attention", "attention")]
+    torch.testing.assert_close(artifact(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_of_varying_batch_and_length():
+    model, dims = Attends(2, 2, causal=True).eval(), {0: "batch", 1: "length"}
+    artifact = mcc.compile(model, (floats(2, 6, 64),) * 3, dynamic_shapes=(dims, dims, dims), measure="never")
+    for batch, length in ((1, 1), (3, 17), (1, 130)):
+        x, y, z = (floats(batch, length, 64) for _ in range(3))
+        torch.testing.assert_close(artifact(x, y, z), model(x, y, z), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_that_the_kernel_cannot_take_is_in_the_report_with_the_reason():
+    for x, reason in (
+        (floats(2, 1, 64), "a single query is faster by the op library"),
+        (floats(2, 5, 8), "its values have fewer than"),
+    ):
+        row = mcc.compile(Attends(2, 2, causal=False), (x, x, x), measure="never", tuning="model").report.layers[0]
+        assert row.kernel == "op library"
+        assert reason in row.reason
