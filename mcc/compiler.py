@@ -25,11 +25,11 @@ from mcc.encode import encode
 from mcc.errors import CaptureError, SpecError
 from mcc.frontend import capture
 from mcc.graph import Graph
-from mcc.passes import PASSES
+from mcc.passes import PASSES, FoldBatchNorm
 from mcc.pipeline import Pipeline
-from mcc.report import PassRow, Report
-from mcc.rewrite import Pass
-from mcc.runtime import Artifact
+from mcc.report import Declined, PassRow, Report
+from mcc.rewrite import Context, Pass
+from mcc.runtime import Artifact, use_threads
 from mcc.spec import parse_passes, read_recipe
 from mcc.target import Target, missing_features, parse_target
 from mcc.verify import sample_inputs, verify_artifact, verify_capture, verify_encoding
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from rich.progress import Progress
 
-    from mcc.backends.cpu import Lowering
+    from mcc.backends.cpu import KernelTime, Lowering
     from mcc.backends.tune import Tuning
 
     Model = torch.nn.Module | torch.export.ExportedProgram | Graph | str | Path | ModelProto
@@ -263,11 +263,30 @@ def compile_graph(graph: Graph, example: tuple[Any, ...], steps: tuple[Pass, ...
     )
 
 
+def profile_layers(
+    graph: Graph, example: tuple[Tensor, ...], steps: tuple[Pass, ...], options: Options, runs: int = 20
+) -> list[KernelTime]:
+    """Run passes over a graph and time every kernel of what comes out, one after another, on one thread."""
+    compressed, _ = Pipeline(steps, options.resolved_target, options.data, options.seed, options.verify).run(
+        graph, example
+    )
+    encoded, _ = _encoded(compressed, options)
+    arrays = [x.detach().numpy() for x in example]
+    use_threads(1)
+    return cpu.profile_layers(encoded, options.resolved_target, options.tuning, arrays, runs)
+
+
+def _encoded(graph: Graph, options: Options) -> tuple[Graph, list[Declined]]:
+    """A graph with batch norms folded where that is exact, and its weights in their stored formats."""
+    folded = FoldBatchNorm().run(graph.copy().eval(), Context(options.resolved_target, options.data, options.seed))
+    return encode(folded.clean().repropagate(), cpu.prefer_dense)
+
+
 def _lower(graph: Graph, options: Options) -> tuple[Artifact, Graph, PassRow]:
     """Encode and lower one state of a graph; returns the artifact, the encoded graph, and their row of the report."""
     started = time.perf_counter()
     target = options.resolved_target
-    encoded, dense = encode(graph.copy().eval(), cpu.prefer_dense)
+    encoded, dense = _encoded(graph, options)
     lowering = cpu.lower(encoded, target, options.tuning)
     notes = tuple(f"{row.layer} ({row.op}): {row.reason}" for row in lowering.layers if row.reason)
     size = replace(graph_size(encoded), stored_bytes=sum(stored_bytes(w) for w in lowering.weights.values()))

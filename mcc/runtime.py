@@ -134,6 +134,11 @@ class _Threads:
         self._caller = threading.local()
 
 
+def use_threads(count: int) -> None:
+    """Let kernels called from this thread use `count` threads."""
+    _threads().use(count)
+
+
 def _refuse_other_machine(manifest: Manifest) -> None:
     missing = sorted(set(manifest.features) - host_features())
     if missing:

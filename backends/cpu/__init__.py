@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mcc.backends.cpu.build import build
 from mcc.backends.cpu.emit import emit
@@ -12,16 +12,21 @@ from mcc.backends.cpu.integerize import integerize
 from mcc.backends.cpu.layout import layout
 from mcc.backends.cpu.lowering import Lowering
 from mcc.backends.cpu.measure import measure
+from mcc.backends.cpu.profile import KernelTime, profile
 from mcc.backends.cpu.select import prefer_dense, select
 from mcc.backends.tune import Tuner, Tuning
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
     from mcc.graph import Graph
     from mcc.target import Target
 
 STAGES = (hoist, layout, integerize, fuse, select, emit, build)
 
-__all__ = ["STAGES", "Lowering", "lower", "prefer_dense"]
+__all__ = ["STAGES", "KernelTime", "Lowering", "lower", "prefer_dense", "profile_layers"]
 
 
 def lower(graph: Graph, target: Target, tuning: Tuning) -> Lowering:
@@ -39,3 +44,17 @@ def lower(graph: Graph, target: Target, tuning: Tuning) -> Lowering:
     for stage in STAGES:
         lowering = stage(lowering)
     return lowering
+
+
+def profile_layers(
+    graph: Graph, target: Target, tuning: Tuning, inputs: Sequence[NDArray[Any]], runs: int
+) -> list[KernelTime]:
+    """Time every kernel of an encoded graph on this machine; see `profile`.
+
+    Raises:
+        BackendError: an op or shape cannot be lowered.
+    """
+    lowering = Lowering(graph, target, Tuner(tuning, measure))
+    for stage in STAGES[:-1]:
+        lowering = stage(lowering)
+    return profile(lowering, inputs, runs)

@@ -11,8 +11,10 @@ import torch
 import typer
 
 from mcc import compiler
+from mcc.backends.cpu import KernelTime
 from mcc.benchmark import interleave, onnxruntime_engine, openvino_engine
 from mcc.cli.arguments import clear_errors, print_json, read_data, read_inputs, read_model
+from mcc.data import Data
 from mcc.errors import SpecError
 
 _PEERS = {"ONNX Runtime": onnxruntime_engine, "OpenVINO": openvino_engine}
@@ -25,6 +27,7 @@ def bench_model(
     data: Annotated[Path | None, typer.Option(help=".npz for passes that need data")] = None,
     threads: Annotated[int, typer.Option(help="for every engine")] = 1,
     runs: Annotated[int, typer.Option(help="of every engine")] = 200,
+    layers: Annotated[bool, typer.Option(help="time every kernel instead, on one thread, beside the peak")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Time mcc, torch eager, ONNX Runtime and OpenVINO in turns, with equal threads; peers that lack are named.
@@ -38,6 +41,11 @@ def bench_model(
         found = read_model(model)
         graph = compiler.load_graph(found, example, {}, dims)
         example = example or compiler.example_of(graph)
+        if layers:
+            options = compiler.Options(data=read_data(data) or Data())
+            rows = compiler.profile_layers(graph, example, compiler.resolve_passes(passes), options)
+            _print_layers(rows, as_json=as_json)
+            return
         engines: dict[str, Callable[[], Any]] = {}
         torch.set_num_threads(threads)
         eager = found.eval() if isinstance(found, torch.nn.Module) else graph
@@ -62,6 +70,25 @@ def bench_model(
     Console().print(table)
     for name, reason in missing.items():
         typer.echo(f"not measured: {name}: {reason}")
+
+
+def _print_layers(rows: list[KernelTime], *, as_json: bool) -> None:
+    """Every kernel, the slowest first."""
+    if as_json:
+        print_json({"layers": [vars(row) for row in rows]})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    total = sum(row.milliseconds for row in rows)
+    table = Table(title=f"{len(rows)} kernels, {total:.3f} ms on one thread, the slowest first")
+    for column in ("layer", "op", "kernel", "ms", "% of time", "% of peak"):
+        table.add_column(column, justify="right" if column in ("ms", "% of time", "% of peak") else "left")
+    for row in sorted(rows, key=lambda r: -r.milliseconds):
+        peak = "" if row.percent_of_peak is None else f"{row.percent_of_peak:.0f}"
+        share = f"{100 * row.milliseconds / total:.1f}"
+        table.add_row(row.layer, row.op, row.kernel, f"{row.milliseconds:.4f}", share, peak)
+    Console().print(table)
 
 
 def _without_gradients(model: Callable[..., Any], inputs: tuple[Any, ...]) -> object:

@@ -113,6 +113,16 @@ def test_bench_times_all_engines_in_turns(mcc):
     assert {t["runs"] for t in timings.values()} == {5}
 
 
+def test_bench_times_every_kernel_beside_the_peak(mcc):
+    code, output = mcc("bench", "tiny_nets:make_mlp", "-i", "input=f32[2,12]", "--layers", "--json")
+    assert code == 0
+    rows = json.JSONDecoder().raw_decode(output, output.index("{"))[0]["layers"]
+    linear = [row for row in rows if row["op"].startswith("linear")]
+    assert [row["macs"] > 0 for row in linear] == [True] * len(linear)
+    assert all(0 < row["percent_of_peak"] < 110 and row["milliseconds"] > 0 for row in linear)
+    assert "% of peak" in mcc("bench", "tiny_nets:make_mlp", "-i", "input=f32[2,12]", "--layers")[1]
+
+
 def test_passes_and_targets_are_listed(mcc):
     assert "prune-weights{ratio=0.5" in mcc("passes")[1]
     assert "Han et al.: Learning both weights and connections. NeurIPS 2015" in mcc("passes")[1]

@@ -1,0 +1,128 @@
+"""Where a model's time goes: every kernel call timed on its own, beside what the machine can reach."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tvm
+import tvm.tirx.script.builder.ir as B
+from tvm import relax
+
+from mcc.backends.cpu.build import compile_module
+from mcc.backends.cpu.microkernel import Expression, Parameter, Vectors, kernel_function, tvm_target
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from mcc.backends.cpu.lowering import Lowering
+    from mcc.report import LayerRow
+    from mcc.target import Target
+
+CHAINS = 12  # accumulators that hide the latency of a multiply-add on every CPU we know
+STEPS = 20_000
+_BOOKKEEPING = "vm.builtin."
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One call of a kernel.
+
+    Attributes:
+        layer: the module it runs, or empty where it runs none with weights.
+        op: what it computes.
+        kernel: family and tile, or the name of a function of the op library.
+        milliseconds: least of all runs.
+        macs: multiply-accumulates; 0 where they are not counted.
+        percent_of_peak: of the multiply-accumulates one core was measured to reach on this element type; None where
+            there are no macs.
+    """
+
+    layer: str
+    op: str
+    kernel: str
+    milliseconds: float
+    macs: int
+    percent_of_peak: float | None
+
+
+def profile(lowering: Lowering, inputs: Sequence[NDArray[Any]], runs: int) -> list[KernelTime]:
+    """Time every call of an emitted model, in order, on the threads that TVM's pool has now.
+
+    Args:
+        lowering: through all stages but `build`.
+        inputs: flattened.
+        runs: the least time of these is taken.
+    """
+    machine = relax.VirtualMachine(compile_module(lowering, "bytecode"), tvm.cpu())
+    weights = tvm.runtime.convert([tvm.runtime.tensor(np.ascontiguousarray(w)) for w in lowering.weights.values()])
+    arguments = [tvm.runtime.tensor(x) for x in inputs]
+    calls: list[tuple[str, float]] = []
+    started = 0.0
+
+    def instrument(function: object, name: str, before: bool, result: object, *rest: object) -> None:  # noqa: FBT001
+        nonlocal started
+        del function, result, rest
+        if before:
+            started = time.perf_counter()
+        elif not name.startswith(_BOOKKEEPING):
+            calls.append((name, (time.perf_counter() - started) * 1e3))
+
+    machine.set_instrument(instrument)
+    best: list[tuple[str, float]] = []
+    for _ in range(runs):
+        calls.clear()
+        machine["main"](*arguments, weights)
+        best = [(n, min(t, o)) for (n, t), (_, o) in zip(calls, best or calls, strict=True)]
+    return _rows(best, lowering)
+
+
+def _rows(calls: list[tuple[str, float]], lowering: Lowering) -> list[KernelTime]:
+    """Match calls with the layers that have own kernels: both are in the order of the graph."""
+    own = iter(row for row in lowering.layers if row.kernel != "op library")
+    families = tuple({row.kernel.split()[0] for row in lowering.layers if row.kernel != "op library"})
+    reached = {kind: peak(lowering.target, kind) for kind in ("float32", "int8")}
+    rows = []
+    for name, milliseconds in calls:
+        layer = next(own) if name.startswith(families) else None
+        rows.append(_row(layer, name, milliseconds, reached))
+    return rows
+
+
+def _row(layer: LayerRow | None, name: str, milliseconds: float, reached: dict[str, float]) -> KernelTime:
+    if layer is None:
+        return KernelTime("", name, "op library", milliseconds, 0, None)
+    # depthwise codes and sparse ones are summed in float
+    kind = "int8" if layer.kernel.startswith(("dense_int8", "conv2d_int8")) else "float32"
+    percent = 100 * layer.macs / (milliseconds * 1e-3) / reached[kind] if layer.macs else None
+    return KernelTime(layer.layer, layer.op, layer.kernel, milliseconds, layer.macs, percent)
+
+
+def peak(target: Target, kind: str) -> float:
+    """Multiply-accumulates a second that one core reaches from registers: float32, or int8 by `dot4`."""
+    v = Vectors(target)
+    dtype = "float32" if kind == "float32" else "int32"
+
+    def body(x: Expression, y: Expression) -> None:
+        (sums,) = v.registers(1, CHAINS, dtype)
+        for register in sums:
+            register.set(v.load(x, 0))
+        a, b = B.Bind(v.load(x, v.lanes)), B.Bind(v.load(x, 2 * v.lanes))
+        with B.serial(0, STEPS):
+            for register in sums:
+                total = register.get()
+                register.set(v.fma(a, b, total) if kind == "float32" else v.dot4(total, a, b, bounded=True))
+        for i, register in enumerate(sums):
+            v.store(y, i * v.lanes, register.get())
+
+    function = kernel_function(
+        "peak", [Parameter("X", (3 * v.lanes,), dtype), Parameter("Y", (CHAINS * v.lanes,), dtype)], body
+    )
+    module = tvm.tirx.build(tvm.IRModule.from_expr(function), target=tvm_target(target))
+    arrays = [tvm.runtime.tensor(np.zeros(n * v.lanes, dtype), tvm.cpu()) for n in (3, CHAINS)]
+    seconds = min(module.time_evaluator("peak", tvm.cpu(), number=3, repeat=5)(*arrays).results)
+    return STEPS * CHAINS * v.lanes * (1 if kind == "float32" else 4) / float(seconds)

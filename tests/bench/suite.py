@@ -1,0 +1,248 @@
+"""Time mcc and its peers over the networks of zoo.py: engines in turns, equal threads and run counts.
+
+    python tests/bench/suite.py [--models ResNet-50,BERT-base] [--threads 1,2] [--precision fp32,int8] [--runs 15]
+
+Prints a Markdown table; `--json FILE` and `--plot FILE` keep the figures and draw them. An engine that cannot run a
+model is named with the reason. Beside each int8 time stands how far the engine's output is from eager float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from zoo import CASES, Case, settled
+
+import mcc
+from mcc.benchmark import interleave, onnxruntime_engine, openvino_engine
+
+Engine = Callable[..., Any]
+CALIBRATION_BATCHES = 4
+PASSES = {"fp32": "fold-batch-norm", "int8": "fold-batch-norm; quantize"}
+WITHOUT_BATCH_NORM = ("BERT", "MiniLM", "ViT", "GPT", "MLP", "ConvNeXt")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine on one case; times in ms, deviation relative to the norm of eager's output."""
+
+    model: str
+    precision: str
+    batch: int
+    threads: int
+    engine: str
+    min_ms: float
+    median_ms: float
+    deviation: float
+
+
+def peers(
+    proto: Any, calibration: list[tuple[Any, ...]], precision: str, threads: int
+) -> dict[str, Callable[[], Engine]]:
+    """Makers of the peers' engines."""
+    if precision == "fp32":
+        return {
+            "ONNX Runtime": lambda: onnxruntime_engine(proto, threads),
+            "OpenVINO": lambda: openvino_engine(proto, threads),
+        }
+    return {
+        "ONNX Runtime": lambda: onnxruntime_engine(_quantized_onnx(proto, calibration), threads),
+        "OpenVINO": lambda: _nncf_engine(proto, calibration, threads),
+    }
+
+
+def _quantized_onnx(proto: Any, calibration: list[tuple[Any, ...]]) -> bytes:
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    names = [i.name for i in proto.graph.input]
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter(calibration)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else dict(zip(names, batch, strict=True))
+
+    with tempfile.TemporaryDirectory() as folder:
+        plain, prepared, quantized = (str(Path(folder) / f"{i}.onnx") for i in range(3))
+        onnx.save(proto, plain)
+        quant_pre_process(plain, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared, quantized, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        )  # fmt: skip
+        return Path(quantized).read_bytes()
+
+
+def _nncf_engine(proto: Any, calibration: list[tuple[Any, ...]], threads: int) -> Engine:
+    import nncf
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(proto.SerializeToString(), b"")
+    batches = [b[0] if len(b) == 1 else list(b) for b in calibration]
+    quantized = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches))
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    request = core.compile_model(quantized, "CPU", settings).create_infer_request()
+
+    def run(*inputs: Any) -> list[Any]:
+        found = request.infer(list(inputs))
+        return [np.asarray(found[i]) for i in range(len(found))]
+
+    return run
+
+
+def measure(name: str, case: Case, setting: tuple[str, int, int], runs: int, failed: dict[str, str]) -> Iterator[Row]:
+    """Time all engines on one model at (precision, batch, threads)."""
+    precision, batch, threads = setting
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    model, inputs = settled(case.build()), case.inputs(batch)
+    calibration = [case.inputs(batch) for _ in range(CALIBRATION_BATCHES)]
+    arrays = [x.numpy() for x in inputs]
+    with torch.inference_mode():
+        expected = _first(model(*inputs))
+    text = PASSES[precision]
+    if name.startswith(WITHOUT_BATCH_NORM):
+        text = text.partition(";")[2].strip()
+    artifact = mcc.compile(
+        model, inputs, passes=text, data=mcc.Data(calibration=calibration), threads=threads, measure="never"
+    )
+    engines: dict[str, Engine] = {"mcc": artifact}
+    proto = torch.onnx.export(model, inputs, dynamo=True, verbose=False).model_proto
+    known = [tuple(x.numpy() for x in b) for b in calibration]
+    for peer, make in peers(proto, known, precision, threads).items():
+        try:
+            engine = make()
+            engine(*arrays)
+        except Exception as error:  # noqa: BLE001 (a peer that cannot be measured is a line of the result)
+            failed[f"{peer}, {name} {precision}"] = (str(error).strip() or repr(error)).splitlines()[0]
+            continue
+        engines[peer] = engine
+    outputs = {engine: _first(run(*arrays)) for engine, run in engines.items()}
+    calls: dict[str, Callable[[], object]] = {
+        engine: lambda run=run: run(*arrays)  # type: ignore[misc]
+        for engine, run in engines.items()
+    }
+    if precision == "fp32":
+        compiled = torch.compile(model)
+        for engine, run in (("torch eager", model), ("torch.compile", compiled)):
+            calls[engine] = lambda run=run: run(*inputs)  # type: ignore[misc]
+            outputs[engine] = expected
+    with torch.inference_mode():
+        timings = interleave(calls, runs)
+    scale = float(np.linalg.norm(expected)) or 1.0
+    for engine, timing in timings.items():
+        apart = float(np.linalg.norm(outputs[engine] - expected)) / scale
+        yield Row(name, precision, batch, threads, engine, timing.min_ms, timing.median_ms, apart)
+
+
+def _first(outputs: Any) -> Any:
+    first = outputs[0] if isinstance(outputs, list | tuple) else outputs
+    return np.asarray(first)
+
+
+def best_ratio(rows: Sequence[Row]) -> float | None:
+    """Median time of mcc over that of the fastest of ONNX Runtime and OpenVINO."""
+    own = [r.median_ms for r in rows if r.engine == "mcc"]
+    others = [r.median_ms for r in rows if r.engine in ("ONNX Runtime", "OpenVINO")]
+    return own[0] / min(others) if own and others else None
+
+
+def grouped(rows: Sequence[Row]) -> dict[tuple[str, str, int, int], list[Row]]:
+    """Rows by case."""
+    groups: dict[tuple[str, str, int, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.model, row.precision, row.batch, row.threads), []).append(row)
+    return groups
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Median (minimum) ms; the last column is mcc over the best of ONNX Runtime and OpenVINO: below 1 mcc is faster."""
+    engines = ("mcc", "ONNX Runtime", "OpenVINO", "torch eager", "torch.compile")
+    lines = [
+        "| model | precision | batch | threads | " + " | ".join(engines) + " | deviation of mcc | mcc / best |",
+        "|---|---|--:|--:|" + "--:|" * (len(engines) + 2),
+    ]
+    ratios: dict[str, list[float]] = {}
+    for (model, precision, batch, threads), group in grouped(rows).items():
+        by_engine = {r.engine: r for r in group}
+        cells = [
+            f"{r.median_ms:.2f} ({r.min_ms:.2f})" if (r := by_engine.get(engine)) is not None else ""
+            for engine in engines
+        ]
+        ratio = best_ratio(group)
+        if ratio is not None:
+            ratios.setdefault(precision, []).append(ratio)
+        shown = "" if ratio is None else f"{ratio:.2f}"
+        apart = f"{by_engine['mcc'].deviation:.1e}"
+        lines.append(f"| {model} | {precision} | {batch} | {threads} | {' | '.join(cells)} | {apart} | {shown} |")
+    for precision, values in ratios.items():
+        mean = math.exp(sum(map(math.log, values)) / len(values))
+        lines.append(f"\n{precision}: geometric mean of mcc / best over {len(values)} rows {mean:.3f}")
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Bars of mcc / best for each case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names, ratios = [], []
+    for (model, precision, batch, threads), group in grouped(rows).items():
+        ratio = best_ratio(group)
+        if ratio is not None:
+            names.append(f"{model} {precision} b{batch} t{threads}")
+            ratios.append(ratio)
+    figure, axes = pyplot.subplots(figsize=(8, 0.25 * len(names) + 1))
+    axes.barh(names, ratios, color=["tab:green" if r <= 1 else "tab:red" for r in ratios])
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xlabel("time of mcc / time of the best peer")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(CASES))
+    parser.add_argument("--threads", default="1")
+    parser.add_argument("--precision", default="fp32,int8")
+    parser.add_argument("--batches", default="")
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    for name in options.models.split(","):
+        case = CASES[name]
+        for batch in map(int, options.batches.split(",")) if options.batches else case.batches:
+            for threads in map(int, options.threads.split(",")):
+                for precision in options.precision.split(","):
+                    rows += measure(name, case, (precision, batch, threads), options.runs, failed)
+                    print(f"{name} {precision} batch {batch} threads {threads}: done", flush=True)
+    print(f"\ntarget {mcc.parse_target('cpu')}, {options.runs} runs of each engine in turns\n")
+    print(markdown(rows))
+    for peer, reason in failed.items():
+        print(f"\nnot measured: {peer}: {reason}")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()
