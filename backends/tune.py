@@ -17,7 +17,7 @@ from mcc.ops import extent
 from mcc.target import Target, missing_features
 
 CANDIDATES = 3
-VERSION = 1
+VERSION = 2
 Measure = Callable[[Lowered, Region, Target], float]
 Tuning = Literal["measure", "model"]
 

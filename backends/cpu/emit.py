@@ -20,15 +20,13 @@ from tvm.sym.analyzer import Analyzer
 from mcc import ops
 from mcc.artifact import TensorSpec, stored_bytes
 from mcc.backends.cpu.fuse import requantize_step
-from mcc.backends.cpu.kernels.attention import attention_function, attention_shape
-from mcc.backends.cpu.kernels.quantize import quantize_function
 from mcc.backends.cpu.kernels.tiles import leading_dims
 from mcc.backends.cpu.microkernel import Parameter, flat, kernel_function, product
+from mcc.backends.cpu.unweighted import Unweighted, norms_before_quantizers
 from mcc.backends.relax import RULES
-from mcc.backends.relax.emitter import DTYPES, Emitter, Expression, is_tensor, rank, static
+from mcc.backends.relax.emitter import DTYPES, Emitter, Expression, is_tensor, static
 from mcc.cost import LARGEST_GROWTH, weight_expression
 from mcc.errors import BackendError, MccError
-from mcc.ops import OPS
 from mcc.report import LayerRow
 from mcc.text import dim_text, located_text
 
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mcc.backends.cpu.lowering import Choice, Lowering
-    from mcc.backends.kernel import Region, Requantize
+    from mcc.backends.kernel import Region
     from mcc.graph import Graph, Node
 
 _SORTS = (ops.OPS["sort"], ops.OPS["topk"])
@@ -101,6 +99,8 @@ class _Writer:
         self.constants: dict[fx.Node, Any] = {}
         self.returned: set[fx.Node] = set()
         self.absorbed = self._absorbed()
+        self.merged = norms_before_quantizers(self.graph, lowering.target) - set(lowering.choices)
+        self.unweighted = Unweighted(lowering.target, self._value, self.merged)
         self.live = self._live()
 
     def _absorbed(self) -> set[fx.Node]:
@@ -134,8 +134,9 @@ class _Writer:
             with builder.dataflow():
                 emitter = Emitter(builder)
                 self._read = {n: emitter.item(weights, i) for i, n in enumerate(self.weights)}
+                hidden = self.absorbed | self.merged | set(self.constants)
                 for node in self.graph.nodes:
-                    if node.fx in self.live and node.fx not in self.absorbed and node.fx not in self.constants:
+                    if node.fx in self.live and node.fx not in hidden:
                         self.values[node.fx] = self._node(emitter, node)
                 outputs = [self._output(emitter, n) for n in self.graph.output_nodes]
                 result = builder.emit_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
@@ -221,10 +222,11 @@ class _Writer:
         if node.op is ops.GETITEM:
             return self._value(node.fx.args[0])[node.fx.args[1]]  # type: ignore[arg-type]
         assert node.op is not None
-        if node.op is OPS["mcc.attention"]:
-            return self._attention(emitter, node)
-        if node.op is ops.QUANTIZE and (step := requantize_step(node)) is not None:
-            return self._quantize(emitter, node, step)
+        own = self.unweighted.call(emitter, node)
+        if own is not None:
+            if node.op.macs(node.fx):
+                self._row(node, node.op.name.removeprefix("mcc."), node.op.name.removeprefix("mcc."), ("", 0), "")
+            return own
         rule = RULES.get(node.op.name)
         if rule is None:
             raise BackendError(
@@ -285,24 +287,6 @@ class _Writer:
             choice.reason,
         )
         return emitter(relax.call_tir(function, operands, output))
-
-    def _attention(self, emitter: Emitter, node: Node) -> Any:
-        operands = [self._value(n.fx) for n in (node.operand(i) for i in range(4)) if n is not None]
-        if len(operands) > 3:
-            mask = operands[3]
-            operands[3] = emitter(relax.op.reshape(mask, [*[1] * (4 - rank(mask)), *mask.ty.shape]))
-        dims = [tuple(static(s) if static(s) is not None else s for s in x.ty.shape) for x in operands]
-        mask_dtype = str(operands[3].ty.dtype) if len(operands) > 3 else ""
-        shape = attention_shape(dims, mask_dtype, node.argument(6), causal=node.argument(4), scale=node.argument(5))
-        self._row(node, "attention", "attention", ("", 0), "")
-        function = emitter.builder.add_func(attention_function(shape, self.lowering.target), "attention")
-        return emitter(relax.call_tir(function, operands, relax.TensorType(self.sizes.shape(node.value), "float32")))
-
-    def _quantize(self, emitter: Emitter, node: Node, step: Requantize) -> Any:
-        source = self._value(node.fx.all_input_nodes[0])
-        dims = [static(s) if static(s) is not None else s for s in source.ty.shape]
-        function = emitter.builder.add_func(quantize_function(dims, step, self.lowering.target), "quantize")
-        return emitter(relax.call_tir(function, [source], relax.TensorType(self.sizes.shape(node.value), "uint8")))
 
     def _fallback_row(self, node: Node) -> None:
         stored, size = "float32", 0

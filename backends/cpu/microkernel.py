@@ -205,6 +205,19 @@ class Vectors:
         pool = B.alloc_buffer((rows * columns * n,), dtype, scope="local", layout=None)
         return [[Register(pool, (i * columns + j) * n, n) for j in range(columns)] for i in range(rows)]
 
+    def across(self, values: list[Expression], combine: Callable[[Expression, Expression], Expression]) -> Expression:
+        """All lanes of a few vectors combined into one value."""
+        while len(values) > 1:
+            pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
+            values = [B.Bind(combine(*pair)) if len(pair) > 1 else pair[0] for pair in pairs]
+        value, lanes = values[0], self.lanes
+        while lanes > 1:
+            lanes //= 2
+            value = B.Bind(value)
+            low, high = (tirx.Shuffle([value], list(range(start, start + lanes))) for start in (0, lanes))
+            value = combine(low, high)
+        return B.Bind(value)
+
     def transpose(self, rows: list[Expression]) -> list[Expression]:
         """Transpose a square block of float32: `lanes` vectors in, `lanes` vectors out, by shuffles of two."""
         n = self.lanes

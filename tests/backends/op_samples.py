@@ -164,10 +164,19 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     ),
     # norms
     "batch_norm": (S(lambda n: (f(n, 4, 3, 3), positive(4), f(4), f(4), positive(4), False, 0.1, 1e-5, False)),),
-    "layer_norm": (S(lambda n: (f(n, 5, 16), [16], f(16), f(16))), S(lambda n: (f(n, 4, 6), [4, 6]))),
+    "layer_norm": (
+        S(lambda n: (f(n, 5, 16), [16], f(16), f(16))),
+        S(lambda n: (f(n, 4, 6), [4, 6])),
+        S(lambda n: (f(n, 3, 37) + 5, [37], None, f(37))),
+        S(lambda n: (f(n, 130), [130], f(130), f(130), 1e-3)),
+    ),
     "group_norm": (S(lambda n: (f(n, 6, 5, 5), 3, f(6), f(6))),),
     "instance_norm": (S(lambda n: (f(n, 4, 6, 6), f(4), f(4), None, None, True, 0.1, 1e-5, False)),),
-    "rms_norm": (S(lambda n: (f(n, 5, 12), [12], f(12))), S(lambda n: (f(n, 12), [12], None, 1e-6))),
+    "rms_norm": (
+        S(lambda n: (f(n, 5, 12), [12], f(12))),
+        S(lambda n: (f(n, 12), [12], None, 1e-6)),
+        S(lambda n: (f(n, 2, 99), [99], f(99))),
+    ),
     "linalg_vector_norm": (
         S(lambda n: (f(n, 5, 3), 2, [1])),
         S(lambda n: (f(n, 5), 1, [1], True)),

@@ -18,7 +18,6 @@ from tvm.script import tirx as T
 from mcc.backends.cpu.microkernel import (
     Expression,
     Parameter,
-    Register,
     Vectors,
     branch,
     flat,
@@ -271,22 +270,12 @@ class _Body:
         total.set(v.constant(0.0))
         with B.serial(0, count) as p:
             largest.set(T.max(largest.get(), v.load(scores, base + p * v.lanes)))
-        top = B.Bind(v.splat(self._across(largest, T.max)))
+        top = B.Bind(v.splat(v.across([largest.get()], T.max)))
         with B.serial(0, count) as p:
             value = exp(v, v.load(scores, base + p * v.lanes) - top)
             v.store(scores, base + p * v.lanes, value)
             total.set(total.get() + value)
-        return B.Bind(T.float32(1) / self._across(total, lambda a, b: a + b))
-
-    def _across(self, register: Register, combine: Callable[[Expression, Expression], Expression]) -> Expression:
-        """All lanes of a register combined into one value."""
-        value, lanes = register.get(), self.v.lanes
-        while lanes > 1:
-            lanes //= 2
-            value = B.Bind(value)
-            low, high = (tirx.Shuffle([value], list(range(start, start + lanes))) for start in (0, lanes))
-            value = combine(low, high)
-        return B.Bind(value)
+        return B.Bind(T.float32(1) / v.across([total.get()], lambda a, b: a + b))
 
     def _weigh(
         self,

@@ -279,3 +279,26 @@ def test_attention_that_the_kernel_cannot_take_is_in_the_report_with_the_reason(
         row = mcc.compile(Attends(2, 2, causal=False), (x, x, x), measure="never", tuning="model").report.layers[0]
         assert row.kernel == "op library"
         assert reason in row.reason
+
+
+class NormBeforeLayers(nn.Module):
+    """The norm's value goes to layers alone, or to a residual too."""
+
+    def __init__(self, residual):
+        super().__init__()
+        self.norm, self.a, self.b, self.residual = nn.LayerNorm(40), nn.Linear(40, 40), nn.Linear(40, 40), residual
+
+    def forward(self, x):
+        y = self.norm(x)
+        z = self.a(y) * self.b(y)
+        return z + y if self.residual else z
+
+
+@pytest.mark.parametrize(("residual", "calls"), [(False, 0), (True, 1)])
+def test_a_quantizer_takes_in_the_norm_before_it_unless_the_floats_are_read(residual, calls):
+    model, x = NormBeforeLayers(residual).eval(), torch.randn(3, 7, 40)
+    graph, _ = Pipeline((Quantize(),), parse_target("cpu"), Data(calibration=[x])).run(mcc.capture(model, (x,)), (x,))
+    encoded, _ = encode(graph, cpu.prefer_dense)
+    rows = cpu.profile_layers(encoded, parse_target("cpu"), "model", [x.numpy()], 1)
+    assert sum(row.kernel == "op library" and row.op.startswith("quantize") for row in rows) == calls
+    compiled(model, x, Quantize())  # verified

@@ -1,0 +1,120 @@
+"""Calls of own kernels for ops without weights of their own region: attention, norms, quantizers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tvm import relax
+
+from mcc import ops
+from mcc.backends.cpu.fuse import requantize_step
+from mcc.backends.cpu.kernels.attention import attention_function, attention_shape
+from mcc.backends.cpu.kernels.norm import NormShape, norm_dims, norm_function
+from mcc.backends.cpu.kernels.quantize import quantize_function
+from mcc.backends.relax.emitter import rank, static
+from mcc.ops import OPS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import fx
+
+    from mcc.backends.kernel import Requantize
+    from mcc.backends.relax.emitter import Emitter
+    from mcc.graph import Graph, Node
+    from mcc.target import Target
+
+NORMS = (OPS["layer_norm"], OPS["rms_norm"])
+
+
+def norms_before_quantizers(graph: Graph, target: Target) -> set[fx.Node]:
+    """Norms that the quantizer behind them takes in: nothing else reads their floats."""
+    found = set()
+    for node in graph.nodes:
+        source = node.operand(0) if node.op is ops.QUANTIZE else None
+        if source is None or requantize_step(node) is None or not takes_norm(source, target):
+            continue
+        if len(source.fx.users) == 1:
+            found.add(source.fx)
+    return found
+
+
+def takes_norm(node: Node, target: Target) -> bool:
+    """Whether the norm kernel takes this node."""
+    if node.op not in NORMS or str(node.dtype) != "torch.float32" or len(node.argument(1)) != 1:
+        return False
+    affine = (node.operand(i) for i in (2, 3))
+    plain = all(p is None or str(p.dtype) == "torch.float32" for p in affine)
+    return plain and norm_dims(node.shape, target.vector_lanes) is None
+
+
+def _dims(x: Any) -> tuple[Any, ...]:
+    return tuple(static(s) if static(s) is not None else s for s in x.ty.shape)
+
+
+class Unweighted:
+    """Emits these calls.
+
+    Args:
+        target: of the kernels.
+        value: the relax value of a node.
+        merged: norms that a quantizer takes in.
+    """
+
+    def __init__(self, target: Target, value: Callable[[fx.Node], Any], merged: set[fx.Node]) -> None:
+        self.target = target
+        self._value = value
+        self._merged = merged
+
+    def call(self, emitter: Emitter, node: Node) -> Any:
+        """The value of a node that has an own kernel here, or None."""
+        if node.op is OPS["mcc.attention"]:
+            return self._attention(emitter, node)
+        if node.op in NORMS and takes_norm(node, self.target):
+            return self._norm(emitter, node, None)
+        if node.op is ops.QUANTIZE and (step := requantize_step(node)) is not None:
+            source = node.operand(0)
+            assert source is not None
+            if source.fx in self._merged:
+                return self._norm(emitter, source, step)
+            return self._quantize(emitter, source, step)
+        return None
+
+    def _attention(self, emitter: Emitter, node: Node) -> Any:
+        operands = [self._value(n.fx) for n in (node.operand(i) for i in range(4)) if n is not None]
+        if len(operands) > 3:
+            mask = operands[3]
+            operands[3] = emitter(relax.op.reshape(mask, [*[1] * (4 - rank(mask)), *mask.ty.shape]))
+        mask_dtype = str(operands[3].ty.dtype) if len(operands) > 3 else ""
+        first = node.argument(6)
+        shape = attention_shape(
+            [_dims(x) for x in operands], mask_dtype, first, causal=node.argument(4), scale=node.argument(5)
+        )
+        function = emitter.builder.add_func(attention_function(shape, self.target), "attention")
+        query, value = operands[0].ty.shape, operands[2].ty.shape
+        outer, inner = (query[1], query[2]) if first[0] == first[3] else (query[2], query[1])
+        return emitter(
+            relax.call_tir(function, operands, relax.TensorType([query[0], outer, inner, value[3]], "float32"))
+        )
+
+    def _norm(self, emitter: Emitter, node: Node, step: Requantize | None) -> Any:
+        centered = node.op is OPS["layer_norm"]
+        affine = [node.operand(i) for i in ((2, 3) if centered else (2,))]
+        source = self._value(node.fx.all_input_nodes[0])
+        eps = node.argument(4, 1e-5) if centered else node.argument(3)
+        shape = NormShape(
+            _dims(source), float(_FLOAT32_EPS if eps is None else eps), centered, affine[0] is not None,
+            len(affine) > 1 and affine[1] is not None, () if step is None else (step,),
+        )  # fmt: skip
+        function = emitter.builder.add_func(norm_function(shape, self.target), "norm")
+        operands = [source, *(self._value(p.fx) for p in affine if p is not None)]
+        kind = "float32" if step is None else "uint8"
+        return emitter(relax.call_tir(function, operands, relax.TensorType(list(source.ty.shape), kind)))
+
+    def _quantize(self, emitter: Emitter, node: Node, step: Requantize) -> Any:
+        source = self._value(node.fx)
+        function = emitter.builder.add_func(quantize_function(_dims(source), step, self.target), "quantize")
+        return emitter(relax.call_tir(function, [source], relax.TensorType(list(source.ty.shape), "uint8")))
+
+
+_FLOAT32_EPS = 1.1920928955078125e-07  # what rms_norm adds where no eps is given
