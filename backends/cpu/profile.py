@@ -115,7 +115,8 @@ def peak(target: Target, kind: str) -> float:
         with B.serial(0, STEPS):
             for register in sums:
                 total = register.get()
-                register.set(v.fma(a, b, total) if kind == "float32" else v.dot4(total, a, b, bounded=True))
+                # codes from the sum itself: of two that stay the same the product would be taken once
+                register.set(v.fma(a, b, total) if kind == "float32" else v.dot4(total, total, b, bounded=True))
         for i, register in enumerate(sums):
             v.store(y, i * v.lanes, register.get())
 
