@@ -268,6 +268,19 @@ def _factors_are_whole(node: Node) -> bool:
     return whole and _fixed(node, (2, 3)) and node.dtype is torch.float32
 
 
+def _order_kept(node: Node) -> bool:
+    """Whether the dims left by a reduction are in the same order: not channels before height or width."""
+    dims = node.argument(1)
+    if not isinstance(dims, list | tuple) or not dims:
+        return False
+    reduced = {d % 4 for d in dims}
+    return bool(node.argument(2, default=False)) or 1 in reduced or {2, 3} <= reduced
+
+
+def _constant_pad(node: Node) -> bool:
+    return len(node.argument(1)) <= 6 and node.argument(2, "constant") == "constant"
+
+
 def _one_slope(node: Node) -> bool:
     slope = node.operand(1)
     return slope is not None and slope.value.numel() == 1
@@ -282,9 +295,10 @@ _CONDITIONS: dict[ops.Op | None, Callable[[Node], bool]] = {
     ops.CONV2D: _convolution_fits, OPS["max_pool2d"]: _pool_fits, OPS["avg_pool2d"]: _avg_pool_fits,
     OPS["adaptive_avg_pool2d"]: lambda n: all(s == 1 for s in n.shape[2:]), ops.BATCH_NORM: _batch_norm_fits,
     OPS["upsample_nearest2d.vec"]: _factors_are_whole, OPS["upsample_bilinear2d.vec"]: _factors_are_whole,
-    ops.QUANTIZE: _one_scale, ops.DEQUANTIZE: _one_scale, OPS["mean.dim"]: lambda n: n.argument(1) is not None,
+    ops.QUANTIZE: _one_scale, ops.DEQUANTIZE: _one_scale,
+    **{OPS[name]: _order_kept for name in ("mean.dim", "sum.dim_IntList", "amax", "amin")},
     OPS["permute"]: lambda n: order_of(n) == TO_FIRST,
-    OPS["pad"]: lambda n: len(n.argument(1)) <= 6, OPS["prelu"]: _one_slope,
+    OPS["pad"]: _constant_pad, OPS["prelu"]: _one_slope,
 }  # fmt: skip
 
 FORMS: dict[str, Form] = {

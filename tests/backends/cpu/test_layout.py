@@ -135,3 +135,30 @@ def test_artifacts_equal_their_models(model):
     with torch.no_grad():
         for found, expected in zip(pytree.tree_leaves(artifact(x)), pytree.tree_leaves(model(x)), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+class Then(nn.Module):
+    """A convolution and something that is done to what it gives."""
+
+    def __init__(self, then):
+        super().__init__()
+        self.conv, self.then = nn.Conv2d(3, 16, 3), then
+
+    def forward(self, x):
+        return self.then(torch.relu(self.conv(x)))
+
+
+@pytest.mark.parametrize("then", [
+    lambda y: y.mean(2), lambda y: y.mean([1]), lambda y: y.sum((-1,)), lambda y: y.amax((2, 3)), lambda y: y.amax(1),
+    lambda y: y.mean((0, 2)), lambda y: y.mean((1, 3), keepdim=True), lambda y: y.amin((0, 1)), lambda y: y.softmax(1),
+    lambda y: F.pad(y, (1, 1, 2, 0), "reflect"), lambda y: F.pad(y, (1, -1, 2, 0, 1, 0), value=3.0),
+    lambda y: torch.cat([y, y * 2], 0), lambda y: torch.cat([y, y * 2], -1), lambda y: y[:, 1:5, ::2], lambda y: y[:, 3],
+    lambda y: (y, y * 2, y.flatten(2)), lambda y: y.permute(0, 3, 1, 2) + 1, lambda y: F.group_norm(y, 4),
+    lambda y: y.unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2),
+])  # fmt: skip
+def test_what_follows_a_convolution_computes_the_same(then):
+    x, model = torch.randn(2, 3, 9, 8), Then(then).eval()
+    artifact = mcc.compile(model, (x,), measure="never", tuning="model")
+    with torch.no_grad():
+        for found, expected in zip(pytree.tree_leaves(artifact(x)), pytree.tree_leaves(model(x)), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
