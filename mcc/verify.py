@@ -26,6 +26,7 @@ ROUNDING = 1e-4
 # does.
 QUANTIZED_NORM = 1e-2
 PERTURBATION = 1e-5
+_LARGEST_SAMPLED = 1e18
 FLIPS_ALLOWED = 3.0
 
 
@@ -41,7 +42,9 @@ def _like(value: Any, generator: torch.Generator) -> Any:
     if not isinstance(value, Tensor) or value.numel() == 0:
         return value
     if value.dtype is torch.bool:
-        return torch.rand(value.shape, generator=generator) < 0.5
+        return torch.rand(value.shape, generator=generator) < value.float().mean()
+    if value.is_floating_point() and not value.abs().max() < _LARGEST_SAMPLED:
+        return value.clone()  # a mask of minus infinities has no mean to draw about
     low, high = value.min(), value.max()
     if not value.is_floating_point():
         return torch.randint(int(low), int(high) + 1, value.shape, generator=generator, dtype=value.dtype)
@@ -60,9 +63,10 @@ def verify_capture(model: torch.nn.Module, graph: Graph, args: tuple[Any, ...], 
     model.eval()
     try:
         with torch.no_grad():
-            # copies: some models write to their buffers
+            # copies: some models write to their buffers and inputs
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-            result = torch.func.functional_call(model, buffers, args, dict(named))
+            copies = pytree.tree_map_only(Tensor, torch.clone, (args, dict(named)))
+            result = torch.func.functional_call(model, buffers, *copies)
     finally:
         for module, training in modes.items():
             module.training = training

@@ -292,3 +292,97 @@ def test_one_tensor_given_as_two_example_inputs():
     x, y = torch.randn(3, 4), torch.randn(3, 4)
     artifact = mcc.compile(Difference(), (x, x), **QUICK)
     torch.testing.assert_close(artifact(x, y), x - 2 * y)
+
+
+class Applied(nn.Module):
+    """A function of a layer's value, and a tensor it may read."""
+
+    def __init__(self, layer, then, tensor=None):
+        super().__init__()
+        self.layer, self.then = layer, then
+        self.register_buffer("t", tensor)
+
+    def forward(self, x):
+        return self.then(self, self.layer(x))
+
+
+@pytest.mark.parametrize("then", [
+    lambda s, y: torch.relu(y).flatten(1), lambda s, y: torch.relu(y).flatten(2).transpose(1, 2),
+    lambda s, y: torch.relu(y).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2).flatten(2),
+], ids=["flatten", "tokens", "shuffle"])  # fmt: skip
+def test_a_quantized_model_of_varying_batch_with_reshapes(then):
+    x = torch.randn(4, 3, 8, 8)
+    model = nn.Sequential(Applied(nn.Conv2d(3, 8, 3), then), nn.LazyLinear(5)).eval()
+    model(x)
+    options = {"data": Data(calibration=[x]), "dynamic_shapes": ({0: "batch"},)}
+    artifact = mcc.compile(model, (x,), passes=[Quantize()], **options, **QUICK)
+    assert artifact(x[:3]).shape == model(x[:3]).shape
+
+
+@pytest.mark.parametrize(("layer", "shape", "then", "tensor"), [
+    (nn.Linear(8, 16), (1, 5, 8), lambda s, y: y + s.t[:, :5], torch.randn(1, 9, 16)),
+    (nn.Conv2d(3, 5, 3), (1, 3, 6, 6), lambda s, y: y + s.t, torch.randn(1, 5, 4, 4)),
+    (nn.Conv2d(3, 5, 3), (2, 3, 6, 6), lambda s, y: y + s.t, torch.randn(2, 1, 1, 1, 1)),
+    (nn.Linear(8, 16), (2, 8), lambda s, y: (y, s.t * 2), torch.randn(3)),
+    (nn.Conv2d(3, 5, 3), (2, 3, 6, 6), lambda s, y: y.amax(), torch.randn(1)),
+    (nn.Conv2d(3, 5, 3), (2, 3, 6, 6), lambda s, y: torch.sum(y, dim=None, keepdim=True), torch.randn(1)),
+])  # fmt: skip
+def test_layers_with_constants_and_reductions_after_them(layer, shape, then, tensor):
+    close(Applied(layer, then, tensor).eval(), torch.randn(shape))
+
+
+def test_a_float64_convolution_is_left_to_the_op_library():
+    close(nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU()).double().eval(), torch.randn(2, 3, 9, 8, dtype=torch.float64))
+
+
+def test_codes_whose_sums_int32_cannot_hold_are_read_as_floats():
+    layer, x = nn.Conv2d(2048, 2, 9), torch.rand(1, 2048, 9, 9)
+    nn.init.constant_(layer.weight, 0.01)
+    artifact = mcc.compile(nn.Sequential(layer).eval(), (x,), passes=[Quantize()], data=Data(calibration=[x]), **QUICK)
+    row = artifact.report.layers[0]
+    # without VNNI the codes are half as large, and the sums fit
+    assert "beyond int32" in row.reason or row.kernel.startswith("conv2d_int8")
+
+
+class Masked(nn.Module):
+    def forward(self, q, k, v, mask):
+        return nn.functional.scaled_dot_product_attention(q, k, v, mask)
+
+
+def left_padded(lowest):
+    mask = torch.full((16, 16), lowest).triu(1)
+    mask[:, :3] = lowest
+    return mask
+
+
+@pytest.mark.parametrize("mask", [
+    left_padded(torch.finfo(torch.float32).min), left_padded(float("-inf")), left_padded(-1e9), left_padded(-1.0) == 0,
+], ids=["finfo.min", "-inf", "-1e9", "bool"])  # fmt: skip
+@pytest.mark.parametrize("keys", [11, 16])
+def test_attention_rows_that_see_no_key(mask, keys):
+    mask = mask[:keys, :keys].contiguous()
+    q, k, v = (torch.randn(2, 3, keys, 16) for _ in range(3))
+    artifact = mcc.compile(Masked(), (q, k, v, mask), **QUICK)
+    torch.testing.assert_close(artifact(q, k, v, mask), Masked()(q, k, v, mask), rtol=1e-4, atol=1e-5)
+
+
+class WritesToItsInput(nn.Module):
+    def forward(self, x):
+        return x.add_(1).mul(2)
+
+
+def test_a_model_that_writes_to_its_input_leaves_the_example_as_it_was():
+    x = torch.ones(2, 5)
+    artifact = mcc.compile(WritesToItsInput(), (x,), **QUICK)
+    assert torch.equal(x, torch.ones(2, 5))
+    assert torch.equal(artifact(x), torch.full((2, 5), 4.0))
+
+
+@pytest.mark.parametrize("activation", [
+    nn.Sigmoid(), nn.Tanh(), nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Hardsigmoid(), nn.Hardswish(),
+], ids=str)  # fmt: skip
+def test_a_nan_stays_a_nan_through_an_epilogue(activation):
+    model, x = nn.Sequential(nn.Conv2d(3, 16, 1), activation).eval(), torch.randn(1, 3, 4, 4)
+    artifact = mcc.compile(model, (x,), **QUICK)
+    x[0, 1, 1, 2] = float("nan")
+    assert torch.equal(artifact(x).isnan(), model(x).isnan())

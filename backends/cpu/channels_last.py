@@ -44,6 +44,8 @@ class Turner:
         """Whether this very call has a form with channels last."""
         if not self.varies(node.fx):
             return False
+        if node.op is not None and node.op.family == "pointwise" and node.value.dim() != 4:
+            return False  # an operand of more dims that does not vary
         source = node.operand(0) if node.op is not OPS["cat"] else None
         if source is not None and source.op is not None and isinstance(source.value, list | tuple):
             return source.op.name in FORMS and self.able(source)  # a part of a split
@@ -239,7 +241,7 @@ def _fixed(node: Node, dims: Iterable[int]) -> bool:
 
 
 def _convolution_fits(node: Node) -> bool:
-    stored = node.operand(1) is not None and weight_expression(node.operand(1)) is not None
+    stored = weight_expression(node.operand(1)) is not None and node.dtype is torch.float32
     bias = node.operand(2)
     return stored and _fixed(node, (1, 2, 3)) and (bias is None or bias.is_parameter)
 

@@ -83,14 +83,17 @@ def _code(step: Requantize, value: float) -> int:
 def emit_epilogue(
     vectors: Vectors, value: Expression, steps: tuple[EpilogueStep, ...], operands: Sequence[Expression] = ()
 ) -> Expression:
-    """Apply `steps` to float32 lanes; the result is float32 or uint8 lanes."""
+    """Apply `steps` to float32 lanes; the result is float32 or uint8 lanes.
+
+    Bounds come first in every min and max: of a NaN and a bound, x86 takes the second operand.
+    """
     others = iter(operands)
     for step in steps:
         match step:
             case Relu():
-                value = T.max(value, vectors.constant(0.0))
+                value = T.max(vectors.constant(0.0), value)
             case Clamp(low, high):
-                value = T.min(T.max(value, vectors.constant(low)), vectors.constant(high))
+                value = T.min(vectors.constant(high), T.max(vectors.constant(low), value))
             case Activation(name):
                 value = FUNCTIONS[name](vectors, B.Bind(value))
             case Add(_, activation):

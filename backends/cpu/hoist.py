@@ -57,7 +57,7 @@ def _move(quantizer: Node, source: Node) -> list[Node]:
         for read, old in zip(reads, quantizer.fx.args[1:3], strict=True):
             assert isinstance(old, fx.Node)
             read.meta = dict(old.meta)
-        for operand in source.fx.all_input_nodes:
+        for operand in [n for n in source.fx.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]:
             args = (operand, *reads, *quantizer.fx.args[3:])
             made[operand] = graph.module.graph.call_function(ops.QUANTIZE.target, args)
             made[operand].meta = dict(quantizer.fx.meta) | {"val": operand.meta["val"].to(torch.uint8)}

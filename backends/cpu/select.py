@@ -35,6 +35,12 @@ def select(lowering: Lowering) -> Lowering:
             read = replace(region, weight=replace(region.weight, dense=region.weight.decoded(), sparse=None))
             reason = f"weight decoded at build time: {reasons}"
             kernel, reasons = _first(read, lowering)
+        if kernel is None and region.activation is not None:
+            # the codes may still be read as the float values they stand for
+            source = region.anchor.operand(0)
+            assert source is not None
+            read = replace(read, activation=None, source=source)
+            reason, (kernel, reasons) = f"activations decoded: {reasons}", _first(read, lowering)
         if kernel is None:
             refused[region.anchor.fx] = reasons
             continue

@@ -47,6 +47,8 @@ def refusal(node: Node, target: Target) -> str | None:
         return "its batch broadcasts"
     if mask is None:
         return None
+    if len(mask.shape) > 4:
+        return "its mask has more than four dims"
     wanted = [query.shape[0], query.shape[1], query.shape[2], key.shape[2]][4 - len(mask.shape) :]
     fits = all(str(s) in ("1", str(w)) for s, w in zip(mask.shape, wanted, strict=True))
     return None if fits and mask.dtype in (torch.bool, torch.float32) else "its mask has another shape or type"

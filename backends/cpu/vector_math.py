@@ -33,7 +33,8 @@ def polynomial(v: Vectors, x: Expression, coefficients: Sequence[float]) -> Expr
 
 def exp(v: Vectors, x: Expression) -> Expression:
     """e^x within 2e-7 relative for x in [-87, 88], held to that range outside."""
-    x = B.Bind(T.max(T.min(x, v.constant(88.0)), v.constant(-87.0)))
+    # in this order of operands a NaN passes both
+    x = B.Bind(T.max(v.constant(-87.0), T.min(v.constant(88.0), x)))
     n = B.Bind(v.round_half_even(x * v.constant(1 / math.log(2))))
     r = B.Bind(v.fma(n, v.constant(-_LN2_LOW), v.fma(n, v.constant(-_LN2_HIGH), x)))
     y = v.fma(polynomial(v, r, _EXP), r * r, r + v.constant(1.0))
@@ -79,7 +80,7 @@ def gelu_tanh(v: Vectors, x: Expression) -> Expression:
 
 def hardsigmoid(v: Vectors, x: Expression) -> Expression:
     """clamp(x / 6 + 1 / 2, 0, 1)."""
-    return T.max(T.min(v.fma(x, v.constant(1 / 6), v.constant(0.5)), v.constant(1.0)), v.constant(0.0))
+    return T.max(v.constant(0.0), T.min(v.constant(1.0), v.fma(x, v.constant(1 / 6), v.constant(0.5))))
 
 
 def hardswish(v: Vectors, x: Expression) -> Expression:

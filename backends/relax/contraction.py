@@ -80,6 +80,17 @@ def _convolution(dims: int, function: Rule) -> Rule:
     return rule
 
 
+def conv2d_nhwc(
+    e: Emitter, x: Expression, weight: Expression, bias: Expression | None, stride: Any, padding: Any, dilation: Any,
+    groups: int,
+) -> Expression:  # fmt: skip
+    """As NCHW between two transposes: for what no own kernel takes."""
+    first = e(R.permute_dims(x, [0, 3, 1, 2]))
+    options = {"strides": list(stride), "padding": list(padding), "dilation": list(dilation), "groups": groups}
+    y = _channel_bias(e, e(NN.conv2d(first, weight, **options)), bias)
+    return e(R.permute_dims(y, [0, 2, 3, 1]))
+
+
 def conv3d(
     e: Emitter, x: Expression, weight: Expression, bias: Expression | None = None, stride: Any = 1,
     padding: Any = 0, dilation: Any = 1, groups: int = 1,
@@ -338,6 +349,7 @@ RULES: dict[str, Rule] = {
     "conv2d.padding": _convolution(2, NN.conv2d), "conv3d": conv3d, "conv_transpose2d.input": conv_transpose2d,
     "embedding": lambda e, weight, index, *rest: e(R.take(weight, index, axis=0, mode="clip")),
     "scaled_dot_product_attention": attention,
+    "mcc.conv2d_nhwc": conv2d_nhwc,
     "batch_norm": batch_norm, "layer_norm": layer_norm, "group_norm": group_norm, "instance_norm": _instance_norm,
     "rms_norm": rms_norm, "linalg_vector_norm": vector_norm, "_weight_norm": _weight_norm,
     "mean.dim": mean, "mean": lambda e, x, dtype=None: mean(e, x, None, False, dtype),

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from mcc.target import Target
 
-LOWEST = -1e30  # stands for minus infinity: e to it is 0, and it can be subtracted from itself
+LOWEST = float("-inf")  # the score of a key that is not seen
+SMALLEST = -87.0  # e to less than this is 0
 ROWS_MANY, ROWS_FEW = 6, 4  # rows of a block, with 32 and with 16 vector registers
 
 
@@ -270,12 +271,16 @@ class _Body:
         total.set(v.constant(0.0))
         with B.serial(0, count) as p:
             largest.set(T.max(largest.get(), v.load(scores, base + p * v.lanes)))
-        top = B.Bind(v.splat(v.across([largest.get()], T.max)))
+        top = B.Bind(v.across([largest.get()], T.max))
+        blind = B.Bind(top == T.float32(LOWEST))  # a row that sees no key gives zeros
+        shift = B.Bind(v.splat(tirx.Select(blind, T.float32(0), top)))
         with B.serial(0, count) as p:
-            value = exp(v, v.load(scores, base + p * v.lanes) - top)
+            less = B.Bind(v.load(scores, base + p * v.lanes) - shift)
+            value = B.Bind(tirx.Select(less < v.constant(SMALLEST), v.constant(0.0), exp(v, less)))
             v.store(scores, base + p * v.lanes, value)
             total.set(total.get() + value)
-        return B.Bind(T.float32(1) / v.across([total.get()], lambda a, b: a + b))
+        summed = v.across([total.get()], lambda a, b: a + b)
+        return B.Bind(tirx.Select(blind, T.float32(0), T.float32(1) / summed))
 
     def _weigh(
         self,
