@@ -22,6 +22,7 @@ from mcc.benchmark import interleave, onnxruntime_engine, openvino_engine
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "end_to_end"))
 from real_models import cifar, efficientnet_lite0, imagenet, minilm, resnet20, sentences
+from zoo import import_torchvision
 
 PEERS = {"ONNX Runtime": onnxruntime_engine, "OpenVINO f32": openvino_engine}
 Case = tuple[torch.nn.Module, tuple[torch.Tensor, ...], list[Any], str]
@@ -74,6 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     if not os.environ.get("MCC_DATA"):
         raise SystemExit("set MCC_DATA to the folder of real data")
+    import_torchvision()  # transformers imports it where it is installed, and fails where it does not load
     torch.set_num_threads(options.threads)
     console, failed = Console(width=140), dict[str, str]()
     table = Table(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -175,10 +178,7 @@ class Mlp(nn.Sequential):
 
 def _torchvision(name: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        _declare_torchvision_ops()
-        import torchvision
-
-        model: nn.Module = getattr(torchvision.models, name)(weights=None)
+        model: nn.Module = getattr(import_torchvision().models, name)(weights=None)
         return model
 
     return build
@@ -187,13 +187,22 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
 _LIBRARIES: list[torch.library.Library] = []
 
 
-def _declare_torchvision_ops() -> None:
-    """Declare two ops that torchvision's Python registers shapes of: its extension, which has them, needs CUDA."""
-    if not _LIBRARIES and not hasattr(torch.ops.torchvision, "nms"):
+def import_torchvision() -> ModuleType:
+    """torchvision, of which the networks are plain Python.
+
+    Its compiled extension does not load beside a torch without CUDA, and then two ops are missing whose shapes its
+    Python registers: they are declared here.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError:
         library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for op in ("nms", "qnms"):
+            library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _LIBRARIES.append(library)
+        for module in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
+            del sys.modules[module]
+        return importlib.import_module("torchvision")
 
 
 def settled(model: nn.Module) -> nn.Module:
