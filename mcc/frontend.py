@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,14 +58,21 @@ def capture(
     shapes = _named_dims(dynamic_shapes, {}, {})
     asked = _asked_dims(model, example_inputs, kwargs, shapes)
     args, kwargs = _widened(example_inputs, kwargs, asked)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()  # train mode would record stochastic depth, auxiliary heads and batch counters
-    try:
+    with in_eval_mode(model):  # train mode would record stochastic depth, auxiliary heads and batch counters
         program = _export(model, args, kwargs, dynamic_shapes)
+    return _from_program(program, asked)
+
+
+@contextmanager
+def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model in eval mode, and each of its modules back in its own."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
-    return _from_program(program, asked)
 
 
 _SUGGESTED_BOUND = re.compile(r"^\s*(\w+) = Dim\('\w+',(?: min=(\d+),?)?(?: max=(\d+))?\)$", re.MULTILINE)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LAST, _FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
 def _last(x: Tensor) -> Tensor:
     """As memory that is contiguous with channels last, which is what the fake values say too."""
-    return x.permute(_LAST).contiguous()
+    return x.permute(TO_LAST).contiguous()
 
 
 def _sizes(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
@@ -30,7 +30,7 @@ def conv2d_nhwc(  # noqa: PLR0913 (an op's schema)
 ) -> Tensor:  # fmt: skip
     """conv2d of x [n, h, w, c] with zero padding [top, left, bottom, right]."""
     top, left, bottom, right = padding
-    padded = torch.nn.functional.pad(x.permute(_FIRST), [left, right, top, bottom])
+    padded = torch.nn.functional.pad(x.permute(TO_FIRST), [left, right, top, bottom])
     return _last(torch.nn.functional.conv2d(padded, weight, bias, stride, 0, dilation, groups))
 
 
@@ -48,7 +48,7 @@ def max_pool2d_nhwc(x: Tensor, kernel: list[int], stride: list[int], padding: li
     """The largest value of every window of x [n, h, w, c]; padding [top, left, bottom, right] is never largest."""
     top, left, bottom, right = padding
     lowest = float("-inf") if x.is_floating_point() else torch.iinfo(x.dtype).min
-    padded = torch.nn.functional.pad(x.permute(_FIRST), [left, right, top, bottom], value=lowest)
+    padded = torch.nn.functional.pad(x.permute(TO_FIRST), [left, right, top, bottom], value=lowest)
     return _last(torch.nn.functional.max_pool2d(padded, kernel, stride))
 
 
@@ -63,7 +63,7 @@ def avg_pool2d_nhwc(
 ) -> Tensor:  # fmt: skip
     """The mean of every window of x [n, h, w, c], padding [height, width] on both sides."""
     pooled = torch.nn.functional.avg_pool2d(
-        x.permute(_FIRST), kernel, stride, padding, count_include_pad=count_include_pad
+        x.permute(TO_FIRST), kernel, stride, padding, count_include_pad=count_include_pad
     )
     return _last(pooled)
 
@@ -77,7 +77,7 @@ def _(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], count
 @torch.library.custom_op("mcc::upsample_nhwc", mutates_args=())
 def upsample_nhwc(x: Tensor, size: list[int], mode: str, align_corners: bool | None) -> Tensor:  # noqa: FBT001
     """Resample x [n, h, w, c] to size [height, width]: mode nearest or bilinear, as torch's interpolate has them."""
-    resized = torch.nn.functional.interpolate(x.permute(_FIRST), size, mode=mode, align_corners=align_corners)
+    resized = torch.nn.functional.interpolate(x.permute(TO_FIRST), size, mode=mode, align_corners=align_corners)
     return _last(resized)
 
 

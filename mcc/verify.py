@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from mcc import ops
 from mcc.errors import VerificationError
+from mcc.frontend import in_eval_mode
 from mcc.rewrite import Exact, Lossy, Pass, Within
 from mcc.text import located_text
 
@@ -59,17 +60,11 @@ def verify_capture(model: torch.nn.Module, graph: Graph, args: tuple[Any, ...], 
     Raises:
         VerificationError: naming the output and both values.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            # copies: some models write to their buffers and inputs
-            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-            copies = pytree.tree_map_only(Tensor, torch.clone, (args, dict(named)))
-            result = torch.func.functional_call(model, buffers, *copies)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with in_eval_mode(model), torch.no_grad():
+        # copies: some models write to their buffers and inputs
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        copies = pytree.tree_map_only(Tensor, torch.clone, (args, dict(named)))
+        result = torch.func.functional_call(model, buffers, *copies)
     expected = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     with torch.no_grad():
         found = _outputs(graph, tuple(pytree.tree_leaves((args, named))))

@@ -40,10 +40,7 @@ def lower(graph: Graph, target: Target, tuning: Tuning) -> Lowering:
     Raises:
         BackendError: an op or shape cannot be lowered.
     """
-    lowering = Lowering(graph, target, Tuner(tuning, measure))
-    for stage in STAGES:
-        lowering = stage(lowering)
-    return lowering
+    return build(_emitted(graph, target, tuning))
 
 
 def profile_layers(
@@ -54,7 +51,12 @@ def profile_layers(
     Raises:
         BackendError: an op or shape cannot be lowered.
     """
+    return profile(_emitted(graph, target, tuning), inputs, runs)
+
+
+def _emitted(graph: Graph, target: Target, tuning: Tuning) -> Lowering:
+    """A graph through all stages but `build`."""
     lowering = Lowering(graph, target, Tuner(tuning, measure))
     for stage in STAGES[:-1]:
         lowering = stage(lowering)
-    return profile(lowering, inputs, runs)
+    return lowering

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, fx
 
 from mcc import layouts, ops
+from mcc.backends.cpu.permutes import order_of
+from mcc.backends.relax.emitter import tuple_of
 from mcc.cost import weight_expression
+from mcc.layouts import TO_FIRST, TO_LAST
 from mcc.ops import OPS
 
 if TYPE_CHECKING:
@@ -16,8 +19,7 @@ if TYPE_CHECKING:
 
     from mcc.graph import Graph, Node
 
-TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
-_NEW_DIM = (0, 3, 1, 2)  # where each NCHW dim goes
+_NEW_DIM = TO_FIRST  # where each NCHW dim goes: the inverse of TO_LAST
 
 Arguments: TypeAlias = tuple[Any, ...]
 Form: TypeAlias = "Callable[[Turner, Node], tuple[Any, Arguments]]"
@@ -154,15 +156,15 @@ def _getitem(turner: Turner, node: Node) -> tuple[Any, Arguments]:
 
 
 def _convolution(turner: Turner, node: Node) -> tuple[Any, Arguments]:
-    stride, padding, dilation = (_pair(node.argument(i, d)) for i, d in ((3, 1), (4, 0), (5, 1)))
+    stride, padding, dilation = (tuple_of(node.argument(i, d), 2) for i, d in ((3, 1), (4, 0), (5, 1)))
     weight, bias = node.argument(1), node.argument(2)
     source = turner.last(node, node.fx.args[0])
     return layouts.conv2d_nhwc._opoverload, (source, weight, bias, stride, padding * 2, dilation, node.argument(6, 1))
 
 
 def _max_pool(turner: Turner, node: Node) -> tuple[Any, Arguments]:
-    kernel = _pair(node.argument(1))
-    stride, padding = _pair(node.argument(2) or kernel), _pair(node.argument(3, 0))
+    kernel = tuple_of(node.argument(1), 2)
+    stride, padding = tuple_of(node.argument(2) or kernel, 2), tuple_of(node.argument(3, 0), 2)
     bottom = padding
     if node.argument(5, False):
         source = node.operand(0)
@@ -174,8 +176,8 @@ def _max_pool(turner: Turner, node: Node) -> tuple[Any, Arguments]:
 
 
 def _avg_pool(turner: Turner, node: Node) -> tuple[Any, Arguments]:
-    kernel = _pair(node.argument(1))
-    stride, padding = _pair(node.argument(2) or kernel), _pair(node.argument(3, 0))
+    kernel = tuple_of(node.argument(1), 2)
+    stride, padding = tuple_of(node.argument(2) or kernel, 2), tuple_of(node.argument(3, 0), 2)
     counted = node.argument(5, True)
     return layouts.avg_pool2d_nhwc._opoverload, (turner.last(node, node.fx.args[0]), kernel, stride, padding, counted)
 
@@ -220,16 +222,6 @@ def _upsample(mode: str) -> Form:
     return form
 
 
-def _pair(value: Any) -> list[int]:
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    return values * 2 if len(values) == 1 else values
-
-
-def order_of(node: Node) -> tuple[int, ...]:
-    """The order that a permute gives its dims."""
-    return tuple(d % len(node.argument(1)) for d in node.argument(1))
-
-
 def _always(node: Node) -> bool:
     del node
     return True
@@ -250,7 +242,7 @@ _POOLED = (torch.float32, torch.uint8)
 
 
 def _pool_fits(node: Node) -> bool:
-    return _fixed(node, (1, 2, 3)) and set(_pair(node.argument(4, 1))) == {1} and node.dtype in _POOLED
+    return _fixed(node, (1, 2, 3)) and set(tuple_of(node.argument(4, 1), 2)) == {1} and node.dtype in _POOLED
 
 
 def _avg_pool_fits(node: Node) -> bool:

@@ -24,7 +24,7 @@ from mcc.backends.cpu.kernels.tiles import leading_dims
 from mcc.backends.cpu.microkernel import Parameter, flat, kernel_function, product
 from mcc.backends.cpu.unweighted import Unweighted, norms_before_quantizers
 from mcc.backends.relax import RULES
-from mcc.backends.relax.emitter import DTYPES, Emitter, Expression, is_tensor, static
+from mcc.backends.relax.emitter import DTYPES, Emitter, Expression, is_tensor, known_dims
 from mcc.cost import LARGEST_GROWTH, weight_expression
 from mcc.errors import BackendError, MccError
 from mcc.report import LayerRow
@@ -318,7 +318,7 @@ class _Writer:
         if own and root not in self.returned:
             self.returned.add(root)
             return value
-        function = emitter.builder.add_func(_copy(value.ty), "copy")
+        function = emitter.builder.add_func(_copy(value), "copy")
         return emitter(relax.call_tir(function, [value], relax.TensorType(list(value.ty.shape), str(value.ty.dtype))))
 
     def _shares(self, builder: relax.BlockBuilder, node: fx.Node) -> bool:
@@ -374,7 +374,7 @@ def _read_by(region: Region) -> list[fx.Node]:
 
 def _copy(value: Any) -> tirx.PrimFunc:
     """A kernel that copies: relax would take a computation that does for a reshape, and return the input itself."""
-    dims, kind = leading_dims([static(s) if static(s) is not None else s for s in value.shape]), str(value.dtype)
+    dims, kind = leading_dims(known_dims(value)), str(value.ty.dtype)
 
     def body(source: Expression, result: Expression) -> None:
         size = product(dims)

@@ -14,10 +14,11 @@ import networkx
 from torch import Tensor, fx
 
 from mcc import ops
-from mcc.backends.cpu.channels_last import FORMS, PREFERRED, TO_FIRST, TO_LAST, Turner, order_of
-from mcc.backends.cpu.permutes import simplify_permutes
+from mcc.backends.cpu.channels_last import FORMS, PREFERRED, Turner
+from mcc.backends.cpu.permutes import order_of, simplify_permutes
 from mcc.backends.cpu.tokens import attend_by_tokens
 from mcc.graph import Node
+from mcc.layouts import TO_FIRST, TO_LAST
 from mcc.ops import OPS, shape_of
 
 _PERMUTE = OPS["permute"]

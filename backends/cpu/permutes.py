@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from mcc.graph import Node
+from mcc.layouts import TO_FIRST
 from mcc.ops import OPS
 
 if TYPE_CHECKING:
@@ -28,11 +29,11 @@ def simplify_permutes(graph: Graph) -> None:
         source = node.operand(0)
         assert source is not None
         while (inner := order_of(source)) is not None:
-            order = [inner[o] for o in order]
+            order = tuple(inner[o] for o in order)
             before = source.operand(0)
             assert before is not None
             source = before
-        if order == sorted(order):
+        if list(order) == sorted(order):
             if not node.is_output:  # an output keeps its name
                 node.fx.replace_all_uses_with(source.fx)
         elif _keeps_elements(source.value, order):
@@ -43,15 +44,15 @@ def simplify_permutes(graph: Graph) -> None:
             _call(node, _RESHAPE.target, rows, [rows.shape[0], *node.shape[1:]])
 
 
-def order_of(node: Node) -> list[int] | None:
+def order_of(node: Node) -> tuple[int, ...] | None:
     """The order a permute or transpose gives dims, or None."""
     rank = node.value.dim() if isinstance(node.value, Tensor) else 0
     if node.op is _PERMUTE:
-        return [d % rank for d in node.argument(1)]
+        return tuple(d % rank for d in node.argument(1))
     if node.op is _TRANSPOSE:
         order, (a, b) = list(range(rank)), (node.argument(i) % rank for i in (1, 2))
         order[a], order[b] = b, a
-        return order
+        return tuple(order)
     return None
 
 
@@ -61,13 +62,13 @@ def _keeps_elements(value: Tensor, order: Sequence[int]) -> bool:
     return moved == sorted(moved)
 
 
-def _flattened_image(node: Node, order: Sequence[int]) -> Node | None:
+def _flattened_image(node: Node, order: tuple[int, ...]) -> Node | None:
     """The NHWC value of which this takes [n, c, h * w] to [n, h * w, c], or None."""
     flat = node.operand(0)
-    if list(order) != [0, 2, 1] or flat is None or flat.op is not _RESHAPE:
+    if order != (0, 2, 1) or flat is None or flat.op is not _RESHAPE:
         return None
     image = flat.operand(0)
-    if image is None or order_of(image) != [0, 3, 1, 2]:
+    if image is None or order_of(image) != TO_FIRST:
         return None
     same = [str(s) for s in image.shape[:2]] == [str(s) for s in flat.shape[:2]]
     return image.operand(0) if same else None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mcc.graph import Graph
     from mcc.target import Target
 
-_SWAP = [0, 2, 1, 3]
+_SWAP = (0, 2, 1, 3)
 
 
 def attend_by_tokens(graph: Graph, target: Target) -> None:

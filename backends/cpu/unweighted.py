@@ -9,9 +9,9 @@ from tvm import relax
 from mcc import ops
 from mcc.backends.cpu.fuse import requantize_step
 from mcc.backends.cpu.kernels.attention import attention_function, attention_shape
-from mcc.backends.cpu.kernels.norm import NormShape, norm_dims, norm_function
+from mcc.backends.cpu.kernels.norm import NormShape, norm_function
 from mcc.backends.cpu.kernels.quantize import quantize_function
-from mcc.backends.relax.emitter import rank, static
+from mcc.backends.relax.emitter import known_dims, rank
 from mcc.ops import OPS
 
 if TYPE_CHECKING:
@@ -40,16 +40,13 @@ def norms_before_quantizers(graph: Graph, target: Target) -> set[fx.Node]:
 
 
 def takes_norm(node: Node, target: Target) -> bool:
-    """Whether the norm kernel takes this node."""
+    """Whether the norm kernel takes this node: float32, over a fixed last dim of at least a vector."""
     if node.op not in NORMS or str(node.dtype) != "torch.float32" or len(node.argument(1)) != 1:
         return False
     affine = (node.operand(i) for i in (2, 3))
     plain = all(p is None or str(p.dtype) == "torch.float32" for p in affine)
-    return plain and norm_dims(node.shape, target.vector_lanes) is None
-
-
-def _dims(x: Any) -> tuple[Any, ...]:
-    return tuple(static(s) if static(s) is not None else s for s in x.ty.shape)
+    width = node.shape[-1]
+    return plain and isinstance(width, int) and width >= target.vector_lanes
 
 
 class Unweighted:
@@ -88,7 +85,7 @@ class Unweighted:
         mask_dtype = str(operands[3].ty.dtype) if len(operands) > 3 else ""
         first = node.argument(6)
         shape = attention_shape(
-            [_dims(x) for x in operands], mask_dtype, first, causal=node.argument(4), scale=node.argument(5)
+            [known_dims(x) for x in operands], mask_dtype, first, causal=node.argument(4), scale=node.argument(5)
         )
         function = emitter.builder.add_func(attention_function(shape, self.target), "attention")
         query, value = operands[0].ty.shape, operands[2].ty.shape
@@ -103,7 +100,7 @@ class Unweighted:
         source = self._value(node.fx.all_input_nodes[0])
         eps = node.argument(4, 1e-5) if centered else node.argument(3)
         shape = NormShape(
-            _dims(source), float(_FLOAT32_EPS if eps is None else eps), centered, affine[0] is not None,
+            known_dims(source), float(_FLOAT32_EPS if eps is None else eps), centered, affine[0] is not None,
             len(affine) > 1 and affine[1] is not None, () if step is None else (step,),
         )  # fmt: skip
         function = emitter.builder.add_func(norm_function(shape, self.target), "norm")
@@ -113,7 +110,7 @@ class Unweighted:
 
     def _quantize(self, emitter: Emitter, node: Node, step: Requantize) -> Any:
         source = self._value(node.fx)
-        function = emitter.builder.add_func(quantize_function(_dims(source), step, self.target), "quantize")
+        function = emitter.builder.add_func(quantize_function(known_dims(source), step, self.target), "quantize")
         return emitter(relax.call_tir(function, [source], relax.TensorType(list(source.ty.shape), "uint8")))
 
 

@@ -57,6 +57,11 @@ def static(value: Any) -> int | None:
     return int(value) if isinstance(value, int | tirx.IntImm) else None
 
 
+def known_dims(x: Expression) -> tuple[Any, ...]:
+    """Dims, constant ones as plain integers."""
+    return tuple(s if (n := static(s)) is None else n for s in shape(x))
+
+
 def is_one(value: Any) -> bool:
     """Whether a size is the constant 1."""
     return static(value) == 1

@@ -9,17 +9,18 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
-from mcc.backends.cpu.epilogue import Epilogue
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape, merge_groups
 from mcc.backends.cpu.kernels.integer_sums import pairs_fit
+from mcc.backends.cpu.kernels.region_function import region_function
 from mcc.backends.cpu.kernels.tiles import TileShape, balanced, leading_dims
-from mcc.backends.cpu.microkernel import Expression, Parameter, Vectors, branch, flat, kernel_function, parallel, serial
+from mcc.backends.cpu.microkernel import Expression, Vectors, branch, flat, parallel, serial
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
+    from mcc.backends.cpu.epilogue import Epilogue
     from mcc.backends.kernel import Region
 
 MANY_IMAGES = 4  # from here on threads take images, not parts of one
@@ -30,7 +31,6 @@ FEWEST_PARTS = 4
 class _Convolution:
     """Loops of a convolution; subclasses say how input values are read, multiplied and finished."""
 
-    source_dtype: str
     sum_dtype: str
     word: int  # source channels that one broadcast holds
 
@@ -92,24 +92,12 @@ class _Convolution:
     def function(self, name: str) -> tirx.PrimFunc:
         """The PrimFunc."""
         (self.batch,) = leading_dims(self.region.source.shape[:1])
-        shape = self.shape
-        result = (self.batch, *shape.result, shape.outputs)
-        parameters = [
-            Parameter("X", (self.batch, *shape.image, shape.inputs), self.source_dtype),
-            *(Parameter(f"A{i}", result, kind) for i, kind in enumerate(self.region.operand_dtypes)),
-            *(Parameter(key, array.shape, array.dtype.name) for key, array in self.packed.items()),
-            Parameter("Y", result, self.region.output_dtype),
-        ]
-        return kernel_function(name, parameters, self._emit)
+        source = (self.batch, *self.shape.image, self.shape.inputs)
+        result = (self.batch, *self.shape.result, self.shape.outputs)
+        return region_function(name, self.region, self.v, (source, result), self.packed, self._emit)
 
-    def _emit(self, x: Expression, *rest: Expression) -> None:
-        shape = self.shape
-        count = len(self.region.operands)
-        operands, packed = rest[:count], rest[count:-1]
-        self.arrays = dict(zip(self.packed, packed, strict=True))
-        self.x = flat(x, self.batch * (shape.inputs * shape.image[0] * shape.image[1]))
-        size = self.batch * (shape.outputs * shape.result[0] * shape.result[1])
-        self.epilogue = Epilogue(self.v, self.region, [flat(a, size) for a in operands], flat(rest[-1], size))
+    def _emit(self, x: Expression, arrays: dict[str, Expression], epilogue: Epilogue) -> None:
+        self.x, self.arrays, self.epilogue = x, arrays, epilogue
 
         def images_in_parallel() -> None:
             parallel(self.batch, lambda n: self._image(n, serial))
@@ -252,7 +240,6 @@ class _Convolution:
 class FloatConvolution(_Convolution):
     """float32 values, weights converted in registers where they are codes."""
 
-    source_dtype = "float32"
     sum_dtype = "float32"
     word = 1
 
@@ -285,7 +272,6 @@ class FloatConvolution(_Convolution):
 class IntegerConvolution(_Convolution):
     """uint8 codes, four input channels a word."""
 
-    source_dtype = "uint8"
     sum_dtype = "int32"
     word = 4
 

@@ -17,8 +17,8 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc import ops
-from mcc.backends.cpu.epilogue import Epilogue
 from mcc.backends.cpu.kernels.integer_sums import pairs_fit, sums_overflow
+from mcc.backends.cpu.kernels.region_function import region_function
 from mcc.backends.cpu.kernels.tiles import (
     PanelWidth,
     TileShape,
@@ -29,12 +29,10 @@ from mcc.backends.cpu.kernels.tiles import (
 )  # fmt: skip
 from mcc.backends.cpu.microkernel import (
     Expression,
-    Parameter,
     Register,
     Vectors,
     branch,
     flat,
-    kernel_function,
     parallel,
     product,
     serial,
@@ -44,6 +42,7 @@ from mcc.backends.kernel import Lowered, Region, apply_epilogue
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from mcc.backends.cpu.epilogue import Epilogue
     from mcc.target import Target
 
 EmitTile: TypeAlias = Callable[[Expression, PanelWidth, Expression, int], None]
@@ -199,22 +198,13 @@ class _Plan:
 
     def function(self, name: str, packed: dict[str, NDArray[Any]], body: Any) -> tirx.PrimFunc:
         """The PrimFunc around `body`."""
-        dtype = "float32" if self.region.activation is None else "uint8"
-        operands = self.region.operand_dtypes
-        parameters = [
-            Parameter("X", (*self.leading, self.inputs), dtype),
-            *(Parameter(f"A{i}", (*self.leading, self.outputs), kind) for i, kind in enumerate(operands)),
-            *(Parameter(key, array.shape, array.dtype.name) for key, array in packed.items()),
-            Parameter("Y", (*self.leading, self.outputs), self.region.output_dtype),
-        ]
 
-        def emit(x: Expression, *rest: Expression) -> None:
-            size = product(self.leading) * self.outputs
-            flat_operands = [flat(a, size) for a in rest[: len(operands)]]
-            self.epilogue = Epilogue(self.vectors, self.region, flat_operands, flat(rest[-1], size))
-            body(x, *rest[len(operands) : -1])
+        def emit(x: Expression, arrays: dict[str, Expression], epilogue: Epilogue) -> None:
+            self.epilogue = epilogue
+            body(x, *arrays.values())
 
-        return kernel_function(name, parameters, emit)
+        dims = (*self.leading, self.inputs), (*self.leading, self.outputs)
+        return region_function(name, self.region, self.vectors, dims, packed, emit)
 
     def loops(self, emit_tile: EmitTile) -> None:
         """Call `emit_tile(panel, its width, first row, rows)` for every tile: one row alone, or blocks of rows."""
@@ -273,9 +263,7 @@ class _FloatBody:
     def emit(self, x: Expression, weight: Expression, bias: Expression, *rest: Expression) -> None:
         """Emit the whole kernel."""
         plan = self.plan
-        rows = product(plan.leading)
-        self.weight, self.bias, self.scale = weight, bias, rest[0] if self.scaled else None
-        self.source = flat(x, rows * plan.inputs)
+        self.source, self.weight, self.bias, self.scale = x, weight, bias, rest[0] if self.scaled else None
         plan.loops(self._tile)
 
     def _tile(self, panel: Expression, width: PanelWidth, first: Expression, count: int) -> None:
@@ -336,7 +324,7 @@ class _IntegerBody:
         rows = product(plan.leading)
         self.bias, self.scale, self.start = rest
         self.words = flat(weight, self.groups * plan.padded_outputs, "int32")
-        self.codes = flat(x, rows * plan.inputs)
+        self.codes = x
         self.whole = plan.inputs % 4 == 0
         self.code_words = flat(x, rows * self.groups, "int32") if self.whole else self.codes
         plan.loops(self._tile)

@@ -17,12 +17,12 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc import ops
-from mcc.backends.cpu.epilogue import Epilogue
 from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
-from mcc.backends.cpu.kernels.integer_sums import largest_sum
+from mcc.backends.cpu.kernels.integer_sums import float_sums_inexact
+from mcc.backends.cpu.kernels.region_function import region_function
 from mcc.backends.cpu.kernels.tiles import balanced, leading_dims
-from mcc.backends.cpu.microkernel import Expression, Parameter, Vectors, flat, kernel_function, parallel, serial
+from mcc.backends.cpu.microkernel import Expression, Vectors, parallel, serial
 from mcc.backends.kernel import Lowered, Region
 
 if TYPE_CHECKING:
@@ -31,9 +31,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tvm.tirx import PrimFunc
 
+    from mcc.backends.cpu.epilogue import Epilogue
     from mcc.target import Target
-
-EXACT_FLOAT = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ class Depthwise:
         if region.activation is not None:
             if region.weight.scale is None:
                 return "the activations are quantized and the weight is not"
-            if largest_sum(region) >= EXACT_FLOAT:
-                return "its integer sums may leave what float32 holds exactly"
+            return float_sums_inexact(region)
         return None
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
@@ -95,25 +93,13 @@ class _Body:
     def function(self, name: str) -> PrimFunc:
         """The PrimFunc."""
         (self.batch,) = leading_dims(self.region.source.shape[:1])
-        shape = self.shape
-        result = (self.batch, *shape.result, shape.outputs)
-        source_dtype = "float32" if self.region.activation is None else "uint8"
-        parameters = [
-            Parameter("X", (self.batch, *shape.image, shape.inputs), source_dtype),
-            *(Parameter(f"A{i}", result, kind) for i, kind in enumerate(self.region.operand_dtypes)),
-            *(Parameter(key, array.shape, array.dtype.name) for key, array in self.packed.items()),
-            Parameter("Y", result, self.region.output_dtype),
-        ]
-        return kernel_function(name, parameters, self._emit)
+        source = (self.batch, *self.shape.image, self.shape.inputs)
+        result = (self.batch, *self.shape.result, self.shape.outputs)
+        return region_function(name, self.region, self.v, (source, result), self.packed, self._emit)
 
-    def _emit(self, x: Expression, *rest: Expression) -> None:
-        shape = self.shape
-        count = len(self.region.operands)
-        self.arrays = dict(zip(self.packed, rest[count:-1], strict=True))
-        self.x = flat(x, self.batch * (shape.inputs * shape.image[0] * shape.image[1]))
-        size = self.batch * (shape.outputs * shape.result[0] * shape.result[1])
-        self.epilogue = Epilogue(self.v, self.region, [flat(a, size) for a in rest[:count]], flat(rest[-1], size))
-        parallel(self.batch * shape.result[0], self._row)
+    def _emit(self, x: Expression, arrays: dict[str, Expression], epilogue: Epilogue) -> None:
+        self.x, self.arrays, self.epilogue = x, arrays, epilogue
+        parallel(self.batch * self.shape.result[0], self._row)
 
     def _row(self, i: Expression) -> None:
         """One row of output, tile by tile."""

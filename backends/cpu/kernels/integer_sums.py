@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 LARGEST_CODE = 255
 LARGEST_INT32 = (1 << 31) - 1
+EXACT_FLOAT = 1 << 24
 
 
 def largest_sum(region: Region) -> int:
@@ -25,6 +26,14 @@ def sums_overflow(region: Region) -> str | None:
     """Why int32 cannot hold the region's sums, or None if it can."""
     largest = largest_sum(region)
     return f"its integer sums may reach {largest}, beyond int32" if largest > LARGEST_INT32 else None
+
+
+def float_sums_inexact(region: Region) -> str | None:
+    """Why float32 cannot hold the region's integer sums exactly, or None if it can."""
+    largest = largest_sum(region)
+    if largest < EXACT_FLOAT:
+        return None
+    return f"its integer sums may reach {largest}, float32 is exact to {EXACT_FLOAT}"
 
 
 def pairs_fit(weight: NDArray[np.int8]) -> bool:

@@ -29,7 +29,7 @@ from mcc.backends.cpu.microkernel import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from mcc.backends.kernel import EpilogueStep
     from mcc.target import Target
@@ -136,10 +136,3 @@ class _Body:
         for i in range(done, self.width):
             total = B.Bind(total + term(i, 1))
         return total * T.float32(1 / self.width)
-
-
-def norm_dims(dims: Sequence[Any], lanes: int) -> str | None:
-    """Why the kernel cannot normalize a value of these dims, or None if it can."""
-    if not isinstance(dims[-1], int) or dims[-1] < lanes:
-        return f"its last dim varies or is smaller than {lanes}"
-    return None

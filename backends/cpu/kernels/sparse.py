@@ -23,7 +23,7 @@ from tvm.script import tirx as T
 from mcc import ops
 from mcc.backends.cpu.epilogue import emit_epilogue
 from mcc.backends.cpu.kernels.dense import dense_reference
-from mcc.backends.cpu.kernels.integer_sums import largest_sum
+from mcc.backends.cpu.kernels.integer_sums import float_sums_inexact
 from mcc.backends.cpu.kernels.tiles import leading_dims
 from mcc.backends.cpu.microkernel import (
     Expression,
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 GROUP = 16
 TILE_ROWS = 32
 FEW_ROWS = 6  # up to this many rows left over, one gathered pass a row beats a tile
-EXACT_FLOAT = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,7 @@ class SparseDense:
         if region.activation is not None:
             if region.weight.scale is None:
                 return "the activations are quantized and the weight is not"
-            largest = largest_sum(region)
-            if largest >= EXACT_FLOAT:
-                return f"its integer sums may reach {largest}, float32 is exact to {EXACT_FLOAT}"
+            return float_sums_inexact(region)
         return None
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
