@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, assert_never
 
 import numpy as np
 import tvm.tirx.script.builder.ir as B
 from tvm.script import tirx as T
 
+from mcc.backends.cpu.integer_sums import largest_sum
 from mcc.backends.cpu.microkernel import lane
 from mcc.backends.cpu.vector_math import FUNCTIONS
 from mcc.backends.kernel import Activation, Add, Clamp, EpilogueStep, Relu, Requantize
@@ -17,8 +19,68 @@ from mcc.backends.kernel import Activation, Add, Clamp, EpilogueStep, Relu, Requ
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from mcc.backends.cpu.microkernel import Expression, Vectors
     from mcc.backends.kernel import QuantizedInput, Region
+
+
+LARGEST_CONVERTED = float(1 << 30)
+
+
+@dataclass(frozen=True)
+class ToCodes:
+    """A requantize of values that are already in steps of the output's scale.
+
+    Attributes:
+        zero_point: of the codes.
+        low, high: the codes' bounds.
+        fits: no value is too large to be an int32, so that bounds may be applied to integers, which is cheaper.
+    """
+
+    zero_point: int
+    low: int
+    high: int
+    fits: bool
+
+
+Step = EpilogueStep | ToCodes
+
+
+def channel_vectors(region: Region) -> dict[str, NDArray[np.float32]]:
+    """What turns sums into values, [out]: "bias", and "scale" where the weight is stored as codes.
+
+    Where nothing but a requantize follows, both are in steps of its scale, which saves a multiplication a value.
+    """
+    outputs = region.weight.shape[0]
+    bias = np.zeros(outputs, np.float32) if region.bias is None else region.bias
+    if region.weight.scale is None:
+        return {"bias": bias}
+    scale = region.weight.scale * np.float32(1.0 if region.activation is None else region.activation.scale)
+    step = _requantize_alone(region)
+    if step is not None:
+        inverse = np.float32(1 / step.scale)
+        scale, bias = scale * inverse, bias * inverse
+    return {"bias": bias.astype(np.float32), "scale": scale.astype(np.float32)}
+
+
+def steps_after_scale(region: Region) -> tuple[Step, ...]:
+    """The epilogue of values that `channel_vectors` gave."""
+    step = _requantize_alone(region)
+    if step is None:
+        return merged(region.epilogue)
+    fits = False
+    if region.activation is not None:
+        vectors = channel_vectors(region)
+        largest = largest_sum(region) * np.abs(vectors["scale"]).max(initial=0) + np.abs(vectors["bias"]).max(initial=0)
+        fits = bool(largest < LARGEST_CONVERTED)
+    return (ToCodes(step.zero_point, step.low, step.high, fits),)
+
+
+def _requantize_alone(region: Region) -> Requantize | None:
+    steps = merged(region.epilogue)
+    alone = region.weight.scale is not None and len(steps) == 1
+    return steps[0] if alone and isinstance(steps[0], Requantize) else None
 
 
 class Epilogue:
@@ -33,9 +95,15 @@ class Epilogue:
 
     def __init__(self, vectors: Vectors, region: Region, operands: Sequence[Expression], out: Expression) -> None:
         self.v = vectors
-        self.steps = merged(region.epilogue)
+        self.steps = steps_after_scale(region)
         self.operands = operands
         self.out = out
+
+    def narrowed(self, vectors: Vectors) -> Epilogue:
+        """The same for vectors of another width."""
+        other = copy(self)
+        other.v = vectors
+        return other
 
     def store(self, value: Expression, index: Expression, used: int) -> None:
         """Apply the steps to float32 lanes and write the first `used` of them at `index`."""
@@ -81,7 +149,7 @@ def _code(step: Requantize, value: float) -> int:
 
 
 def emit_epilogue(
-    vectors: Vectors, value: Expression, steps: tuple[EpilogueStep, ...], operands: Sequence[Expression] = ()
+    vectors: Vectors, value: Expression, steps: tuple[Step, ...], operands: Sequence[Expression] = ()
 ) -> Expression:
     """Apply `steps` to float32 lanes; the result is float32 or uint8 lanes.
 
@@ -99,7 +167,10 @@ def emit_epilogue(
             case Add(_, activation):
                 value = _added(vectors, value, next(others), activation)
             case Requantize(scale, zero_point, low, high):
-                value = _requantize(vectors, value, 1 / scale, zero_point, (low, high))
+                value = _rounded(vectors, value * vectors.constant(1 / scale), zero_point, (low, high))
+            case ToCodes(zero_point, low, high, fits):
+                to_codes = _rounded_integers if fits else _rounded
+                value = to_codes(vectors, value, zero_point, (low, high))
             case _:
                 assert_never(step)
     return value
@@ -112,11 +183,14 @@ def _added(vectors: Vectors, value: Expression, other: Expression, activation: Q
     return vectors.fma(vectors.to_float(codes), vectors.constant(activation.scale), value)
 
 
-def _requantize(
-    vectors: Vectors, value: Expression, inverse_scale: float, zero_point: int, codes: tuple[int, int]
-) -> Expression:
+def _rounded(vectors: Vectors, value: Expression, zero_point: int, codes: tuple[int, int]) -> Expression:
     # clamped as float: a conversion of what does not fit int32 is undefined
     low, high = (vectors.constant(float(c - zero_point)) for c in codes)
-    scaled = value * vectors.constant(inverse_scale)
-    integer = vectors.to_nearest_integer(T.min(T.max(scaled, low), high))
+    integer = vectors.to_nearest_integer(T.min(T.max(value, low), high))
     return T.cast(integer + vectors.constant(zero_point, "int32"), f"uint8x{vectors.lanes}")
+
+
+def _rounded_integers(vectors: Vectors, value: Expression, zero_point: int, codes: tuple[int, int]) -> Expression:
+    low, high = (vectors.constant(c, "int32") for c in codes)
+    integer = vectors.to_nearest_integer(value) + vectors.constant(zero_point, "int32")
+    return T.cast(T.min(T.max(integer, low), high), f"uint8x{vectors.lanes}")

@@ -25,6 +25,16 @@ Expression: TypeAlias = Any
 """A TIR expression, buffer or variable: TVM's Python has no types for them."""
 
 OPAQUE = 8
+# by 32-bit lanes
+_PACKS = {
+    4: ("llvm.x86.sse2.packssdw.128", "llvm.x86.sse2.packuswb.128"),
+    8: ("llvm.x86.avx2.packssdw", "llvm.x86.avx2.packuswb"),
+    16: ("llvm.x86.avx512.packssdw.512", "llvm.x86.avx512.packuswb.512"),
+}  # fmt: skip
+_PAIRS_OF_BYTES = {
+    4: "llvm.x86.ssse3.pmadd.ub.sw.128", 8: "llvm.x86.avx2.pmadd.ub.sw", 16: "llvm.x86.avx512.pmaddubs.w.512",
+}  # fmt: skip
+_PAIRS_OF_WORDS = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
 
 
 def tvm_target(target: Target) -> TvmTarget:
@@ -152,14 +162,20 @@ def lane(vector: Expression, index: int) -> Expression:
 
 @dataclass(frozen=True)
 class Vectors:
-    """Vector instructions of a target."""
+    """Vector instructions of a target.
+
+    Attributes:
+        target: whose.
+        width: 32-bit lanes of a vector, where these are narrower than its registers.
+    """
 
     target: Target
+    width: int | None = None
 
     @property
     def lanes(self) -> int:
         """32-bit lanes of a vector."""
-        return self.target.vector_lanes
+        return self.width or self.target.vector_lanes
 
     def load(self, buffer: Expression, index: Expression, lanes: int | None = None) -> Expression:
         """`lanes` elements from `index`."""
@@ -268,23 +284,32 @@ class Vectors:
             bounded: neighbouring signed bytes satisfy |w0| + |w1| <= 128, so that `vpmaddubsw` cannot saturate.
         """
         if self.target.isa == "avx512vnni":
-            a, b = (T.reinterpret("int8x64", v) for v in (unsigned, signed))
-            return tirx.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", accumulator, a, b)
+            n = self.lanes
+            a, b = (T.reinterpret(f"int8x{4 * n}", v) for v in (unsigned, signed))
+            name = f"llvm.x86.avx512.vpdpbusd.{32 * n}"
+            return tirx.call_llvm_pure_intrin(f"int32x{n}", name, accumulator, a, b)
         if bounded:
             return accumulator + self._pairs_of_bytes(unsigned, signed)
         (a0, a1), (b0, b1) = self._even_odd_unsigned(unsigned), self._even_odd_signed(signed)
         return accumulator + self._pairs_of_words(a0, b0) + self._pairs_of_words(a1, b1)
 
+    def pack_to_codes(self, values: list[Expression]) -> Expression:
+        """Four vectors of int32 as one of uint8, saturated; of each 128 bits the four parts follow one another."""
+        n = self.lanes
+        words, codes = _PACKS[n]
+        pairs = [tirx.call_llvm_pure_intrin(f"int16x{2 * n}", words, *values[i : i + 2]) for i in (0, 2)]
+        return T.reinterpret(f"uint8x{4 * n}", tirx.call_llvm_pure_intrin(f"int8x{4 * n}", codes, *pairs))
+
     def _pairs_of_bytes(self, unsigned: Expression, signed: Expression) -> Expression:
         n = self.lanes
-        name = "llvm.x86.avx2.pmadd.ub.sw" if n == 8 else "llvm.x86.avx512.pmaddubs.w.512"
+        name = _PAIRS_OF_BYTES[n]
         a, b = (T.reinterpret(f"int8x{4 * n}", v) for v in (unsigned, signed))
         words = tirx.call_llvm_pure_intrin(f"int16x{2 * n}", name, a, b)
         return self._pairs_of_words(words, T.broadcast(T.int16(1), 2 * n))
 
     def _pairs_of_words(self, a: Expression, b: Expression) -> Expression:
         n = self.lanes
-        name = "llvm.x86.avx2.pmadd.wd" if n == 8 else "llvm.x86.avx512.pmaddw.d.512"
+        name = _PAIRS_OF_WORDS[n]
         return tirx.call_llvm_pure_intrin(f"int32x{n}", name, a, b)
 
     def _even_odd_unsigned(self, value: Expression) -> tuple[Expression, Expression]:

@@ -3,7 +3,10 @@
 from mcc.backends.cpu.kernels.conv2d import Conv2dFloat, Conv2dInt8
 from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8
 from mcc.backends.cpu.kernels.depthwise import Depthwise
+from mcc.backends.cpu.kernels.depthwise_int8 import DepthwiseInt8
 from mcc.backends.cpu.kernels.sparse import SparseDense
 from mcc.backends.kernel import Kernel
 
-KERNELS: tuple[Kernel, ...] = (SparseDense(), DenseInt8(), DenseFloat(), Depthwise(), Conv2dInt8(), Conv2dFloat())
+KERNELS: tuple[Kernel, ...] = (
+    SparseDense(), DenseInt8(), DenseFloat(), DepthwiseInt8(), Depthwise(), Conv2dInt8(), Conv2dFloat(),
+)  # fmt: skip

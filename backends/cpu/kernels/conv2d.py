@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from mcc import ops
+from mcc.backends.cpu.integer_sums import sums_overflow
 from mcc.backends.cpu.kernels.conv2d_loops import FloatConvolution, IntegerConvolution
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape, conv_tiles
-from mcc.backends.cpu.kernels.integer_sums import sums_overflow
 from mcc.backends.cpu.kernels.tiles import parse_tile
 from mcc.backends.cpu.microkernel import Vectors
 from mcc.backends.kernel import Lowered, Region, apply_epilogue

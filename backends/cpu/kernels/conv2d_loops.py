@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,10 +10,11 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
+from mcc.backends.cpu.epilogue import channel_vectors
+from mcc.backends.cpu.integer_sums import pairs_fit
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape, merge_groups
-from mcc.backends.cpu.kernels.integer_sums import pairs_fit
 from mcc.backends.cpu.kernels.region_function import region_function
-from mcc.backends.cpu.kernels.tiles import TileShape, balanced, leading_dims
+from mcc.backends.cpu.kernels.tiles import TileShape, balanced, leading_dims, loop_for
 from mcc.backends.cpu.microkernel import Expression, Vectors, branch, flat, parallel, serial
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 MANY_IMAGES = 4  # from here on threads take images, not parts of one
 CACHE_BYTES = 192 << 10  # of the source that one pass over a block of channels reads: half of a small L2 cache
 FEWEST_PARTS = 4
+FEWEST_MACS = 600_000  # of an image for two threads: about 12 us of one in float
 
 
 class _Convolution:
@@ -79,11 +82,7 @@ class _Convolution:
         def by_lane(values: NDArray[Any]) -> NDArray[Any]:
             return values.reshape(shape.groups, -1)[:, self._lanes()].reshape(-1)
 
-        bias = np.zeros(shape.outputs, np.float32) if region.bias is None else region.bias
-        vectors = {"bias": by_lane(bias)}
-        if region.weight.scale is not None:
-            gain = np.float32(1.0 if region.activation is None else region.activation.scale)
-            vectors["scale"] = by_lane(region.weight.scale * gain)
+        vectors: dict[str, NDArray[Any]] = {key: by_lane(a) for key, a in channel_vectors(region).items()}
         if region.activation is not None:
             sums = self.weight.reshape(shape.outputs, -1).astype(np.int64).sum(1)
             vectors["start"] = by_lane((-region.activation.zero_point * sums).astype(np.int32))
@@ -103,7 +102,8 @@ class _Convolution:
             parallel(self.batch, lambda n: self._image(n, serial))
 
         def parts_in_parallel() -> None:
-            serial(self.batch, lambda n: self._image(n, parallel))
+            loop = loop_for(math.prod(self.shape.result) * self.weight.size, FEWEST_MACS)
+            serial(self.batch, lambda n: self._image(n, loop))
 
         branch(self.batch >= MANY_IMAGES, images_in_parallel, parts_in_parallel)
 

@@ -17,7 +17,8 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc import ops
-from mcc.backends.cpu.kernels.integer_sums import pairs_fit, sums_overflow
+from mcc.backends.cpu.epilogue import channel_vectors
+from mcc.backends.cpu.integer_sums import pairs_fit, sums_overflow
 from mcc.backends.cpu.kernels.region_function import region_function
 from mcc.backends.cpu.kernels.tiles import (
     PanelWidth,
@@ -147,23 +148,14 @@ def pack_panels_of_four(weight: NDArray[np.int8], width: int, lanes: int) -> NDA
 
 
 def _padded_vectors(region: Region, size: int) -> dict[str, NDArray[Any]]:
-    outputs = region.weight.shape[0]
-    bias = np.zeros(size, np.float32)
-    if region.bias is not None:
-        bias[:outputs] = region.bias
-    vectors: dict[str, NDArray[Any]] = {"bias": bias}
-    if region.weight.scale is not None:
-        vectors["scale"] = np.pad(region.weight.scale, (0, size - outputs)).astype(np.float32)
-    return vectors
+    return {key: np.pad(a, (0, size - len(a))) for key, a in channel_vectors(region).items()}
 
 
 def integer_vectors(region: Region, size: int) -> dict[str, NDArray[Any]]:
     """Bias, product of scales, and the starting sum -zero_point * sum(w) of every output, padded to `size`."""
     activation, weight = region.activation, region.weight
     assert activation is not None
-    assert weight.scale is not None
-    vectors = _padded_vectors(region, size)
-    vectors["scale"] = vectors["scale"] * np.float32(activation.scale)
+    vectors: dict[str, NDArray[Any]] = _padded_vectors(region, size)
     sums = weight.decoded().reshape(weight.shape[0], -1).astype(np.int64).sum(1)
     vectors["start"] = np.pad(-activation.zero_point * sums, (0, size - weight.shape[0])).astype(np.int32)
     return vectors

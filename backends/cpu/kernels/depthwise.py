@@ -8,6 +8,7 @@ Codes are summed in float32, which holds their products exactly up to 2^24; that
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,12 +18,13 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc import ops
+from mcc.backends.cpu.epilogue import channel_vectors
+from mcc.backends.cpu.integer_sums import float_sums_inexact
 from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
-from mcc.backends.cpu.kernels.integer_sums import float_sums_inexact
 from mcc.backends.cpu.kernels.region_function import region_function
-from mcc.backends.cpu.kernels.tiles import balanced, leading_dims
-from mcc.backends.cpu.microkernel import Expression, Vectors, parallel, serial
+from mcc.backends.cpu.kernels.tiles import balanced, leading_dims, loop_for
+from mcc.backends.cpu.microkernel import Expression, Vectors, serial
 from mcc.backends.kernel import Lowered, Region
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
     from mcc.backends.cpu.epilogue import Epilogue
     from mcc.target import Target
+
+FEWEST_MACS = 250_000  # for two threads: about 7 us of one
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,7 @@ class _Body:
         self.region, self.v, self.shape, self.pixels = region, vectors, shape, pixels
         weight = region.weight.decoded().astype(np.float32)
         rows = np.ascontiguousarray(weight[:, 0].transpose(1, 2, 0))  # [kernel row][kernel column][channel]
-        bias = np.zeros(shape.outputs, np.float32) if region.bias is None else region.bias
-        self.packed: dict[str, NDArray[Any]] = {"weight": self._stored(rows).reshape(-1), "bias": bias}
-        if region.weight.scale is not None:
-            gain = np.float32(1.0 if region.activation is None else region.activation.scale)
-            self.packed["scale"] = region.weight.scale * gain
+        self.packed: dict[str, NDArray[Any]] = {"weight": self._stored(rows).reshape(-1), **channel_vectors(region)}
 
     def _stored(self, rows: NDArray[np.float32]) -> NDArray[Any]:
         return rows if self.region.weight.scale is None else rows.astype(np.int8)
@@ -99,7 +99,8 @@ class _Body:
 
     def _emit(self, x: Expression, arrays: dict[str, Expression], epilogue: Epilogue) -> None:
         self.x, self.arrays, self.epilogue = x, arrays, epilogue
-        parallel(self.batch * self.shape.result[0], self._row)
+        loop = loop_for(math.prod(self.shape.result) * self.region.weight.decoded().size, FEWEST_MACS)
+        loop(self.batch * self.shape.result[0], self._row)
 
     def _row(self, i: Expression) -> None:
         """One row of output, tile by tile."""

@@ -21,9 +21,9 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc import ops
-from mcc.backends.cpu.epilogue import emit_epilogue
+from mcc.backends.cpu.epilogue import channel_vectors, emit_epilogue, steps_after_scale
+from mcc.backends.cpu.integer_sums import float_sums_inexact
 from mcc.backends.cpu.kernels.dense import dense_reference
-from mcc.backends.cpu.kernels.integer_sums import float_sums_inexact
 from mcc.backends.cpu.kernels.tiles import leading_dims
 from mcc.backends.cpu.microkernel import (
     Expression,
@@ -130,10 +130,8 @@ class _Body:
         self.groups = -(-self.outputs // GROUP)
         self.codes = region.activation is not None
         self.packed = pack_groups(weight.sparse)
-        self.packed["bias"] = np.zeros(self.outputs, np.float32) if region.bias is None else region.bias
-        if weight.scale is not None:
-            scale = weight.scale * np.float32(region.activation.scale if region.activation is not None else 1.0)
-            self.packed["scale"] = scale.astype(np.float32)
+        self.packed |= channel_vectors(region)
+        self.steps = steps_after_scale(region)
         if region.activation is not None:
             sums = weight.decoded().astype(np.int64).sum(1)
             self.packed["start"] = (-region.activation.zero_point * sums).astype(np.float32)
@@ -245,7 +243,7 @@ class _Body:
             def gathered(array: Expression, outputs: list[Expression] = outputs) -> Expression:
                 return tirx.Shuffle([array[o] for o in outputs], list(range(v.lanes)))
 
-            value = B.Bind(emit_epilogue(v, self._finish(part, gathered), self.region.epilogue))
+            value = B.Bind(emit_epilogue(v, self._finish(part, gathered), self.steps))
             for i, position in enumerate(lanes):
 
                 def write(i: int = i, value: Expression = value, outputs: list[Expression] = outputs) -> None:
@@ -320,7 +318,7 @@ class _Body:
         def block(n: Expression, t: Expression) -> None:
             rows = [B.Bind(v.load(result, (n + r) * width + t)) for r in range(v.lanes)]
             for c, column in enumerate(v.transpose(rows)):
-                value = emit_epilogue(v, column, self.region.epilogue)
+                value = emit_epilogue(v, column, self.steps)
                 v.store(self.y, T.cast(row_of(t + c), "int64") * self.outputs + n, value)
 
         if self.outputs >= v.lanes:
@@ -332,7 +330,7 @@ class _Body:
             return
 
         def column(n: Expression, t: Expression) -> None:
-            value = B.Bind(emit_epilogue(v, v.load(result, n * width + t), self.region.epilogue))
+            value = B.Bind(emit_epilogue(v, v.load(result, n * width + t), self.steps))
             for r in range(v.lanes):
                 B.buffer_store(self.y, lane(value, r), [T.cast(row_of(t + r), "int64") * self.outputs + n])
 

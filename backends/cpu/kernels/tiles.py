@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
 
-from mcc.backends.cpu.microkernel import Expression, branch, serial
+from mcc.backends.cpu.microkernel import Expression, branch, parallel, serial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -58,6 +58,11 @@ def parse_tile(text: str) -> TileShape:
     """Read what `str(TileShape)` wrote."""
     rows, _, vectors = text.partition("x")
     return TileShape(int(rows), int(vectors))
+
+
+def loop_for(macs: int, fewest: int) -> Callable[[Any, Callable[[Expression], None]], None]:
+    """A loop over threads where there is work for them: to wake one takes a few microseconds."""
+    return parallel if macs >= fewest else serial
 
 
 def leading_dims(dims: Sequence[Any]) -> tuple[Any, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tvm
@@ -12,11 +14,12 @@ from regions import TARGETS, Symbolic, Value, assert_kernel_equals_reference, ma
 
 from mcc import ops
 from mcc.backends.cpu.epilogue import emit_epilogue
+from mcc.backends.cpu.integer_sums import pairs_fit
 from mcc.backends.cpu.kernels.conv2d import Conv2dFloat, Conv2dInt8
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, merge_groups
 from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8, pack_panels
 from mcc.backends.cpu.kernels.depthwise import Depthwise
-from mcc.backends.cpu.kernels.integer_sums import pairs_fit
+from mcc.backends.cpu.kernels.depthwise_int8 import DepthwiseInt8
 from mcc.backends.cpu.kernels.sparse import SparseDense, pack_groups
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, panel_widths, parse_tile
 from mcc.backends.cpu.microkernel import Parameter, Vectors, kernel_function, tvm_target
@@ -158,16 +161,35 @@ def test_depthwise(target, channels, image, kernel_size, stride, dilation, epilo
     assert_kernel_equals_reference(kernel, region, target, tiles[pick % len(tiles)], shapes)
 
 
+@few
+@given(
+    target=targets, channels=st.sampled_from([16, 17, 24, 31, 40, 64, 100]), image=st.sampled_from([(1, 1), (5, 7), (2, 19), (14, 14)]),
+    kernel_size=st.sampled_from([(1, 1), (3, 3), (5, 2), (5, 5), (7, 7), (2, 9)]), stride=st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 3)]),
+    dilation=st.sampled_from([(1, 1), (2, 1)]), epilogue=epilogues, pick=st.integers(0, 3), uneven=st.booleans(),
+)  # fmt: skip
+def test_depthwise_int8(target, channels, image, kernel_size, stride, dilation, epilogue, pick, uneven):
+    kernel = DepthwiseInt8()
+    region = conv_region(channels, channels, channels, image, kernel_size, stride, dilation, epilogue, "codes", uneven)
+    if region is None:
+        return
+    region = replace(region, weight=make_weight(region.weight.shape, "int8", 4, target.int8_weight_limit))
+    assert kernel.refuses(region, target) is None
+    tiles = kernel.tiles(region, target)
+    shapes = [(n, *image, channels) for n in (1, 2, 0)]
+    assert_kernel_equals_reference(kernel, region, target, tiles[pick % len(tiles)], shapes)
+
+
 def conv_region(inputs, outputs, groups, image, kernel_size, stride, dilation, epilogue, kind, uneven):
     """A convolution with padding, one more at the end where `uneven`; None where the window is larger than the image."""
-    before = [(k - 1) * dilation // 2 for k in kernel_size]
+    dilation = (dilation, dilation) if isinstance(dilation, int) else dilation
+    before = [(k - 1) * d // 2 for k, d in zip(kernel_size, dilation, strict=True)]
     padding = [*before, *(p + uneven for p in before)]
-    reach = [(k - 1) * dilation + 1 for k in kernel_size]
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
     if any(i + before[d] + padding[2 + d] < reach[d] for d, i in enumerate(image)):
         return None
     weight = make_weight((outputs, inputs // groups, *kernel_size), "float32" if kind == "float32" else "int8", 4)
     activation = QuantizedInput(0.02, 17) if kind == "codes" else None
-    options = (list(stride), padding, [dilation] * 2, groups)
+    options = (list(stride), padding, list(dilation), groups)
     return make_region(ops.CONV2D_NHWC, (Symbolic(), *image, inputs), weight, epilogue, activation, options)
 
 
