@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from torch.utils import _pytree as pytree
 from mcc import normalize, ops
 from mcc.errors import CaptureError, UnsupportedOpError
 from mcc.graph import Graph, deep_copy, module_path, source_line
+from mcc.recurrent import spelled_out
 
 LARGEST_DIM = 1 << 20
 
@@ -58,7 +60,10 @@ def capture(
     shapes = _named_dims(dynamic_shapes, {}, {})
     asked = _asked_dims(model, example_inputs, kwargs, shapes)
     args, kwargs = _widened(example_inputs, kwargs, asked)
-    with in_eval_mode(model):  # train mode would record stochastic depth, auxiliary heads and batch counters
+    with (
+        in_eval_mode(model),
+        spelled_out(),
+    ):  # train mode would record stochastic depth, auxiliary heads and batch counters
         program = _export(model, args, kwargs, dynamic_shapes)
     return _from_program(program, asked)
 
@@ -86,8 +91,13 @@ def _export(
     for last_try in (False, True):
         shapes = _named_dims(dynamic_shapes, {}, bounds)
         try:
-            with torch.enable_grad():  # under no_grad some modules take a fused inference path
+            # under no_grad some modules take a fused inference path; recurrent ones look up their weights anew, which
+            # torch warns of
+            with torch.enable_grad(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")
                 return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except CaptureError:
+            raise
         except Exception as error:
             for name, low, high in _SUGGESTED_BOUND.findall(str(error)):
                 bounds[name] = (int(low or 1), int(high or LARGEST_DIM))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Family = Literal[
     "weights", "contraction", "norm", "pointwise", "reduction", "along", "window",
-    "move", "cut", "index", "make", "cast", "mode", "size", "compression",
+    "recurrent", "move", "cut", "index", "make", "cast", "mode", "size", "compression",
 ]  # fmt: skip
 
 
@@ -75,6 +75,10 @@ def _tokens_attention_macs(node: fx.Node) -> int:
     query, key, value = (shape_of(_operand(node, i)) for i in range(3))
     tokens = key[1] if first[1] else key[2]
     return math.prod(query) * tokens + math.prod(query[:-1]) * tokens * value[-1]
+
+
+def _recurrent_macs(node: fx.Node) -> int:
+    return math.prod(shape_of(_operand(node, 0))) * shape_of(_operand(node, 1))[-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +199,9 @@ _TABLE = (
     Op("feature_dropout", "mode", train_flag=2),
     *_rows("size", "sym_size.int mul add sub mod floordiv"),
     Op("getitem", "size"),
+    # one direction of a recurrent layer; the hidden dim is tied to itself, gate by gate
+    Op("mcc.lstm", "recurrent", macs=_recurrent_macs),
+    Op("mcc.gru", "recurrent", macs=_recurrent_macs),
     # as their NCHW forms, channels last: a backend's layout stage puts them in place of those
     Op("mcc.conv2d_nhwc", "weights", weights=(1, 2), macs=_conv_macs),
     Op("mcc.attention", "contraction", macs=_tokens_attention_macs),

@@ -144,7 +144,7 @@ def _refuse_other_machine(manifest: Manifest) -> None:
     if missing:
         raise ArtifactError(
             f"the artifact is for {manifest.target}; this CPU lacks {', '.join(missing)}",
-            remedy="compile the model for this machine, or for target='cpu:avx2'",
+            remedy="compile the model on this machine, or for one of the targets that `mcc targets` says run here",
         )
 
 

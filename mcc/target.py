@@ -5,6 +5,7 @@ This file is loaded by deployed programs: it imports the standard library alone.
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from dataclasses import dataclass
 from functools import cache
@@ -13,15 +14,33 @@ from typing import Literal
 
 from mcc.errors import TargetError
 
-Isa = Literal["avx2", "avx512", "avx512vnni"]
+Isa = Literal["avx2", "avx512", "avx512vnni", "neon"]
 
 _V3 = ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _V4 = (*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
-_FEATURES: dict[Isa, tuple[str, ...]] = {
-    "avx2": _V3,
-    "avx512": _V4,
-    "avx512vnni": (*_V4, "avx512_vnni"),
+
+
+@dataclass(frozen=True)
+class _InstructionSet:
+    features: tuple[str, ...]
+    machine: str
+    cpu: str
+    attributes: tuple[str, ...]
+    lanes: int
+    registers: int
+
+
+# 512-bit vectors are asked for, which LLVM shuns by default
+_ISAS: dict[Isa, _InstructionSet] = {
+    "avx2": _InstructionSet(_V3, "x86_64", "x86-64-v3", (), 8, 16),
+    "avx512": _InstructionSet(_V4, "x86_64", "x86-64-v4", ("-prefer-256-bit",), 16, 32),
+    "avx512vnni": _InstructionSet(
+        (*_V4, "avx512_vnni"), "x86_64", "x86-64-v4", ("-prefer-256-bit", "+avx512vnni"), 16, 32
+    ),
+    "neon": _InstructionSet(("asimd", "asimddp"), "aarch64", "generic", ("+v8.2a", "+dotprod"), 4, 32),
 }
+# bits of the two words in which Linux names an aarch64's features
+_AARCH64 = {"asimd": (16, 1), "asimddp": (16, 20)}
 
 
 @dataclass(frozen=True)
@@ -37,38 +56,51 @@ class Target:
     @property
     def features(self) -> tuple[str, ...]:
         """The CPU flags, as Linux names them, that code for this target needs."""
-        return _FEATURES[self.isa]
+        return _ISAS[self.isa].features
+
+    @property
+    def machine(self) -> str:
+        """The architecture, "x86_64" or "aarch64"."""
+        return _ISAS[self.isa].machine
 
     @property
     def llvm_cpu(self) -> str:
-        """The `mcpu` that gives LLVM these features (VNNI apart) and no more."""
-        return "x86-64-v3" if self.isa == "avx2" else "x86-64-v4"
+        """The `mcpu` that gives LLVM these features (VNNI and dotprod apart) and no more."""
+        return _ISAS[self.isa].cpu
 
     @property
     def llvm_attributes(self) -> tuple[str, ...]:
-        """The `mattr` that go with `llvm_cpu`; 512-bit vectors are asked for, which LLVM shuns by default."""
-        if self.isa == "avx2":
-            return ()
-        return ("-prefer-256-bit", "+avx512vnni") if self.isa == "avx512vnni" else ("-prefer-256-bit",)
+        """The `mattr` that go with `llvm_cpu`."""
+        return _ISAS[self.isa].attributes
 
     @property
     def vector_lanes(self) -> int:
         """32-bit lanes of one vector register."""
-        return 8 if self.isa == "avx2" else 16
+        return _ISAS[self.isa].lanes
 
     @property
     def vector_registers(self) -> int:
         """Vector registers a kernel may hold values in."""
-        return 16 if self.isa == "avx2" else 32
+        return _ISAS[self.isa].registers
+
+    @property
+    def exact_dot4(self) -> bool:
+        """Whether one instruction adds four products of bytes, and does not saturate between them."""
+        return self.isa in ("avx512vnni", "neon")
+
+    @property
+    def code_offset(self) -> int:
+        """What that instruction needs taken from unsigned codes: 128 where it multiplies signed bytes alone."""
+        return 128 if self.isa == "neon" else 0
 
     @property
     def int8_weight_limit(self) -> int:
         """The largest |code| of an int8 weight for which the fast int8 kernel is exact.
 
-        Without VNNI one `vpmaddubsw` adds two products of unsigned activation codes (up to 255) and weight
-        codes in 16 bits, so two neighbours must satisfy |w0| + |w1| <= 128.
+        Where that takes `vpmaddubsw`, which adds two products of unsigned activation codes (up to 255) and weight
+        codes in 16 bits, two neighbours must satisfy |w0| + |w1| <= 128.
         """
-        return 127 if self.isa == "avx512vnni" else 63
+        return 127 if self.exact_dot4 else 63
 
     def __str__(self) -> str:
         return f"cpu:{self.isa}"
@@ -77,6 +109,9 @@ class Target:
 @cache
 def host_features() -> frozenset[str]:
     """The CPU flags of this machine; empty where they cannot be read."""
+    if platform.machine() == "aarch64":
+        words = {number: ctypes.CDLL(None).getauxval(number) for number, _ in _AARCH64.values()}
+        return frozenset(name for name, (number, bit) in _AARCH64.items() if words[number] >> bit & 1)
     if platform.machine() not in ("x86_64", "AMD64"):
         return frozenset()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -94,20 +129,21 @@ def host_target() -> Target:
     """The best target this machine can run.
 
     Raises:
-        TargetError: the CPU is not an x86-64 with AVX2 and FMA.
+        TargetError: the CPU is neither an x86-64 with AVX2 and FMA nor an aarch64 with dot products.
     """
-    for isa in ("avx512vnni", "avx512", "avx2"):
+    for isa in ("avx512vnni", "avx512", "avx2", "neon"):
         target = Target(isa)
         if not missing_features(target):
             return target
+    least = Target("neon" if platform.machine() == "aarch64" else "avx2")
     raise TargetError(
-        f"this CPU lacks {', '.join(missing_features(Target('avx2')))}, which every CPU kernel needs",
-        remedy="run on an x86-64 machine with AVX2 and FMA",
+        f"this CPU lacks {', '.join(missing_features(least))}, which every CPU kernel needs",
+        remedy="run on an x86-64 machine with AVX2 and FMA, or on an aarch64 with asimddp",
     )
 
 
 def parse_target(text: str) -> Target:
-    """Read "cpu" (this machine) or "cpu:avx2", "cpu:avx512", "cpu:avx512vnni".
+    """Read "cpu" (this machine) or "cpu:avx2", "cpu:avx512", "cpu:avx512vnni", "cpu:neon".
 
     Raises:
         TargetError: no such target.
@@ -115,7 +151,7 @@ def parse_target(text: str) -> Target:
     kind, _, isa = text.partition(":")
     if kind == "cpu" and not isa:
         return host_target()
-    for known in _FEATURES:
+    for known in _ISAS:
         if kind == "cpu" and isa == known:
             return Target(known)
     raise TargetError(f"unknown target {text!r}", remedy=f"use one of {', '.join(target_names())}")
@@ -123,4 +159,4 @@ def parse_target(text: str) -> Target:
 
 def target_names() -> tuple[str, ...]:
     """Every text `parse_target` takes."""
-    return ("cpu", *(f"cpu:{isa}" for isa in _FEATURES))
+    return ("cpu", *(f"cpu:{isa}" for isa in _ISAS))

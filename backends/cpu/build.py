@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,7 +48,7 @@ def build(lowering: Lowering) -> Lowering:
     try:
         with tempfile.TemporaryDirectory(prefix="mcc-") as folder:
             path = Path(folder) / "library.so"
-            executable.export_library(str(path), fcompile=_link)
+            executable.export_library(str(path), fcompile=partial(_link, lowering.target.machine))
             return replace(lowering, library=path.read_bytes())
     except (RuntimeError, OSError) as error:
         raise _failure(error) from error
@@ -104,12 +106,16 @@ def _mend_shape_functions(module: tvm.IRModule) -> tvm.IRModule:
     return module
 
 
-def _link(output: str, objects: Sequence[str], options: Sequence[str] | None = None, **ignored: object) -> None:
+def _link(
+    machine: str, output: str, objects: Sequence[str], options: Sequence[str] | None = None, **ignored: object
+) -> None:
     del options, ignored
-    command = ["cc", *_LINK_FLAGS, "-o", output, *objects, "-lm"]
+    compiler = "cc" if machine == platform.machine() else f"{machine}-linux-gnu-gcc"
+    command = [compiler, *_LINK_FLAGS, "-o", output, *objects, "-lm"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise BackendError("there is no C compiler `cc` to link with", remedy="install gcc or clang") from error
+        package = "gcc or clang" if compiler == "cc" else f"gcc-{machine.replace('_', '-')}-linux-gnu"
+        raise BackendError(f"there is no C compiler `{compiler}` to link with", remedy=f"install {package}") from error
     if done.returncode:
         raise BackendError(f"linking failed: {done.stderr.strip().splitlines()[-1]}")

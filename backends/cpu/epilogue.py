@@ -163,7 +163,7 @@ def emit_epilogue(
             case Clamp(low, high):
                 value = T.min(vectors.constant(high), T.max(vectors.constant(low), value))
             case Activation(name):
-                value = FUNCTIONS[name](vectors, B.Bind(value))
+                value = FUNCTIONS[name](vectors, vectors.hold(value))
             case Add(_, activation):
                 value = _added(vectors, value, next(others), activation)
             case Requantize(scale, zero_point, low, high):

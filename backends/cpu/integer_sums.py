@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mcc.backends.kernel import Region
+    from mcc.target import Target
 
 LARGEST_CODE = 255
 LARGEST_INT32 = (1 << 31) - 1
@@ -34,6 +35,12 @@ def float_sums_inexact(region: Region) -> str | None:
     if largest < EXACT_FLOAT:
         return None
     return f"its integer sums may reach {largest}, float32 is exact to {EXACT_FLOAT}"
+
+
+def zero_sum_factor(region: Region, target: Target) -> int:
+    """What sums of weights are multiplied with to begin a region's integer sums: -zero point as `dot4` sees codes."""
+    assert region.activation is not None
+    return target.code_offset - region.activation.zero_point
 
 
 def pairs_fit(weight: NDArray[np.int8]) -> bool:

@@ -1,7 +1,7 @@
 """Vector code in TIR: what every kernel generator of the CPU backend is made of.
 
-One source serves all instruction sets: a vector has `lanes` 32-bit lanes, `dot4` is one `vpdpbusd` with VNNI and an
-exact sequence elsewhere.
+One source serves all instruction sets: a vector has `lanes` 32-bit lanes, `dot4` is one `vpdpbusd` with VNNI, one
+`sdot` on ARM and an exact sequence elsewhere.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ Expression: TypeAlias = Any
 """A TIR expression, buffer or variable: TVM's Python has no types for them."""
 
 OPAQUE = 8
+LARGEST_ON_STACK = 1023  # bytes of a buffer; TVM wants them below 1024, and of global scope
 # by 32-bit lanes
 _PACKS = {
     4: ("llvm.x86.sse2.packssdw.128", "llvm.x86.sse2.packuswb.128"),
@@ -40,8 +41,9 @@ _PAIRS_OF_WORDS = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16:
 def tvm_target(target: Target) -> TvmTarget:
     """TVM's name for a target."""
     return TvmTarget(
-        {"kind": "llvm", "mcpu": target.llvm_cpu, "mattr": list(target.llvm_attributes), "opt-level": 3, "num-cores": 2}
-    )
+        {"kind": "llvm", "mtriple": f"{target.machine}-linux-gnu", "mcpu": target.llvm_cpu,
+         "mattr": list(target.llvm_attributes), "opt-level": 3, "num-cores": 2}
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,11 @@ class Vectors:
         """32-bit lanes of a vector."""
         return self.width or self.target.vector_lanes
 
+    @property
+    def neon(self) -> bool:
+        """Whether they are ARM's."""
+        return self.target.isa == "neon"
+
     def load(self, buffer: Expression, index: Expression, lanes: int | None = None) -> Expression:
         """`lanes` elements from `index`."""
         return tirx.BufferLoad(buffer, [T.ramp(index, 1, lanes or self.lanes)])
@@ -201,7 +208,8 @@ class Vectors:
     def to_nearest_integer(self, value: Expression) -> Expression:
         """To int32, rounding half to even, in one instruction; the value must fit."""
         n = self.lanes
-        return tirx.call_llvm_pure_intrin(f"int32x{n}", f"llvm.lrint.v{n}i32.v{n}f32", value)
+        name = "llvm.aarch64.neon.fcvtns" if self.neon else "llvm.lrint"
+        return tirx.call_llvm_pure_intrin(f"int32x{n}", f"{name}.v{n}i32.v{n}f32", value)
 
     def round_half_even(self, value: Expression) -> Expression:
         """To the nearest integer, still float."""
@@ -215,11 +223,36 @@ class Vectors:
     def registers(self, rows: int, columns: int, dtype: str, lanes: int | None = None) -> list[list[Register]]:
         """Accumulators, which LLVM keeps in registers.
 
-        They are slices of one local buffer: TVM asks its workspace allocator for each, 20 ns a call of the kernel.
+        They are slices of buffers so small that TVM puts them on the stack; others come from its workspace allocator,
+        and then a branch between two uses writes all of them to memory.
         """
         n = lanes or self.lanes
-        pool = B.alloc_buffer((rows * columns * n,), dtype, scope="local", layout=None)
-        return [[Register(pool, (i * columns + j) * n, n) for j in range(columns)] for i in range(rows)]
+        count, most = rows * columns, LARGEST_ON_STACK // (4 * n)
+        pools = [
+            B.alloc_buffer((min(most, count - first) * n,), dtype, scope="global", layout=None)
+            for first in range(0, count, most)
+        ]
+        held = [Register(pools[i // most], i % most * n, n) for i in range(count)]
+        return [held[i * columns : (i + 1) * columns] for i in range(rows)]
+
+    def hold(self, value: Expression) -> Expression:
+        """The value in a register of its own.
+
+        Like Bind, of which TVM's code generator writes every use out as the whole expression when it simplifies it.
+        """
+        ((register,),) = self.registers(1, 1, str(value.ty).split("x")[0])
+        register.set(value)
+        return register.get()
+
+    def select(self, condition: Expression, then: Expression, otherwise: Expression) -> Expression:
+        """Lane by lane, of two float32 vectors.
+
+        TVM's own Select is simplified under its condition, with every bound variable in it written out: seconds for one
+        that follows a function.
+        """
+        n = self.lanes
+        name = f"llvm.vp.select.v{n}f32"
+        return tirx.call_llvm_pure_intrin(f"float32x{n}", name, condition, then, otherwise, T.int32(n))
 
     def across(self, values: list[Expression], combine: Callable[[Expression, Expression], Expression]) -> Expression:
         """All lanes of a few vectors combined into one value."""
@@ -261,6 +294,9 @@ class Vectors:
         def blocks(*indices: int) -> list[int]:
             return [4 * i + j for i in indices for j in range(4)]
 
+        if self.lanes == 4:
+            columns[column] = parts[0]
+            return
         if self.lanes == 8:
             columns[column] = shuffle(parts[0], parts[1], blocks(0, 2))
             columns[column + 4] = shuffle(parts[0], parts[1], blocks(1, 3))
@@ -277,13 +313,20 @@ class Vectors:
     def dot4(self, accumulator: Expression, unsigned: Expression, signed: Expression, *, bounded: bool) -> Expression:
         """Accumulator + the products of 4 unsigned and 4 signed bytes in each int32 lane, exactly.
 
+        The unsigned bytes count less the target's `code_offset`.
+
         Args:
             accumulator: int32 lanes.
             unsigned: int32 lanes of four bytes.
             signed: the same.
             bounded: neighbouring signed bytes satisfy |w0| + |w1| <= 128, so that `vpmaddubsw` cannot saturate.
         """
-        if self.target.isa == "avx512vnni":
+        if self.neon:
+            codes = tirx.bitwise_xor(unsigned, T.broadcast(T.int32(-0x7F7F7F80), self.lanes))  # 128 less, bytewise
+            # the codes come second: of that operand the instruction takes a lane itself
+            a, b = (T.reinterpret("int8x16", v) for v in (signed, codes))
+            return tirx.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", accumulator, a, b)
+        if self.target.exact_dot4:
             n = self.lanes
             a, b = (T.reinterpret(f"int8x{4 * n}", v) for v in (unsigned, signed))
             name = f"llvm.x86.avx512.vpdpbusd.{32 * n}"
@@ -295,10 +338,18 @@ class Vectors:
 
     def pack_to_codes(self, values: list[Expression]) -> Expression:
         """Four vectors of int32 as one of uint8, saturated; of each 128 bits the four parts follow one another."""
+        if self.neon:
+            return self._narrowed(values)
         n = self.lanes
         words, codes = _PACKS[n]
         pairs = [tirx.call_llvm_pure_intrin(f"int16x{2 * n}", words, *values[i : i + 2]) for i in (0, 2)]
         return T.reinterpret(f"uint8x{4 * n}", tirx.call_llvm_pure_intrin(f"int8x{4 * n}", codes, *pairs))
+
+    def _narrowed(self, values: list[Expression]) -> Expression:
+        halves = [tirx.call_llvm_pure_intrin("int16x4", "llvm.aarch64.neon.sqxtn.v4i16", v) for v in values]
+        words = [shuffle(halves[i], halves[i + 1], list(range(8))) for i in (0, 2)]
+        low, high = (tirx.call_llvm_pure_intrin("uint8x8", "llvm.aarch64.neon.sqxtun.v8i8", w) for w in words)
+        return shuffle(low, high, list(range(16)))
 
     def _pairs_of_bytes(self, unsigned: Expression, signed: Expression) -> Expression:
         n = self.lanes

@@ -11,8 +11,11 @@ from mcc.backends.cpu.fuse import requantize_step
 from mcc.backends.cpu.kernels.attention import attention_function, attention_shape
 from mcc.backends.cpu.kernels.norm import NormShape, norm_function
 from mcc.backends.cpu.kernels.quantize import quantize_function
+from mcc.backends.cpu.kernels.recurrent import NARROWEST, RecurrentShape, recurrent_function
 from mcc.backends.relax.emitter import known_dims, rank
+from mcc.errors import BackendError
 from mcc.ops import OPS
+from mcc.text import located_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from mcc.graph import Graph, Node
     from mcc.target import Target
 
+RECURRENT = (OPS["mcc.lstm"], OPS["mcc.gru"])
 NORMS = (OPS["layer_norm"], OPS["rms_norm"])
 
 
@@ -67,6 +71,8 @@ class Unweighted:
         """The value of a node that has an own kernel here, or None."""
         if node.op is OPS["mcc.attention"]:
             return self._attention(emitter, node)
+        if node.op in RECURRENT:
+            return self._recurrent(emitter, node)
         if node.op in NORMS and takes_norm(node, self.target):
             return self._norm(emitter, node, None)
         if node.op is ops.QUANTIZE and (step := requantize_step(node)) is not None:
@@ -93,6 +99,26 @@ class Unweighted:
         return emitter(
             relax.call_tir(function, operands, relax.TensorType([query[0], outer, inner, value[3]], "float32"))
         )
+
+    def _recurrent(self, emitter: Emitter, node: Node) -> Any:
+        assert node.op is not None
+        states = 2 if node.op is OPS["mcc.lstm"] else 1
+        operands = [node.operand(i) for i in range(states + 3)]
+        read = [self._value(n.fx) for n in operands if n is not None]
+        hidden = known_dims(read[1])[1]
+        if not isinstance(hidden, int) or hidden < NARROWEST or any(str(x.ty.dtype) != "float32" for x in read):
+            raise BackendError(
+                f"{node.op} of {hidden} units of {node.dtype}", node=located_text(node),
+                remedy=f"use float32, and {NARROWEST} units or more",
+            )  # fmt: skip
+        dims = known_dims(read[0])
+        shape = RecurrentShape(
+            (dims[0], dims[1], int(dims[2])), dims[2] // hidden, hidden, operands[-1] is not None,
+            node.argument(states + 3), node.argument(states + 4),
+        )  # fmt: skip
+        function = emitter.builder.add_func(recurrent_function(shape, self.target), node.op.name.removeprefix("mcc."))
+        forms = [[*list(read[0].ty.shape)[:2], hidden], *(list(x.ty.shape) for x in read[1 : 1 + states])]
+        return emitter(relax.call_tir(function, read, [relax.TensorType(form, "float32") for form in forms]))
 
     def _norm(self, emitter: Emitter, node: Node, step: Requantize | None) -> Any:
         centered = node.op is OPS["layer_norm"]

@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from tvm import tirx
 from tvm.script import tirx as T
-from tvm.tirx.script.builder import ir as B
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,12 +32,12 @@ def polynomial(v: Vectors, x: Expression, coefficients: Sequence[float]) -> Expr
 def exp(v: Vectors, x: Expression) -> Expression:
     """e^x within 2e-7 relative for x in [-87, 88], held to that range outside."""
     # in this order of operands a NaN passes both
-    x = B.Bind(T.max(v.constant(-87.0), T.min(v.constant(88.0), x)))
-    n = B.Bind(v.round_half_even(x * v.constant(1 / math.log(2))))
-    r = B.Bind(v.fma(n, v.constant(-_LN2_LOW), v.fma(n, v.constant(-_LN2_HIGH), x)))
+    x = v.hold(T.max(v.constant(-87.0), T.min(v.constant(88.0), x)))
+    n = v.hold(v.round_half_even(x * v.constant(1 / math.log(2))))
+    r = v.hold(v.fma(n, v.constant(-_LN2_LOW), v.fma(n, v.constant(-_LN2_HIGH), x)))
     y = v.fma(polynomial(v, r, _EXP), r * r, r + v.constant(1.0))
     exponent = T.shift_left(T.cast(n, f"int32x{v.lanes}") + v.constant(127, "int32"), v.constant(23, "int32"))
-    return B.Bind(y * T.reinterpret(f"float32x{v.lanes}", exponent))
+    return v.hold(y * T.reinterpret(f"float32x{v.lanes}", exponent))
 
 
 def sigmoid(v: Vectors, x: Expression) -> Expression:
@@ -55,20 +53,20 @@ def silu(v: Vectors, x: Expression) -> Expression:
 def tanh(v: Vectors, x: Expression) -> Expression:
     """Within 3e-7 relative."""
     large = v.constant(1.0) - v.constant(2.0) / (exp(v, x + x) + v.constant(1.0))
-    z = B.Bind(x * x)
+    z = v.hold(x * x)
     small = v.fma(polynomial(v, z, _TANH) * z, x, x)
-    return tirx.Select(z < v.constant(0.625**2), small, large)
+    return v.select(z < v.constant(0.625**2), small, large)
 
 
 def gelu(v: Vectors, x: Expression) -> Expression:
     """Multiply x by the normal distribution's integral up to x, within 2e-7 |x|."""
-    scaled = B.Bind(x * v.constant(math.sqrt(0.5)))
-    size = B.Bind(T.max(scaled, v.constant(0.0) - scaled))
-    t = B.Bind(v.constant(1.0) / v.fma(size, v.constant(0.3275911), v.constant(1.0)))
-    beyond = B.Bind(polynomial(v, t, _ERF) * t * exp(v, v.constant(0.0) - size * size))
+    scaled = v.hold(x * v.constant(math.sqrt(0.5)))
+    size = v.hold(T.max(scaled, v.constant(0.0) - scaled))
+    t = v.hold(v.constant(1.0) / v.fma(size, v.constant(0.3275911), v.constant(1.0)))
+    beyond = v.hold(polynomial(v, t, _ERF) * t * exp(v, v.constant(0.0) - size * size))
     # erf of |x| is 1 - beyond: for negative x the sum 1 + erf is `beyond` itself, which keeps its digits
     half = v.constant(0.5) * x
-    return tirx.Select(x < v.constant(0.0), half * beyond, half * (v.constant(2.0) - beyond))
+    return v.select(x < v.constant(0.0), half * beyond, half * (v.constant(2.0) - beyond))
 
 
 def gelu_tanh(v: Vectors, x: Expression) -> Expression:

@@ -71,6 +71,15 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     ),
     **_same("logical_and logical_or", S(lambda n: (b(n, 5), b(n, 5)), (0, 1)), S(lambda n: (f(n, 5), f(n, 5)), (0, 1))),
     **_same("bitwise_not logical_not", S(lambda n: (b(n, 5),))),
+    "mcc.lstm": (
+        S(lambda n: (f(n, 5, 32), f(n, 8), f(n, 8), f(8, 32), f(32), False, True), (0, 1, 2)),
+        S(lambda n: (f(n, 1, 148), f(n, 37), f(n, 37), f(37, 148), None, True, True), (0, 1, 2)),
+        S(lambda n: (f(6, 2, 80), f(2, 20), f(2, 20), f(20, 80), f(80), True, False), (0, 1, 2), fixed_batch=True),
+    ),
+    "mcc.gru": (
+        S(lambda n: (f(n, 5, 24), f(n, 8), f(8, 24), f(24), False, True), (0, 1)),
+        S(lambda n: (f(n, 3, 111), f(n, 37), f(37, 111), None, True, True), (0, 1)),
+    ),
     "gelu": (_unary, S(lambda n: (f(n, 5),), options=(("approximate", "tanh"),))),
     "clamp": (S(lambda n: (f(n, 6), -0.5, 0.5)), S(lambda n: (f(n, 6), None, 0.3)), S(lambda n: (i(9, n, 6), 2, 5))),
     "clamp_min": (S(lambda n: (f(n, 6), 0.2)),),

@@ -11,7 +11,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc.backends.cpu.epilogue import channel_vectors
-from mcc.backends.cpu.integer_sums import pairs_fit
+from mcc.backends.cpu.integer_sums import pairs_fit, zero_sum_factor
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape, merge_groups
 from mcc.backends.cpu.kernels.region_function import region_function
 from mcc.backends.cpu.kernels.tiles import TileShape, balanced, leading_dims, loop_for
@@ -85,7 +85,7 @@ class _Convolution:
         vectors: dict[str, NDArray[Any]] = {key: by_lane(a) for key, a in channel_vectors(region).items()}
         if region.activation is not None:
             sums = self.weight.reshape(shape.outputs, -1).astype(np.int64).sum(1)
-            vectors["start"] = by_lane((-region.activation.zero_point * sums).astype(np.int32))
+            vectors["start"] = by_lane((zero_sum_factor(region, self.v.target) * sums).astype(np.int32))
         return vectors
 
     def function(self, name: str) -> tirx.PrimFunc:

@@ -104,6 +104,11 @@ def conv_shape(region: Region) -> ConvShape | str:
     )  # fmt: skip
 
 
+_MANY = ((14, 2), (7, 4), (6, 4), (9, 3), (14, 1))
+_FEW = ((6, 2), (4, 3), (5, 2), (12, 1))
+_NEON = ((6, 4), (8, 3), (12, 2), (12, 1))  # an instruction there takes no operand from memory
+
+
 def conv_tiles(region: Region, target: Target) -> tuple[str, ...]:
     """Tiles (pixels x vectors) that fill the registers, no wider than the channels or the image."""
     shape = conv_shape(region)
@@ -111,7 +116,7 @@ def conv_tiles(region: Region, target: Target) -> tuple[str, ...]:
     outputs = shape.merged(target.vector_lanes).group_outputs
     vectors = -(-outputs // target.vector_lanes)
     many = target.vector_registers == 32
-    wanted = ((14, 2), (7, 4), (6, 4), (9, 3), (14, 1)) if many else ((6, 2), (4, 3), (5, 2), (12, 1))
+    wanted = _NEON if target.isa == "neon" else _MANY if many else _FEW
     tiles = []
     for pixels, wide in wanted:
         if wide <= vectors and (vectors % wide == 0 or vectors > 2 * wide):

@@ -18,7 +18,7 @@ from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.epilogue import channel_vectors
-from mcc.backends.cpu.integer_sums import pairs_fit, sums_overflow
+from mcc.backends.cpu.integer_sums import pairs_fit, sums_overflow, zero_sum_factor
 from mcc.backends.cpu.kernels.region_function import region_function
 from mcc.backends.cpu.kernels.tiles import (
     PanelWidth,
@@ -109,7 +109,7 @@ class DenseInt8:
         assert weight.dense is not None
         assert activation is not None
         packed = {"weight": pack_panels_of_four(weight.dense, plan.width, target.vector_lanes)}
-        packed |= integer_vectors(region, plan.padded_outputs)
+        packed |= integer_vectors(region, plan.padded_outputs, target)
         body = _IntegerBody(plan, bounded=pairs_fit(weight.dense))
         return Lowered(plan.function(self.name, packed, body.emit), packed)
 
@@ -123,6 +123,8 @@ def dense_tiles(region: Region, target: Target) -> tuple[str, ...]:
     wide = (TileShape(8, 2), TileShape(6, 4), TileShape(12, 2))
     narrow = (TileShape(6, 2), TileShape(4, 2), TileShape(4, 3))
     wanted = wide if target.vector_registers == 32 else narrow
+    if target.isa == "neon":
+        wanted = (TileShape(6, 4), TileShape(8, 3), TileShape(8, 2))
     vectors = -(-region.weight.shape[0] // target.vector_lanes)
     narrowed = [TileShape(t.rows, min(t.vectors, vectors)) for t in wanted]
     return tuple(dict.fromkeys(str(t) for t in narrowed))
@@ -151,13 +153,13 @@ def _padded_vectors(region: Region, size: int) -> dict[str, NDArray[Any]]:
     return {key: np.pad(a, (0, size - len(a))) for key, a in channel_vectors(region).items()}
 
 
-def integer_vectors(region: Region, size: int) -> dict[str, NDArray[Any]]:
+def integer_vectors(region: Region, size: int, target: Target) -> dict[str, NDArray[Any]]:
     """Bias, product of scales, and the starting sum -zero_point * sum(w) of every output, padded to `size`."""
-    activation, weight = region.activation, region.weight
-    assert activation is not None
+    weight = region.weight
     vectors: dict[str, NDArray[Any]] = _padded_vectors(region, size)
     sums = weight.decoded().reshape(weight.shape[0], -1).astype(np.int64).sum(1)
-    vectors["start"] = np.pad(-activation.zero_point * sums, (0, size - weight.shape[0])).astype(np.int32)
+    factor = zero_sum_factor(region, target)
+    vectors["start"] = np.pad(factor * sums, (0, size - weight.shape[0])).astype(np.int32)
     return vectors
 
 

@@ -21,7 +21,7 @@ from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.epilogue import ToCodes, channel_vectors, steps_after_scale
-from mcc.backends.cpu.integer_sums import LARGEST_CODE, pairs_fit, sums_overflow
+from mcc.backends.cpu.integer_sums import LARGEST_CODE, pairs_fit, sums_overflow, zero_sum_factor
 from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
 from mcc.backends.cpu.kernels.region_function import region_function
@@ -62,7 +62,7 @@ class DepthwiseInt8:
             return f"it is not depthwise, or has fewer channels than {FEWEST_CHANNELS}"
         if shape.dilation[1] != 1 or shape.kernel[1] > WIDEST_KERNEL:
             return f"its taps are apart, or more than {WIDEST_KERNEL} in a row"
-        if target.isa != "avx512vnni" and not _pairs_fit(region.weight.decoded()):
+        if not target.exact_dot4 and not _pairs_fit(region.weight.decoded()):
             return "neighbouring weights are too large for the CPU's 16-bit sums"
         return sums_overflow(region)
 
@@ -70,9 +70,8 @@ class DepthwiseInt8:
         """Rows times columns of output that a tile holds."""
         shape = conv_shape(region)
         assert isinstance(shape, ConvShape)
-        many = target.vector_registers == 32
-        last = (2, 1) if not many else (3, 2) if shape.kernel[1] < QUAD else (1, 4)
-        wanted = ((2, 2), (1, 2), last)
+        wide = ((1, 4), (1, 2), (2, 2)) if shape.kernel[1] >= QUAD else ((2, 2), (1, 4), (1, 2))
+        wanted = wide if target.vector_registers == 32 else ((2, 2), (1, 2), (2, 1))
         height, width = shape.result
         return tuple(dict.fromkeys(f"{min(r, height)}x{min(c, width)}" for r, c in wanted))
 
@@ -137,7 +136,7 @@ class _Body:
         steps = steps_after_scale(region)
         last = steps[0] if len(steps) == 1 else None
         self.to_codes = last if isinstance(last, ToCodes) and last.fits else None
-        totals = -self.zero * weight.sum((1, 2), dtype=np.int64)
+        totals = zero_sum_factor(region, vectors.target) * weight.sum((1, 2), dtype=np.int64)
         by_channel: dict[str, NDArray[Any]] = {"start": totals.astype(np.int32), **channel_vectors(region)}
         self.packed: dict[str, NDArray[Any]] = {"weight": self._pack(weight)}
         self.packed |= {key: np.concatenate([a[c] for c in self._channels()]) for key, a in by_channel.items()}
@@ -183,8 +182,8 @@ class _Body:
         image = B.Bind(n * (shape.image[0] * shape.image[1] * shape.inputs))
         target = B.Bind((n * shape.result[0] + row) * (shape.result[1] * shape.outputs))
         rows = _Rows(top, image, target)
-        inside = tirx.all(top >= 0, top + self.reach < shape.image[0])
-        branch(inside, lambda: self._columns(rows, inside=True), lambda: self._columns(rows, inside=False))
+        inside = B.Bind(tirx.all(top >= 0, top + self.reach < shape.image[0]))
+        serial(-(-shape.result[1] // self.columns), lambda t: self._place(t, rows, inside))
 
     @property
     def reach(self) -> int:
@@ -192,19 +191,21 @@ class _Body:
         shape = self.shape
         return (self.rows - 1) * shape.stride[0] + (shape.kernel[0] - 1) * shape.dilation[0]
 
-    def _columns(self, rows: _Rows, *, inside: bool) -> None:
-        """All tiles of a band; those near the border are written out."""
-        width, columns = self.shape.result[1], self.columns
-        starts = [*range(0, width - columns + 1, columns)]
-        inner = [s for s in starts if self._inside(s)]
-        if width % columns:
-            starts.append(width - columns)
-        for start in [s for s in starts if s not in inner]:
-            self._blocks(rows, start, (inside, False))
-        serial(len(inner), lambda t: self._blocks(rows, inner[0] + t * columns, (inside, True)))
+    def _place(self, t: Expression, rows: _Rows, rows_inside: Expression) -> None:
+        """Tile number `t` of a band, for all channels."""
+        shape = self.shape
+        start = B.Bind(tirx.min(T.cast(t, "int64") * self.columns, shape.result[1] - self.columns))
+        first = self._column(start)
+        last = first + (self.columns - 1) * shape.stride[1] + shape.kernel[1] - 1
+        inside = tirx.all(rows_inside, first >= 0, last < shape.image[1])
+        branch(
+            inside,
+            lambda: self._blocks(rows, start, inside=True),
+            lambda: self._blocks(rows, start, inside=False),
+        )
 
-    def _blocks(self, rows: _Rows, start: Expression, inside: tuple[bool, bool]) -> None:
-        """One tile for all channels: this loop is the inner one, as LLVM would spill weights that do not change."""
+    def _blocks(self, rows: _Rows, start: Expression, *, inside: bool) -> None:
+        """All channels: this loop is the inner one, as LLVM would spill weights that do not change."""
         wide = self.v.lanes * QUAD
         serial(self.full, lambda b: self._tile(_Block(b * wide, self.v, b * wide), rows, start, inside))
         slot = self.full * wide
@@ -216,12 +217,8 @@ class _Body:
         """The input column that the first tap of output column `start` reads."""
         return start * self.shape.stride[1] - self.shape.before[1]
 
-    def _inside(self, start: int) -> bool:
-        last = self._column(start + self.columns - 1) + self.shape.kernel[1] - 1
-        return bool(self._column(start) >= 0 and last < self.shape.image[1])
-
-    def _tile(self, block: _Block, rows: _Rows, start: Expression, inside: tuple[bool, bool]) -> None:
-        """Compute one tile; `inside`: whether its image rows and its columns all lie in the image."""
+    def _tile(self, block: _Block, rows: _Rows, start: Expression, inside: bool) -> None:  # noqa: FBT001
+        """Compute one tile; `inside`: whether all it reads lies in the image."""
         v, shape = block.vectors, self.shape
         pixels = v.registers(self.rows * self.columns, QUAD, "int32")
         sums = [pixels[i * self.columns : (i + 1) * self.columns] for i in range(self.rows)]
@@ -267,27 +264,32 @@ class _Body:
 
     def _image_row(
         self,
-        place: tuple[_Block, _Rows, Expression, tuple[bool, bool]],
+        place: tuple[_Block, _Rows, Expression, bool],
         y: int,
         taps: list[tuple[int, int]],
         sums: list[list[list[Register]]],
     ) -> None:
         """Add the image row `y` below the tile's first to the output rows whose kernel rows read it, `taps`."""
-        block, rows, start, (row_inside, columns_inside) = place
+        block, rows, start, inside = place
         v, shape = block.vectors, self.shape
+        (height, width), inputs = shape.image, shape.inputs
         zero = T.broadcast(tirx.const(self.zero, "uint8"), v.lanes * QUAD)
         read = {c * shape.stride[1] + k for c in range(self.columns) for k in range(shape.kernel[1])}
-        row = rows.top + y
-        nearest = row if row_inside else tirx.max(0, tirx.min(row, shape.image[0] - 1))
-        line = rows.image + nearest * (shape.image[1] * shape.inputs)
-        corner = B.Bind(line + self._column(start) * shape.inputs + block.first)
-        here = None if row_inside else B.Bind(tirx.all(row >= 0, row < shape.image[0]))
+        row, column = rows.top + y, self._column(start)
+        nearest = row if inside else tirx.max(0, tirx.min(row, height - 1))
+        line = B.Bind(rows.image + nearest * (width * inputs) + block.first)
+        corner = B.Bind(line + column * inputs) if inside else None
 
         def pixel(offset: int) -> Expression:
-            if offset not in read or not (columns_inside or 0 <= self._column(start) + offset < shape.image[1]):
+            if offset not in read:
                 return zero
-            codes = v.load(self.x, corner + offset * shape.inputs, v.lanes * QUAD)
-            codes = codes if here is None else tirx.Select(here, codes, zero)
+            if corner is not None:
+                codes = v.load(self.x, corner + offset * inputs, v.lanes * QUAD)
+            else:
+                at = column + offset
+                here = tirx.all(row >= 0, row < height, at >= 0, at < width)
+                held = v.load(self.x, line + tirx.max(0, tirx.min(at, width - 1)) * inputs, v.lanes * QUAD)
+                codes = tirx.Select(here, held, zero)
             return B.Bind(codes if self.to_codes else _sorted(v, codes))
 
         words_before = block.slot * (shape.kernel[0] * self.variant_words)

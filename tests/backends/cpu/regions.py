@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import tvm
+from emulated import run_emulated
 
 from mcc import ops
 from mcc.backends.cpu.microkernel import tvm_target
@@ -15,6 +16,7 @@ from mcc.backends.kernel import EpilogueStep, Kernel, QuantizedInput, Region, Sp
 from mcc.target import Target, missing_features, parse_target
 
 TARGETS = [t for t in map(parse_target, ("cpu:avx2", "cpu:avx512", "cpu:avx512vnni")) if not missing_features(t)]
+NEON = parse_target("cpu:neon")
 
 
 class Symbolic:
@@ -64,15 +66,17 @@ def run_kernel(
 ) -> list[np.ndarray]:
     """Compile a kernel and run it on each source."""
     lowered = kernel.lower(region, target, tile)
-    module = tvm.tirx.build(tvm.IRModule.from_expr(lowered.function), target=tvm_target(target))
-    results = []
+    calls = []
     for source in sources:
         operands = make_operands(kernel, region, source)
         out = np.full(kernel.reference(region, source, operands).shape, 77, region.output_dtype)
-        arguments = [
-            tvm.runtime.tensor(np.ascontiguousarray(a), tvm.cpu())
-            for a in (source, *operands, *lowered.packed.values(), out)
-        ]
+        calls.append([np.ascontiguousarray(a) for a in (source, *operands, *lowered.packed.values(), out)])
+    if missing_features(target):
+        return run_emulated(lowered.function, target, calls)
+    module = tvm.tirx.build(tvm.IRModule.from_expr(lowered.function), target=tvm_target(target))
+    results = []
+    for call in calls:
+        arguments = [tvm.runtime.tensor(a, tvm.cpu()) for a in call]
         module[kernel.name](*arguments)
         results.append(arguments[-1].numpy())
     return results

@@ -1,0 +1,146 @@
+"""Random regions with a kernel that takes them: any shape, stride, grouping, padding, format and epilogue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import strategies as st
+from regions import Symbolic, Value, make_region, make_weight
+
+from mcc import ops
+from mcc.backends.cpu.kernels.conv2d import Conv2dFloat, Conv2dInt8
+from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8
+from mcc.backends.cpu.kernels.depthwise import Depthwise
+from mcc.backends.cpu.kernels.depthwise_int8 import DepthwiseInt8
+from mcc.backends.cpu.kernels.sparse import SparseDense
+from mcc.backends.kernel import Activation, Add, Clamp, Kernel, QuantizedInput, Region, Relu, Requantize
+from mcc.target import Target
+
+ROWS = [1, 2, 3, 5, 7, 16, 33, 64, 65, 131]
+OTHER = Value()
+FORMATS = ("float32", "int8", "codes")  # "int8": the weight alone, "codes": weight and activations
+ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "gelu_tanh", "hardsigmoid", "hardswish")
+FAMILIES = ("dense_float", "dense_int8", "sparse", "conv2d", "depthwise", "depthwise_int8")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel, what it runs, and the shapes of the sources it is called with."""
+
+    kernel: Kernel
+    region: Region
+    tile: str
+    shapes: list[tuple[int, ...]]
+
+
+@st.composite
+def cases(draw: Any, family: str, target: Target) -> Case:
+    """A case of a family for a target."""
+    kernel, region, shapes = draw(_DRAWN[family](target))
+    tiles = kernel.tiles(region, target)
+    return Case(kernel, region, tiles[draw(st.integers(0, 4)) % len(tiles)], shapes)
+
+
+@st.composite
+def epilogues(draw: Any, *, operands: bool = True) -> tuple[Any, ...]:
+    """Up to three steps in any order, then perhaps a requantize."""
+    step = st.one_of(
+        st.just(Relu()),
+        st.builds(Clamp, st.sampled_from([-1.0, 0.0]), st.sampled_from([0.5, 6.0])),
+        st.builds(Activation, st.sampled_from(ACTIVATIONS)),
+    )
+    if operands:
+        codes = st.builds(QuantizedInput, st.just(0.03), st.integers(0, 255))
+        step = st.one_of(step, st.just(Add(OTHER)), codes.map(lambda c: Add(OTHER, c)))
+    steps = draw(st.lists(step, max_size=3))
+    if draw(st.booleans()):
+        low, high = draw(st.sampled_from([(0, 255), (0, 255), (3, 200), (0, 127)]))
+        steps.append(Requantize(draw(st.sampled_from([0.03, 0.0625])), draw(st.integers(0, 255)), low, high))
+    return tuple(steps)
+
+
+channels = st.one_of(st.sampled_from([1, 3, 4, 16, 32, 64]), st.integers(1, 70))
+zero_points = st.one_of(st.just(0), st.integers(0, 255))
+
+
+@st.composite
+def _dense(draw: Any, target: Target, codes: bool) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
+    inputs, outputs = draw(channels), draw(channels)
+    bias = draw(st.booleans())
+    if codes:
+        limit = draw(st.sampled_from([target.int8_weight_limit, 127]))
+        weight, activation = make_weight((outputs, inputs), "int8", 2, limit), QuantizedInput(0.02, draw(zero_points))
+        kernel: Kernel = DenseInt8()
+    else:
+        weight, activation = make_weight((outputs, inputs), draw(st.sampled_from(FORMATS[:2])), 1), None
+        kernel = DenseFloat()
+    region = make_region(ops.LINEAR, (Symbolic(), inputs), weight, draw(epilogues()), activation, bias=bias)
+    return kernel, region, [(m, inputs) for m in (*ROWS, 0)]
+
+
+@st.composite
+def _sparse(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
+    del target
+    inputs, outputs, form = draw(channels), draw(channels), draw(st.sampled_from(FORMATS))
+    density = draw(st.sampled_from([0.0, 0.05, 0.3, 1.0]))
+    weight = make_weight((outputs, inputs), "float32" if form == "float32" else "int8", 3, density=density)
+    activation = QuantizedInput(0.02, draw(zero_points)) if form == "codes" else None
+    steps = draw(epilogues(operands=False))
+    return (
+        SparseDense(),
+        make_region(ops.LINEAR, (Symbolic(), inputs), weight, steps, activation),
+        [(m, inputs) for m in (*ROWS, 0)],
+    )
+
+
+@st.composite
+def _windows(draw: Any, image: tuple[int, int]) -> tuple[tuple[int, int], list[int], list[int], list[int]]:
+    """Kernel size, stride, padding (top, left, bottom, right) and dilation for which an image gives some output."""
+    kernel, stride, dilation, before, after = [], [], [], [], []
+    for extent in image:
+        kernel.append(draw(st.sampled_from([1, 2, 3, 3, 5, 7])))
+        stride.append(draw(st.sampled_from([1, 1, 2, 3])))
+        dilation.append(draw(st.sampled_from([1, 1, 1, 2])))
+        reach = (kernel[-1] - 1) * dilation[-1] + 1
+        before.append(draw(st.integers(max(0, (reach - extent + 1) // 2), max(3, reach))))
+        after.append(draw(st.integers(max(0, reach - extent - before[-1]), max(3, reach))))
+    return (kernel[0], kernel[1]), stride, [*before, *after], dilation
+
+
+@st.composite
+def _conv2d(draw: Any, target: Target, family: str) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
+    image = (draw(st.integers(1, 15)), draw(st.integers(1, 20)))
+    size, stride, padding, dilation = draw(_windows(image))
+    if family == "conv2d":
+        groups = draw(st.sampled_from([1, 1, 1, 2, 3, 8]))
+        most = 70 // groups
+        inputs, outputs = (groups * draw(st.integers(1, most)) for _ in range(2))
+    else:
+        groups = inputs = outputs = draw(st.integers(16, 100))
+    form = "codes" if family == "depthwise_int8" else draw(st.sampled_from(FORMATS))
+    kernel: Kernel = {"depthwise": Depthwise(), "depthwise_int8": DepthwiseInt8()}.get(
+        family, Conv2dInt8() if form == "codes" else Conv2dFloat()
+    )
+    limit = target.int8_weight_limit if family == "depthwise_int8" else draw(st.sampled_from([63, 127]))
+    shape = (outputs, inputs // groups, *size)
+    weight = make_weight(shape, "float32" if form == "float32" else "int8", 4, limit)
+    activation = QuantizedInput(0.02, draw(zero_points)) if form == "codes" else None
+    if family == "depthwise_int8":
+        dilation = [dilation[0], 1]
+    options = (stride, padding, dilation, groups)
+    region = make_region(
+        ops.CONV2D_NHWC, (Symbolic(), *image, inputs), weight, draw(epilogues()), activation, options,
+        bias=draw(st.booleans()),
+    )  # fmt: skip
+    return kernel, region, [(n, *image, inputs) for n in (1, 2, 5, 0)]
+
+
+_DRAWN = {
+    "dense_float": lambda t: _dense(t, codes=False),
+    "dense_int8": lambda t: _dense(t, codes=True),
+    "sparse": _sparse,
+    "conv2d": lambda t: _conv2d(t, "conv2d"),
+    "depthwise": lambda t: _conv2d(t, "depthwise"),
+    "depthwise_int8": lambda t: _conv2d(t, "depthwise_int8"),
+}
