@@ -240,6 +240,8 @@ def _respell(module: fx.GraphModule, node: fx.Node) -> None:
         with module.graph.inserting_before(node):
             kept = [_size(module, source, i) for i in range(rank) if not start <= i <= end]
         node.target, node.args = _A.reshape.default, (source, [*kept[:start], -1, *kept[start:]])
+    elif node.target in _NAMED_PADDING:
+        _number_padding(module, node)
     elif node.target is _A.unflatten.int:
         rank, dim = source.meta["val"].dim(), int(node.args[1]) % source.meta["val"].dim()  # type: ignore[arg-type]
         with module.graph.inserting_before(node):
@@ -254,6 +256,41 @@ def _respell(module: fx.GraphModule, node: fx.Node) -> None:
             for i, size in enumerate(node.args[1])  # type: ignore[arg-type]
         ]
         node.args = (source, sizes)
+
+
+def _number_padding(module: fx.GraphModule, node: fx.Node) -> None:
+    """Give padding "same" as numbers; the extra element of an even kernel comes last, which takes an op of its own."""
+    source, weight, *rest = node.args
+    assert isinstance(weight, fx.Node)
+    assert isinstance(node.target, torch._ops.OpOverload)
+    kernel = weight.meta["val"].shape[2:]
+    given: list[Any] = [*rest, *(None, 1, "valid", 1, 1)[len(rest) :]]
+    bias, stride, padding, dilation, groups = given
+    apart = list(dilation) if isinstance(dilation, list | tuple) else [dilation]
+    each = apart * len(kernel) if len(apart) == 1 else apart
+    total = [d * (int(k) - 1) if padding == "same" else 0 for d, k in zip(each, kernel, strict=True)]
+    if any(t % 2 for t in total):
+        assert isinstance(source, fx.Node)
+        beyond = [amount for t in reversed(total) for amount in (0, t % 2)]
+        with module.graph.inserting_before(node):
+            padded = module.graph.call_function(_A.constant_pad_nd.default, (source, beyond, 0.0))
+        padded.meta = dict(node.meta) | {"val": _padded_value(source.meta["val"], beyond)}
+        source = padded
+    steps = list(stride) if isinstance(stride, list | tuple) else [stride]
+    node.target = _NAMED_PADDING[node.target]
+    node.args = (source, weight, bias, steps, [t // 2 for t in total], each, groups)
+
+
+def _padded_value(value: Tensor, beyond: list[int]) -> Tensor:
+    lead = value.dim() - len(beyond) // 2
+    grown = [s + after for s, after in zip(value.shape[lead:], reversed(beyond[1::2]), strict=True)]
+    with value.fake_mode:  # type: ignore[attr-defined]  # graphs hold fake tensors
+        return value.new_empty([*value.shape[:lead], *grown])
+
+
+_NAMED_PADDING = {
+    _A.conv1d.padding: _A.conv1d.default, _A.conv2d.padding: _A.conv2d.default, _A.conv3d.padding: _A.conv3d.default,
+}  # fmt: skip
 
 
 def _size(module: fx.GraphModule, node: fx.Node, axis: int) -> int | fx.Node:

@@ -139,7 +139,6 @@ _TABLE = (
     Op("linear", "weights", weights=(1, 2), macs=_linear_macs),
     Op("conv1d", "weights", weights=(1, 2), macs=_conv_macs),
     Op("conv2d", "weights", weights=(1, 2), macs=_conv_macs),
-    Op("conv2d.padding", "weights", weights=(1, 2), macs=_conv_macs),
     Op("conv3d", "weights", weights=(1, 2), macs=_conv_macs),
     Op("conv_transpose2d.input", "weights", weights=(1, 2), macs=_conv_transpose_macs),
     Op("embedding", "weights", weights=(0,)),
@@ -215,7 +214,7 @@ LINEAR, CONV1D, CONV2D = OPS["linear"], OPS["conv1d"], OPS["conv2d"]
 ATTENTION = OPS["scaled_dot_product_attention"]
 CONV2D_NHWC = OPS["mcc.conv2d_nhwc"]
 CONV3D, CONV_TRANSPOSE2D = OPS["conv3d"], OPS["conv_transpose2d.input"]
-CONVOLUTIONS = (CONV1D, CONV2D, OPS["conv2d.padding"], CONV3D, CONV_TRANSPOSE2D)
+CONVOLUTIONS = (CONV1D, CONV2D, CONV3D, CONV_TRANSPOSE2D)
 LAYERS = (LINEAR, *CONVOLUTIONS)  # with weights that passes compress
 BATCH_NORM, DROPOUT, FEATURE_DROPOUT = OPS["batch_norm"], OPS["dropout"], OPS["feature_dropout"]
 ADD, MUL, RELU, RESHAPE = OPS["add.Tensor"], OPS["mul.Tensor"], OPS["relu"], OPS["reshape"]

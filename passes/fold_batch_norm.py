@@ -26,7 +26,8 @@ class FoldBatchNorm(Rewrite):
     becomes
         %bn: f32[1, 4, 8, 8] = conv2d(%x, @conv.weight, @conv.bias)
 
-    with W' = W * g, b' = (b - mean) * g + beta, g = gamma / sqrt(var + eps), computed in float64.
+    with W' = W * g, b' = (b - mean) * g + beta, g = gamma / sqrt(var + eps), computed in float64. The scales of
+    a weight quantized by output channel are multiplied too, so that its codes stay as they are.
     Krishnamoorthi: Quantizing deep convolutional networks for efficient inference. arXiv 1806.08342, 2018, section
     3.2.2.
     """
@@ -49,13 +50,16 @@ class FoldBatchNorm(Rewrite):
         if weight is None or (bias is not None and not bias.is_parameter):
             return Reject(node, f"the weight or bias of %{producer.name} is computed")
         direct = producer.operand(1)
-        if direct is not None and direct.op in (ops.FAKE_QUANTIZE, ops.DEQUANTIZE, ops.DECODE_SPARSE):
-            return Reject(node, f"the weight of %{producer.name} is already quantized or encoded: fold before that")
+        if direct is not None and direct.op in (ops.DEQUANTIZE, ops.DECODE_SPARSE):
+            return Reject(node, f"the weight of %{producer.name} is encoded: fold before that")
+        quantizer = direct if direct is not None and direct.op is ops.FAKE_QUANTIZE else None
+        if quantizer is not None and not _scales_by_output(quantizer, producer):
+            return Reject(node, f"the weight of %{producer.name} is quantized, but not symmetrically by output channel")
         if len(producer.shape) != weight.tensor.dim():
             return Reject(node, f"the channels of %{producer.name} are not its dim 1: shape {list(producer.shape)}")
         if any(len(n.fx.users) > 1 for n in _weight_chain(producer)) or (bias is not None and len(bias.fx.users) > 1):
             return Reject(node, f"the weight or bias of %{producer.name} is shared with another layer")
-        return Match(node, producer=producer, weight=weight, bias=bias)
+        return Match(node, producer=producer, weight=weight, bias=bias, quantizer=quantizer)
 
     def rewrite(self, match: Match, rewriter: Rewriter) -> Node:
         """Change the stored weight and bias, and call the layer in the batch norm's place."""
@@ -63,7 +67,10 @@ class FoldBatchNorm(Rewrite):
         gain, mean, shift = _affine(match.node)
         weight = match.weight.tensor.detach()
         out_axis = 1 if producer.op is ops.CONV_TRANSPOSE2D else 0
-        scaled = _scale_outputs(weight.double(), gain, out_axis, groups=_groups(producer))
+        if match.quantizer is None:
+            scaled = _scale_outputs(weight.double(), gain, out_axis, groups=_groups(producer))
+        else:
+            scaled = _scale_codes(match.quantizer, weight, gain)
         rewriter.graph.set_tensor(str(match.weight.fx.target), scaled.to(weight.dtype))
         bias = torch.zeros_like(mean) if match.bias is None else match.bias.tensor.detach().double()
         folded = ((bias - mean) * gain + shift).to(weight.dtype)
@@ -91,6 +98,33 @@ def _affine(node: Node) -> tuple[Tensor, Tensor, Tensor]:
     return gain, mean.tensor.double(), shift
 
 
+def _scales_by_output(quantizer: Node, producer: Node) -> bool:
+    """Whether a weight's quantizer has a scale of its own for each output, and codes that may change sign."""
+    scale, zero = quantizer.operand(1), quantizer.operand(2)
+    if scale is None or zero is None or not scale.is_parameter or not zero.is_parameter:
+        return False
+    by_output = quantizer.argument(3) == 0 and producer.op is not ops.CONV_TRANSPOSE2D and len(scale.fx.users) == 1
+    symmetric = quantizer.argument(4) == -quantizer.argument(5) and not torch.count_nonzero(zero.tensor)
+    return bool(by_output and symmetric)
+
+
+def _scale_codes(quantizer: Node, weight: Tensor, gain: Tensor) -> Tensor:
+    """Scale a quantized weight with its scales: a weight of the same codes, up to sign, so that rounding stays."""
+    node = quantizer.operand(1)
+    assert node is not None
+    scale = node.tensor.double()
+    codes = torch.clamp(
+        torch.round(_by_output(weight.double(), 1 / scale)), quantizer.argument(4), quantizer.argument(5)
+    )
+    after = torch.where(gain == 0, scale, scale * gain.abs())
+    quantizer.graph.set_tensor(str(node.fx.target), after.to(node.tensor.dtype))
+    return _by_output(codes, torch.sign(gain) * after)
+
+
+def _by_output(weight: Tensor, factor: Tensor) -> Tensor:
+    return weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+
+
 def _weight_chain(producer: Node) -> Iterator[Node]:
     """The nodes from the layer's weight operand, masks included, down to the stored tensor."""
     node = producer.operand(1)
@@ -106,7 +140,7 @@ def _groups(node: Node) -> int:
 def _scale_outputs(weight: Tensor, gain: Tensor, out_axis: int, groups: int) -> Tensor:
     """Scale the output channels; a transposed convolution's [in, out / groups, …] counts them group by group."""
     if out_axis == 0:
-        return weight * gain.reshape(-1, *[1] * (weight.dim() - 1))
+        return _by_output(weight, gain)
     blocks = weight.reshape(groups, -1, *weight.shape[1:])
     scale = gain.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
     return (blocks * scale).reshape(weight.shape)

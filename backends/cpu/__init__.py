@@ -13,6 +13,7 @@ from mcc.backends.cpu.layout import layout
 from mcc.backends.cpu.lowering import Lowering
 from mcc.backends.cpu.measure import measure
 from mcc.backends.cpu.profile import KernelTime, profile
+from mcc.backends.cpu.rephrase import rephrase
 from mcc.backends.cpu.select import prefer_dense, select
 from mcc.backends.tune import Tuner, Tuning
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from mcc.graph import Graph
     from mcc.target import Target
 
-STAGES = (hoist, layout, integerize, fuse, select, emit, build)
+STAGES = (rephrase, hoist, layout, integerize, fuse, select, emit, build)
 
 __all__ = ["STAGES", "KernelTime", "Lowering", "lower", "prefer_dense", "profile_layers"]
 

@@ -1,4 +1,4 @@
-"""Stage 7: compile the relax module to a shared object."""
+"""Stage 8: compile the relax module to a shared object."""
 
 from __future__ import annotations
 

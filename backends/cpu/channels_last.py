@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from mcc import layouts, ops
 from mcc.backends.cpu.permutes import order_of
+from mcc.backends.cpu.transposed import transposed, transposed_fits
 from mcc.backends.relax.emitter import tuple_of
 from mcc.cost import weight_expression
 from mcc.layouts import TO_FIRST, TO_LAST
@@ -284,9 +285,10 @@ def _one_scale(node: Node) -> bool:
     return node.argument(3) is None
 
 
-PREFERRED = (ops.CONV2D, OPS["max_pool2d"], OPS["avg_pool2d"])
+PREFERRED = (ops.CONV2D, ops.CONV_TRANSPOSE2D, OPS["max_pool2d"], OPS["avg_pool2d"])
 _CONDITIONS: dict[ops.Op | None, Callable[[Node], bool]] = {
-    ops.CONV2D: _convolution_fits, OPS["max_pool2d"]: _pool_fits, OPS["avg_pool2d"]: _avg_pool_fits,
+    ops.CONV2D: _convolution_fits, ops.CONV_TRANSPOSE2D: transposed_fits,
+    OPS["max_pool2d"]: _pool_fits, OPS["avg_pool2d"]: _avg_pool_fits,
     OPS["adaptive_avg_pool2d"]: lambda n: all(s == 1 for s in n.shape[2:]), ops.BATCH_NORM: _batch_norm_fits,
     OPS["upsample_nearest2d.vec"]: _factors_are_whole, OPS["upsample_bilinear2d.vec"]: _factors_are_whole,
     ops.QUANTIZE: _one_scale, ops.DEQUANTIZE: _one_scale,
@@ -302,7 +304,7 @@ FORMS: dict[str, Form] = {
     "slice.Tensor": _with_dim(1), "softmax.int": _with_dim(1), "getitem": _getitem, "permute": _permute,
     "mean.dim": _with_dim(1), "sum.dim_IntList": _with_dim(1), "amax": _with_dim(1), "amin": _with_dim(1),
     "conv2d": _convolution, "max_pool2d": _max_pool, "avg_pool2d": _avg_pool, "adaptive_avg_pool2d": _global_pool,
-    "batch_norm": _batch_norm, "pad": _pad, "constant_pad_nd": _pad,
+    "conv_transpose2d.input": transposed, "batch_norm": _batch_norm, "pad": _pad, "constant_pad_nd": _pad,
     "upsample_nearest2d.vec": _upsample("nearest"), "upsample_bilinear2d.vec": _upsample("bilinear"),
 }  # fmt: skip
 """By op: its form with channels last."""

@@ -1,4 +1,4 @@
-"""Stage 6: write the relax function: a call for each region's kernel, relax ops for the rest."""
+"""Stage 7: write the relax function: a call for each region's kernel, relax ops for the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 4: let a region take in what follows its anchor."""
+"""Stage 5: let a region take in what follows its anchor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 1: move quantizers up through ops that only pick or place values, so that these handle codes.
+"""Stage 2: move quantizers up through ops that only pick or place values, so that these handle codes.
 
     quantize(max_pool2d(x)) = max_pool2d(quantize(x)), quantize(cat(a, b)) = cat(quantize(a), quantize(b))
 

@@ -1,4 +1,4 @@
-"""Stage 3: find the layers with weights, and how their weights and activations are stored."""
+"""Stage 4: find the layers with weights, and how their weights and activations are stored."""
 
 from __future__ import annotations
 

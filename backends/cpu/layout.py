@@ -1,4 +1,4 @@
-"""Stage 2: choose which values lie with their channels last, and turn the graph so that they do.
+"""Stage 3: choose which values lie with their channels last, and turn the graph so that they do.
 
 Convolutions and pools run channels last; ops that any layout suits go along with their neighbours where that saves
 transposing. The choice is a minimum cut: a value read in another layout than it is made in costs its bytes once.

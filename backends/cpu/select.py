@@ -1,4 +1,4 @@
-"""Stage 5: choose a kernel for each region."""
+"""Stage 6: choose a kernel for each region."""
 
 from __future__ import annotations
 

@@ -346,7 +346,7 @@ RULES: dict[str, Rule] = {
     "linear": linear, "addmm": addmm, "baddbmm": addmm,
     "matmul": lambda e, a, b: e(R.matmul(a, b)), "bmm": lambda e, a, b: e(R.matmul(a, b)),
     "conv1d": _convolution(1, NN.conv1d), "conv2d": _convolution(2, NN.conv2d),
-    "conv2d.padding": _convolution(2, NN.conv2d), "conv3d": conv3d, "conv_transpose2d.input": conv_transpose2d,
+    "conv3d": conv3d, "conv_transpose2d.input": conv_transpose2d,
     "embedding": lambda e, weight, index, *rest: e(R.take(weight, index, axis=0, mode="clip")),
     "scaled_dot_product_attention": attention,
     "mcc.conv2d_nhwc": conv2d_nhwc,

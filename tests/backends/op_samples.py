@@ -158,7 +158,6 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
         S(lambda n: (f(n, 4, 5, 3), [7, 11], "bilinear", False)),
         S(lambda n: (f(n, 4, 5, 3), [7, 11], "bilinear", True)),
     ),
-    "conv2d.padding": (S(lambda n: (f(n, 3, 8, 8), f(5, 3, 4, 4), f(5), [1, 1], "same")),),
     "conv3d": (S(lambda n: (f(n, 4, 5, 6, 7), f(6, 2, 3, 3, 3), f(6), [1, 1, 1], [1, 1, 1], [1, 1, 1], 2)),),
     "conv_transpose2d.input": (
         S(lambda n: (f(n, 4, 5, 6), f(4, 3, 3, 3), f(3), [2, 2], [1, 1], [1, 1])),

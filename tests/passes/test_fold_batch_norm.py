@@ -99,10 +99,21 @@ def test_a_shared_convolution_keeps_its_batch_norm():
     assert rows[1].declined[0].reason == "the weight or bias of %conv_conv2d is shared with another layer"
 
 
-def test_folding_after_quantization_is_declined():
+def test_folding_after_quantization_scales_the_scales_and_keeps_the_codes():
     x = torch.randn(2, 3, 6, 6)
-    _, rows = run(ConvBatchNorm(), x, Quantize(), FoldBatchNorm(), data=Data(calibration=[x]))
-    assert "already quantized or encoded: fold before that" in rows[2].declined[0].reason
+    model = ConvBatchNorm()
+    with torch.no_grad():
+        model.bn.weight[:2] = torch.tensor([-0.7, 0.0])
+    before, _ = run(model, x, Quantize(), data=Data(calibration=[x]))
+    after, rows = run(model, x, Quantize(), FoldBatchNorm(), data=Data(calibration=[x]))
+    assert not rows[2].declined
+    codes = []
+    for graph in (before, after):
+        (scale,) = (t for name, t in graph.module.named_buffers() if name.endswith("conv.weight_scale"))
+        codes.append(torch.round(graph.tensor("conv.weight") / scale[:, None, None, None]))
+    assert torch.equal(codes[1][0], -codes[0][0])
+    assert torch.count_nonzero(codes[1][1]) == 0
+    assert torch.equal(codes[1][2:], codes[0][2:])
 
 
 def test_a_folded_graph_trains():
