@@ -81,14 +81,27 @@ def _sink(graph: Graph, node: Node) -> None:
     if not any(_was_image(n) for n in sequences) or any(n.value.dim() != 3 for n in sequences):
         return
     call = _caller(graph, node)
-    images = {n.fx: n.fx.all_input_nodes[0] if _was_image(n) else call("unsqueeze", n.fx, 2) for n in sequences}
-    for sequence, image in images.items():
-        image.meta.setdefault("val", sequence.meta["val"].unsqueeze(2))
+    images = {n.fx: _image_of(graph, node, n) for n in sequences}
     made = call(node.op.name, *fx.node.map_arg(node.fx.args, lambda n: images.get(n, n)))
     made.kwargs = node.fx.kwargs
     back = call("squeeze.dim", made, 2)
     made.meta["val"], back.meta["val"] = node.value.unsqueeze(2), node.value
     Node(back, graph).take_place_of(node)
+
+
+def _image_of(graph: Graph, node: Node, sequence: Node) -> fx.Node:
+    """The image that a sequence was made from, or one that was made of it before `node`, or a new one."""
+    if _was_image(sequence):
+        return sequence.fx.all_input_nodes[0]
+    made = {u.fx for u in sequence.users if u.op is OPS["unsqueeze"] and u.argument(1) == 2}
+    for before in graph.nodes:
+        if before.fx is node.fx:
+            break
+        if before.fx in made:
+            return before.fx
+    image = _caller(graph, node)("unsqueeze", sequence.fx, 2)
+    image.meta["val"] = sequence.value.unsqueeze(2)
+    return image
 
 
 def _was_image(node: Node) -> bool:
