@@ -1,4 +1,4 @@
-"""Choosing a tile: a model ranks candidates, a few are timed on the machine, the winner is kept in SQLite."""
+"""Choosing a tile: a model ranks candidates, a few are timed on the machine, and their times are kept in SQLite."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mcc.ops import extent
 from mcc.target import Target, missing_features
 
 CANDIDATES = 3
-VERSION = 2
+VERSION = 3
 Measure = Callable[[Lowered, Region, Target], float]
 Tuning = Literal["measure", "model"]
 
@@ -26,42 +26,60 @@ class Tuner:
     """Chooses between a kernel's tiles.
 
     Args:
-        tuning: "measure" times the first candidates on this machine once and remembers; "model" takes the first.
+        tuning: "measure" times candidates on this machine, each once, and remembers; "model" takes the first.
         measure: seconds of one call of a lowered kernel.
         path: of the cache; where it is None the user's cache folder.
+        candidates: how many tiles of a kernel are timed; None times all it has.
+        chosen: told of every choice.
     """
 
-    def __init__(self, tuning: Tuning, measure: Measure, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        tuning: Tuning,
+        measure: Measure,
+        path: Path | None = None,
+        candidates: int | None = CANDIDATES,
+        chosen: Callable[[], None] = lambda: None,
+    ) -> None:
         self.tuning = tuning
+        self.candidates = candidates
         self._measure = measure
         self._path = path or cache_path()
+        self._chosen = chosen
 
     def choose(self, kernel: Kernel, region: Region, target: Target) -> str:
-        """The tile for a region."""
-        tiles = kernel.tiles(region, target)[:CANDIDATES]
+        """The tile for a region: the fastest of the candidates and of what was timed before."""
+        tiles = kernel.tiles(region, target)
         if self.tuning == "model" or len(tiles) == 1 or missing_features(target):
-            return tiles[0]
-        key = _key(kernel, region, target)
-        known = self._remembered(key)
-        if known in tiles:
-            return known
-        seconds = {tile: self._measure(kernel.lower(region, target, tile), region, target) for tile in tiles}
-        winner = min(tiles, key=seconds.__getitem__)
-        self._remember(key, winner)
+            winner = tiles[0]
+        else:
+            times = self.times(kernel, region, target)
+            winner = min(times, key=times.__getitem__)
+        self._chosen()
         return winner
 
-    def _remembered(self, key: str) -> str:
-        try:
-            with self._cache() as cache:
-                row = cache.execute("SELECT tile FROM winners WHERE key = ?", (key,)).fetchone()
-        except (OSError, sqlite3.Error):
-            return ""  # writing the winner will fail too, and say so
-        return "" if row is None else str(row[0])
+    def times(self, kernel: Kernel, region: Region, target: Target) -> dict[str, float]:
+        """Seconds by tile, of the candidates and of any other tile that was timed before."""
+        tiles, key = kernel.tiles(region, target), _key(kernel, region, target)
+        known = {tile: seconds for tile, seconds in self._remembered(key).items() if tile in tiles}
+        for tile in tiles[: self.candidates]:
+            if tile not in known:
+                known[tile] = self._measure(kernel.lower(region, target, tile), region, target)
+                self._remember(key, tile, known[tile])
+        return {tile: known[tile] for tile in tiles if tile in known}
 
-    def _remember(self, key: str, winner: str) -> None:
+    def _remembered(self, key: str) -> dict[str, float]:
         try:
             with self._cache() as cache:
-                cache.execute("INSERT OR REPLACE INTO winners VALUES (?, ?)", (key, winner))
+                rows = cache.execute("SELECT tile, seconds FROM timed WHERE key = ?", (key,)).fetchall()
+        except (OSError, sqlite3.Error):
+            return {}  # writing will fail too, and say so
+        return {str(tile): float(seconds) for tile, seconds in rows}
+
+    def _remember(self, key: str, tile: str, seconds: float) -> None:
+        try:
+            with self._cache() as cache:
+                cache.execute("INSERT OR REPLACE INTO timed VALUES (?, ?, ?)", (key, tile, seconds))
         except (OSError, sqlite3.Error) as error:
             warnings.warn(f"timed tiles are not remembered: {self._path}: {error}", stacklevel=2)
 
@@ -71,14 +89,16 @@ class Tuner:
         connection = sqlite3.connect(self._path, timeout=30)
         try:
             with connection:
-                connection.execute("CREATE TABLE IF NOT EXISTS winners (key TEXT PRIMARY KEY, tile TEXT NOT NULL)")
+                connection.execute(
+                    "CREATE TABLE IF NOT EXISTS timed (key TEXT, tile TEXT, seconds REAL, PRIMARY KEY (key, tile))"
+                )
                 yield connection
         finally:
             connection.close()
 
 
 def cache_path() -> Path:
-    """Where winners are kept: `$XDG_CACHE_HOME/mcc/tune.sqlite`, or below ~/.cache."""
+    """Where times are kept: `$XDG_CACHE_HOME/mcc/tune.sqlite`, or below ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mcc" / "tune.sqlite"
 
 

@@ -22,7 +22,7 @@ from mcc.backends import cpu
 from mcc.cost import graph_size
 from mcc.data import Data
 from mcc.encode import encode
-from mcc.errors import CaptureError, SpecError
+from mcc.errors import CaptureError, SpecError, TargetError
 from mcc.frontend import capture
 from mcc.graph import Graph
 from mcc.passes import PASSES, FoldBatchNorm
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from rich.progress import Progress
 
-    from mcc.backends.cpu import KernelTime, Lowering
+    from mcc.backends.cpu import KernelTime, Lowering, TunedLayer
     from mcc.backends.tune import Tuning
 
     Model = torch.nn.Module | torch.export.ExportedProgram | Graph | str | Path | ModelProto
@@ -274,6 +274,31 @@ def profile_layers(
     arrays = [x.detach().numpy() for x in example]
     use_threads(1)
     return cpu.profile_layers(encoded, options.resolved_target, options.tuning, arrays, runs)
+
+
+def tune_layers(
+    graph: Graph, example: tuple[Tensor, ...], steps: tuple[Pass, ...], options: Options
+) -> list[TunedLayer]:
+    """Run passes over a graph and time every tile of its layers on this machine, with a progress display.
+
+    Raises:
+        TargetError: this machine cannot run the target.
+    """
+    target = options.resolved_target
+    if missing := missing_features(target):
+        raise TargetError(
+            f"this machine cannot time kernels for {target}: it lacks {', '.join(missing)}",
+            remedy="tune on a machine that `mcc targets` says can run it",
+        )
+    with _progress() as progress:
+        pipeline = Pipeline(steps, target, options.data, options.seed, options.verify)
+        compressed, _ = pipeline.run(graph, example, progress)
+        encoded, _ = _encoded(compressed, options)
+        use_threads(1)
+        task = progress.add_task("timing tiles", total=None)
+        return cpu.tune_layers(
+            encoded, target, lambda total: progress.update(task, total=total), lambda: progress.advance(task)
+        )
 
 
 def _encoded(graph: Graph, options: Options) -> tuple[Graph, list[Declined]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mcc.backends.cpu.build import build
@@ -18,7 +19,7 @@ from mcc.backends.cpu.select import prefer_dense, select
 from mcc.backends.tune import Tuner, Tuning
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 STAGES = (rephrase, hoist, layout, integerize, fuse, select, emit, build)
 
-__all__ = ["STAGES", "KernelTime", "Lowering", "lower", "prefer_dense", "profile_layers"]
+__all__ = ["STAGES", "KernelTime", "Lowering", "TunedLayer", "lower", "prefer_dense", "profile_layers", "tune_layers"]
 
 
 def lower(graph: Graph, target: Target, tuning: Tuning) -> Lowering:
@@ -53,6 +54,57 @@ def profile_layers(
         BackendError: an op or shape cannot be lowered.
     """
     return profile(_emitted(graph, target, tuning), inputs, runs)
+
+
+@dataclass(frozen=True)
+class TunedLayer:
+    """A layer with its timed tiles.
+
+    Attributes:
+        layer: the module.
+        op: the op with its epilogue.
+        kernel: the family.
+        seconds: of one call, by tile; the tile that the model of the machine ranks first comes first.
+    """
+
+    layer: str
+    op: str
+    kernel: str
+    seconds: Mapping[str, float]
+
+    @property
+    def best(self) -> str:
+        """The fastest tile."""
+        return min(self.seconds, key=lambda tile: self.seconds[tile])
+
+
+def tune_layers(
+    graph: Graph, target: Target, started: Callable[[int], None], done: Callable[[], None]
+) -> list[TunedLayer]:
+    """Time every tile of every layer that is not timed yet; compiling then takes the fastest.
+
+    Times are remembered one by one: what is interrupted goes on where it was.
+
+    Args:
+        graph: encoded.
+        target: that this machine can run.
+        started: told the number of layers.
+        done: told of each layer.
+
+    Raises:
+        BackendError: an op or shape cannot be lowered.
+    """
+    tuner = Tuner("measure", measure, candidates=None, chosen=done)
+    lowering = Lowering(graph, target, tuner)
+    for stage in STAGES[: STAGES.index(select)]:
+        lowering = stage(lowering)
+    started(len(lowering.regions))
+    rows = []
+    for choice in select(lowering).choices.values():
+        if len(choice.kernel.tiles(choice.region, target)) > 1:
+            times = tuner.times(choice.kernel, choice.region, target)
+            rows.append(TunedLayer(choice.region.anchor.layer, choice.region.text, choice.kernel.name, times))
+    return rows
 
 
 def _emitted(graph: Graph, target: Target, tuning: Tuning) -> Lowering:

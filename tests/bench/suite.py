@@ -27,7 +27,7 @@ from mcc.benchmark import interleave, onnxruntime_engine, openvino_engine
 Engine = Callable[..., Any]
 CALIBRATION_BATCHES = 4
 PASSES = {"fp32": "fold-batch-norm", "int8": "fold-batch-norm; quantize"}
-WITHOUT_BATCH_NORM = ("BERT", "MiniLM", "ViT", "GPT", "MLP", "ConvNeXt")
+WITHOUT_BATCH_NORM = ("BERT", "MiniLM", "ViT", "GPT", "MLP", "ConvNeXt", "LSTM")
 
 
 @dataclass(frozen=True)

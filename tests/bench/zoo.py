@@ -184,6 +184,17 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
     return build
 
 
+class Recurrent(nn.Module):
+    """Two LSTM layers over a sequence and a classifier of its last step."""
+
+    def __init__(self, inputs: int, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.layers, self.head = nn.LSTM(inputs, hidden, 2, batch_first=True), nn.Linear(hidden, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x)[0][:, -1])
+
+
 _LIBRARIES: list[torch.library.Library] = []
 
 
@@ -244,4 +255,5 @@ CASES: dict[str, Case] = {
     "BERT-base": Case(lambda: Bert(768, 12, 12), _ids),
     "MiniLM-L6": Case(lambda: Bert(384, 6, 12), _ids),
     "GPT-2 decode step": Case(Decoder, _step),
+    "LSTM": Case(lambda: Recurrent(128, 256, 10), lambda batch: (torch.randn(batch, 100, 128),), (1, 16)),
 }

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from mcc.cli.__main__ import app
 
-COMMANDS = ["compile", "inspect", "run", "bench", "verify", "passes", "targets"]
+COMMANDS = ["compile", "inspect", "run", "bench", "tune", "verify", "passes", "targets"]
 INPUT = ["-i", "input=f32[batch:4,12]"]
 
 
@@ -176,3 +176,22 @@ def test_a_wrong_answer_fails_verification(mcc, folder):
 def test_the_module_runs_as_a_command():
     done = subprocess.run([sys.executable, "-m", "mcc.cli", "--help"], capture_output=True, text=True, check=True)
     assert "makes neural networks smaller and faster" in done.stdout
+
+
+def test_tune_times_every_tile_once_and_compile_takes_the_fastest(mcc, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code, first = mcc("tune", "tiny_nets:make_mlp", *INPUT, "--json")
+    assert code == 0
+    rows = json.loads(first)["layers"]
+    assert {row["layer"] for row in rows} <= {"0", "2"}
+    assert all(row["best"] == min(row["seconds"], key=row["seconds"].get) for row in rows)
+    _, again = mcc("tune", "tiny_nets:make_mlp", *INPUT, "--json")
+    assert json.loads(again)["layers"] == rows  # nothing is timed twice
+    _, table = mcc("tune", "tiny_nets:make_mlp", *INPUT)
+    assert "best tile" in table
+
+
+def test_tune_for_a_cpu_that_is_not_here_is_refused(mcc):
+    code, output = mcc("tune", "tiny_nets:make_mlp", *INPUT, "--target", "cpu:neon")
+    assert code == 2
+    assert "cannot time kernels for cpu:neon" in output

@@ -12,6 +12,7 @@ from mcc.backends import cpu
 from mcc.backends.cpu.fuse import fuse
 from mcc.backends.cpu.hoist import hoist
 from mcc.backends.cpu.integerize import integerize
+from mcc.backends.cpu.kernels.dense import DenseFloat
 from mcc.backends.cpu.layout import layout
 from mcc.backends.cpu.lowering import Lowering
 from mcc.backends.cpu.measure import measure
@@ -118,8 +119,8 @@ def test_a_sparse_convolution_is_decoded_at_build_time_and_the_report_says_so():
 
 
 def test_a_layer_left_to_the_op_library_is_in_the_report_with_the_reason():
-    row = compiled(nn.Conv1d(6, 6, 3), torch.randn(2, 6, 9)).report.layers[0]
-    assert (row.kernel, row.reason) == ("op library", "there is no own kernel for conv1d yet")
+    row = compiled(nn.Conv3d(6, 6, 3), torch.randn(2, 6, 9, 9, 9)).report.layers[0]
+    assert (row.kernel, row.reason) == ("op library", "there is no own kernel for conv3d yet")
 
 
 class Sums(nn.Module):
@@ -211,11 +212,25 @@ def test_the_tuner_times_each_candidate_once_and_remembers_the_winner(tmp_path):
         tuner = Tuner("measure", count, tmp_path / "tune.sqlite")
         lowering = fuse(integerize(Lowering(graph, parse_target("cpu"), tuner)))
         (region,) = lowering.regions.values()
-        from mcc.backends.cpu.kernels.dense import DenseFloat
-
         kernel = DenseFloat()
         assert tuner.choose(kernel, region, parse_target("cpu")) == kernel.tiles(region, parse_target("cpu"))[0]
     assert len(timed) == len(kernel.tiles(region, parse_target("cpu"))[:3])
+
+
+def test_tiles_that_were_timed_beyond_the_candidates_count_too(tmp_path):
+    """What `mcc tune` timed is there for every later compilation."""
+    target = parse_target("cpu")
+    graph = mcc.capture(mlp(40, 70), (torch.randn(3, 40),))
+    (region,) = fuse(integerize(Lowering(graph, target, Tuner("model", measure)))).regions.values()
+
+    class ManyTiles(DenseFloat):
+        def tiles(self, region, target):
+            return ("1x1", "2x1", "3x1", "4x1", "5x1")
+
+    seconds = iter([5.0, 4.0, 3.0, 1.0, 2.0])
+    thorough = Tuner("measure", lambda *_: next(seconds), tmp_path / "tune.sqlite", candidates=None)
+    assert thorough.choose(ManyTiles(), region, target) == "4x1"
+    assert Tuner("measure", measure, tmp_path / "tune.sqlite").choose(ManyTiles(), region, target) == "4x1"
 
 
 def test_a_measured_time_is_a_time():
@@ -223,8 +238,6 @@ def test_a_measured_time_is_a_time():
     tuner = Tuner("measure", measure, None)
     lowering = fuse(integerize(Lowering(graph, parse_target("cpu"), tuner)))
     (region,) = lowering.regions.values()
-    from mcc.backends.cpu.kernels.dense import DenseFloat
-
     target = parse_target("cpu")
     assert 0 < measure(DenseFloat().lower(region, target, "4x2"), region, target) < 1
 
