@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mcc.backends.kernel import QuantizedInput, Region
 
 
+COARSEST_GELU = 16 * 2e-4  # step of codes for which an error of 2e-4 is a sixteenth
 LARGEST_CONVERTED = float(1 << 30)
 
 
@@ -127,10 +128,15 @@ class Epilogue:
 
 
 def merged(steps: tuple[EpilogueStep, ...]) -> tuple[EpilogueStep, ...]:
-    """The same steps, with a relu or clamp before a final requantize as bounds of its codes: rounding keeps order."""
+    """The same steps for a final requantize: a relu or clamp before it as bounds of its codes, gelu no finer than them.
+
+    Rounding keeps order, so that bounds of values are bounds of codes.
+    """
     *before, last = steps or (Relu(),)
     if not isinstance(last, Requantize):
         return steps
+    if before and before[-1] == Activation("gelu") and last.scale >= COARSEST_GELU:
+        before[-1] = Activation("gelu_to_codes")
     while before and isinstance(step := before[-1], Relu | Clamp):
         before.pop()
         bounds = (0.0, math.inf) if isinstance(step, Relu) else (step.low, step.high)

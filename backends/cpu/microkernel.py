@@ -27,6 +27,7 @@ Expression: TypeAlias = Any
 OPAQUE = 8
 LARGEST_ON_STACK = 1023  # bytes of a buffer; TVM wants them below 1024, and of global scope
 # by 32-bit lanes
+_RECIPROCALS = {4: "llvm.x86.sse.rcp.ps", 8: "llvm.x86.avx.rcp.ps.256", 16: "llvm.x86.avx512.rcp14.ps.512"}
 _PACKS = {
     4: ("llvm.x86.sse2.packssdw.128", "llvm.x86.sse2.packuswb.128"),
     8: ("llvm.x86.avx2.packssdw", "llvm.x86.avx2.packuswb"),
@@ -204,6 +205,21 @@ class Vectors:
         """A * b + c, rounded once."""
         n = self.lanes
         return tirx.call_llvm_pure_intrin(f"float32x{n}", f"llvm.fma.v{n}f32", a, b, c)
+
+    def reciprocal(self, value: Expression) -> Expression:
+        """1 / value within two units in the last place, for values that are finite: an estimate, then Newton's steps.
+
+        A vector division keeps a CPU's multipliers waiting for some ten cycles.
+        """
+        if self.neon:
+            return self.constant(1.0) / value
+        value, n = self.hold(value), self.lanes
+        kept = (self.constant(0.0), T.int16(-1)) if n == 16 else ()
+        estimate = self.hold(tirx.call_llvm_pure_intrin(f"float32x{n}", _RECIPROCALS[n], value, *kept))
+        for _ in range(1 if n == 16 else 2):
+            error = self.fma(self.constant(0.0) - value, estimate, self.constant(1.0))
+            estimate = self.hold(self.fma(estimate, error, estimate))
+        return estimate
 
     def to_nearest_integer(self, value: Expression) -> Expression:
         """To int32, rounding half to even, in one instruction; the value must fit."""

@@ -128,7 +128,7 @@ def test_sums_that_int32_cannot_hold_are_refused():
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize(("name", "bound"), [
-    ("sigmoid", 4e-7), ("silu", 5e-7), ("tanh", 4e-7), ("gelu", 4e-7), ("gelu_tanh", 5e-7), ("hardsigmoid", 2e-7), ("hardswish", 3e-7),
+    ("sigmoid", 4e-7), ("silu", 5e-7), ("tanh", 4e-7), ("gelu", 4e-7), ("gelu_to_codes", 2e-4), ("gelu_tanh", 5e-7), ("hardsigmoid", 2e-7), ("hardswish", 3e-7),
 ])  # fmt: skip
 def test_vector_functions_keep_to_their_stated_error(target, name, bound):
     """Against float64, relative to max(|x|, 1): on a dense grid, at zero, and far outside."""
@@ -147,6 +147,6 @@ def test_vector_functions_keep_to_their_stated_error(target, name, bound):
     out = tvm.runtime.tensor(np.zeros_like(x), tvm.cpu())
     module["f"](tvm.runtime.tensor(x, tvm.cpu()), out)
     with np.errstate(over="ignore"):
-        expected = apply_epilogue(x, (Activation(name),)).astype(np.float64)
+        expected = apply_epilogue(x, (Activation(name.removesuffix("_to_codes")),)).astype(np.float64)
     apart = np.abs(out.numpy() - expected) / np.maximum(np.abs(x), 1)
     assert apart.max() <= bound
