@@ -209,5 +209,5 @@ def spelled_out() -> Iterator[None]:
             setattr(functions, name, partial(layers, name))
         yield
     finally:
-        for name in plain:
-            delattr(functions, name)
+        for name, function in plain.items():
+            setattr(functions, name, function)

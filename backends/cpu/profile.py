@@ -83,7 +83,8 @@ def profile(lowering: Lowering, inputs: Sequence[NDArray[Any]], runs: int) -> li
         calls.clear()
         machine["main"](*arguments, weights)
         best = [(n, min(t, o)) for (n, t), (_, o) in zip(calls, best or calls, strict=True)]
-    return _rows([(name, max(t - own_time, 0.0)) for name, t in best], lowering)
+    asking = own_time if math.isfinite(own_time) else 0.0
+    return _rows([(name, max(t - asking, 0.0)) for name, t in best], lowering)
 
 
 def _rows(calls: list[tuple[str, float]], lowering: Lowering) -> list[KernelTime]:

@@ -67,8 +67,7 @@ def prefer_dense(node: Node, density: float) -> str | None:
     yet: sparse or dense, its weight is decoded at build time, and the report says so.
     """
     if node.op is not ops.LINEAR:
-        sparse_is_read = node.op not in (ops.CONV2D, ops.CONV2D_NHWC)
-        return None if sparse_is_read else "there is no kernel for sparse convolution weights yet"
+        return "there is no kernel for sparse convolution weights yet" if node.op in ops.LAYERS else None
     rows = math.prod(extent(s) for s in node.shape[:-1])
     limit = DENSEST_FEW if rows < MANY_ROWS else DENSEST_MANY
     if density <= limit:

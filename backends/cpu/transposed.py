@@ -16,7 +16,6 @@ from torch import Tensor
 from mcc import ops
 from mcc.backends.cpu.rephrase import restored_weight
 from mcc.backends.relax.emitter import tuple_of
-from mcc.cost import weight_expression
 from mcc.ops import OPS
 
 if TYPE_CHECKING:
@@ -77,8 +76,11 @@ def transposed_fits(node: Node) -> bool:
         return False
     if not all(isinstance(s, int) for s in source.shape[1:]) or (bias is not None and not bias.is_parameter):
         return False
-    by_output = weight.op is not ops.DEQUANTIZE or (weight.argument(3) == 1 and node.argument(6, 1) == 1)
-    return weight_expression(weight) is not None and by_output and _phases(node) is not None
+    root: Node | None = weight
+    if weight.op is ops.DEQUANTIZE:
+        by_output = weight.argument(3) == 1 and node.argument(6, 1) == 1
+        root = weight.operand(0) if by_output else None
+    return root is not None and root.is_parameter and _phases(node) is not None
 
 
 def transposed(turner: Turner, node: Node) -> tuple[Any, tuple[Any, ...]]:

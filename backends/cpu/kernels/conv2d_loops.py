@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MANY_IMAGES = 4  # from here on threads take images, not parts of one
 CACHE_BYTES = 192 << 10  # of the source that one pass over a block of channels reads: half of a small L2 cache
 FEWEST_PARTS = 4
+FEWEST_COPIED = 8  # parts of an image that each copy what they read, while it is in cache
 FEWEST_MACS = 600_000  # of an image for two threads: about 12 us of one in float
 
 
@@ -109,15 +110,13 @@ class _Convolution:
 
     def _image(self, n: Expression, loop: Callable[..., None]) -> None:
         n = T.cast(n, "int64")
-        source = self.source(n, loop)
         shape = self.shape
         bands = -(-shape.result[0] // self.rows)
         chunk = self._chunk(bands)
         chunks = -(-bands // chunk)
         blocks = shape.groups * self.blocks
 
-        def part(i: Expression) -> None:
-            c, b = tirx.floordiv(i, blocks), tirx.floormod(i, blocks)
+        def part(source: tuple[Expression, Expression], c: Expression, b: Expression) -> None:
             group, block = tirx.floordiv(b, self.blocks), tirx.floormod(b, self.blocks)
             count = chunk if bands % chunk == 0 else tirx.min(chunk, bands - c * chunk)
 
@@ -129,7 +128,18 @@ class _Convolution:
             else:
                 branch(block < self.full, lambda: panel(self.tile.vectors), lambda: panel(self.tail))
 
-        loop(chunks * blocks, part)
+        def copied_part(c: Expression) -> None:
+            first = B.Bind(T.cast(c, "int64") * (chunk * self.rows * shape.stride[0]))
+            read = (chunk * self.rows - 1) * shape.stride[0] + (shape.kernel[0] - 1) * shape.dilation[0] + 1
+            source = self.copied(n, (first, read), serial)
+            serial(blocks, lambda b: part(source, c, b))
+
+        if self.reads_copy and chunks >= FEWEST_COPIED:
+            loop(chunks, copied_part)
+            return
+        zero = tirx.const(0, "int64")
+        source = self.copied(n, (zero, shape.padded[0]), loop) if self.reads_copy else self.direct(n)
+        loop(chunks * blocks, lambda i: part(source, tirx.floordiv(i, blocks), tirx.floormod(i, blocks)))
 
     def _chunk(self, bands: int) -> int:
         """Bands of rows that one part goes over: its source should stay in cache, and the threads need parts alike."""
@@ -142,8 +152,23 @@ class _Convolution:
             chunks += 1
         return -(-bands // chunks)
 
-    def source(self, n: Expression, loop: Callable[..., None]) -> tuple[Expression, Expression]:
+    def _first(self, n: Expression) -> Expression:
+        """The index of an image's first element."""
+        return n * (self.shape.inputs * self.shape.image[0] * self.shape.image[1])
+
+    @property
+    def reads_copy(self) -> bool:
+        """Whether tiles read a padded copy of the image and not the image itself."""
+        return self.shape.pads
+
+    def direct(self, n: Expression) -> tuple[Expression, Expression]:
         """The image as the tile reads it, in words: a buffer and the index of its first element."""
+        raise NotImplementedError
+
+    def copied(
+        self, n: Expression, rows: tuple[Expression, int], loop: Callable[..., None]
+    ) -> tuple[Expression, Expression]:
+        """The same of a copy of some rows of the padded image, first and number; the index is still that of row 0."""
         raise NotImplementedError
 
     def _band(
@@ -243,15 +268,16 @@ class FloatConvolution(_Convolution):
     sum_dtype = "float32"
     word = 1
 
-    def source(self, n: Expression, loop: Callable[..., None]) -> tuple[Expression, Expression]:
-        shape = self.shape
-        height, width = shape.image
-        first = n * (shape.inputs * height * width)
-        if not shape.pads:
-            return self.x, first
-        room = B.alloc_buffer((shape.padded[0] * shape.padded[1] * shape.inputs,), "float32", layout=None)
-        copy_rows(self.v, shape, (self.x, first), (room, T.float32(0)), loop)
-        return room, tirx.const(0, "int64")
+    def direct(self, n: Expression) -> tuple[Expression, Expression]:
+        return self.x, self._first(n)
+
+    def copied(
+        self, n: Expression, rows: tuple[Expression, int], loop: Callable[..., None]
+    ) -> tuple[Expression, Expression]:
+        line = self.shape.padded[1] * self.shape.inputs
+        room = B.alloc_buffer((rows[1] * line,), "float32", layout=None)
+        copy_rows(self.v, self.shape, (self.x, self._first(n)), (room, T.float32(0)), rows, loop)
+        return room, -rows[0] * line
 
     def start(self, index: Expression) -> Expression:
         return self.v.constant(0.0) if "scale" in self.packed else self.v.load(self.arrays["bias"], index)
@@ -279,20 +305,29 @@ class IntegerConvolution(_Convolution):
         super().__init__(region, vectors, tile)
         self.bounded = pairs_fit(self.weight)
 
-    def source(self, n: Expression, loop: Callable[..., None]) -> tuple[Expression, Expression]:
+    def _emit(self, x: Expression, arrays: dict[str, Expression], epilogue: Epilogue) -> None:
+        self.weight_words = flat(arrays["weight"], self.packed["weight"].size // self.word, "int32")
+        super()._emit(x, arrays, epilogue)
+
+    @property
+    def reads_copy(self) -> bool:
+        return self.shape.pads or self.shape.group_inputs % 4 != 0
+
+    def direct(self, n: Expression) -> tuple[Expression, Expression]:
+        words = self.shape.inputs * self.shape.image[0] * self.shape.image[1] // 4
+        return flat(self.x, self.batch * words, "int32"), n * words
+
+    def copied(
+        self, n: Expression, rows: tuple[Expression, int], loop: Callable[..., None]
+    ) -> tuple[Expression, Expression]:
         shape = self.shape
-        self.weight_words = flat(self.arrays["weight"], self.packed["weight"].size // 4, "int32")
-        size = shape.inputs * shape.image[0] * shape.image[1]
-        whole_words = shape.group_inputs % 4 == 0
-        if whole_words and not shape.pads:
-            return flat(self.x, self.batch * (size // 4), "int32"), n * (size // 4)
         assert self.region.activation is not None
         zero = tirx.const(self.region.activation.zero_point, "uint8")
-        words = shape.padded[0] * shape.padded[1] * shape.groups * self.depth
-        room = B.alloc_buffer((words * 4,), "uint8", layout=None)
-        copy = copy_rows if whole_words else _copy_words
-        copy(self.v, shape, (self.x, n * size), (room, zero), loop)
-        return flat(room, words, "int32"), tirx.const(0, "int64")
+        line = shape.padded[1] * shape.groups * self.depth
+        room = B.alloc_buffer((rows[1] * line * 4,), "uint8", layout=None)
+        copy = copy_rows if shape.group_inputs % 4 == 0 else _copy_words
+        copy(self.v, shape, (self.x, self._first(n)), (room, zero), rows, loop)
+        return flat(room, rows[1] * line, "int32"), -rows[0] * line
 
     def start(self, index: Expression) -> Expression:
         return self.v.load(self.arrays["start"], index)
@@ -313,12 +348,13 @@ def copy_rows(
     shape: ConvShape,
     source: tuple[Expression, Expression],
     target: tuple[Expression, Expression],
+    rows: tuple[Expression, int],
     loop: Callable[..., None],
 ) -> None:
-    """Copy an image into a padded one: `source` is buffer and first index, `target` is buffer and padding value."""
+    """Copy some rows of an image, padded: `source` is buffer and first index, `target` is buffer and padding value."""
     (room, zero), pixel = target, shape.inputs
-    (height, width), (padded_height, padded_width) = shape.image, shape.padded
-    line = padded_width * pixel
+    height, width = shape.image
+    line = shape.padded[1] * pixel
     lanes = v.lanes * (4 if room.dtype == "uint8" else 1)
 
     def span(size: int, store: Callable[[Expression, int], None]) -> None:
@@ -336,18 +372,19 @@ def copy_rows(
         span(size, lambda i, n: v.store(room, to_index + i, v.load(source[0], from_index + i, n), n) if n > 1
              else B.buffer_store(room, source[0][from_index + i], [to_index + i]))  # fmt: skip
 
-    def row(h: Expression) -> None:
+    def row(i: Expression) -> None:
+        h = rows[0] + i
         inside = tirx.all(h >= shape.before[0], h < shape.before[0] + height)
 
         def image_row() -> None:
-            fill(h * line, shape.before[1] * pixel)
+            fill(i * line, shape.before[1] * pixel)
             from_index = source[1] + (h - shape.before[0]) * (width * pixel)
-            copy(from_index, h * line + shape.before[1] * pixel, width * pixel)
-            fill(h * line + (shape.before[1] + width) * pixel, shape.after[1] * pixel)
+            copy(from_index, i * line + shape.before[1] * pixel, width * pixel)
+            fill(i * line + (shape.before[1] + width) * pixel, shape.after[1] * pixel)
 
-        branch(inside, image_row, lambda: fill(h * line, line))
+        branch(inside, image_row, lambda: fill(i * line, line))
 
-    loop(padded_height, row)
+    loop(rows[1], row)
 
 
 def _copy_words(
@@ -355,20 +392,21 @@ def _copy_words(
     shape: ConvShape,
     source: tuple[Expression, Expression],
     target: tuple[Expression, Expression],
+    rows: tuple[Expression, int],
     loop: Callable[..., None],
 ) -> None:
     """As `copy_rows`, each group's channels filled up to whole words of four."""
     del v
     room, zero = target
-    (height, width), (padded_height, padded_width) = shape.image, shape.padded
+    (height, width), padded_width = shape.image, shape.padded[1]
     depth = -(-shape.group_inputs // 4) * 4
     pixel = shape.groups * depth
 
-    def row(h: Expression) -> None:
+    def row(i: Expression) -> None:
         def column(w: Expression) -> None:
-            y, x = h - shape.before[0], w - shape.before[1]
+            y, x = rows[0] + i - shape.before[0], w - shape.before[1]
             inside = tirx.all(y >= 0, y < height, x >= 0, x < width)
-            to_index = (h * padded_width + w) * pixel
+            to_index = (i * padded_width + w) * pixel
             from_index = source[1] + (y * width + x) * shape.inputs
 
             def copy(g: Expression) -> None:
@@ -384,4 +422,4 @@ def _copy_words(
 
         serial(padded_width, column)
 
-    loop(padded_height, row)
+    loop(rows[1], row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
@@ -83,6 +84,17 @@ def test_named_padding_is_numbers(layer):
 @pytest.mark.parametrize("kernel", [3, 4])
 def test_named_padding_of_a_conv1d(kernel):
     check(nn.Sequential(nn.Conv1d(6, 8, kernel, padding="same")), 6, 9, kernels=["conv2d_f32"])
+
+
+@pytest.mark.parametrize("layer", [nn.ConvTranspose2d(16, 24, 4, 2, 1), nn.Conv1d(16, 24, 3)], ids=str)
+def test_pruned_weights_are_computed_dense_and_the_report_says_so(layer):
+    torch.manual_seed(0)
+    x = torch.randn(4, 16, *[9] * (layer.weight.dim() - 2))
+    artifact = mcc.compile(layer.eval(), (x,), passes="prune-weights{ratio=0.9}", tuning="model")
+    (row,) = artifact.report.layers
+    assert row.kernel.startswith("conv2d_f32")
+    assert "no kernel for sparse convolution weights" in str(artifact.report)
+    assert np.count_nonzero(artifact(x).numpy())
 
 
 @pytest.mark.parametrize("layer", [nn.ConvTranspose2d(16, 24, 4, 2, 1), nn.Conv2d(16, 24, 3)])

@@ -13,14 +13,14 @@ from regions import TARGETS, Symbolic, Value, assert_kernel_equals_reference, ma
 from mcc import ops
 from mcc.backends.cpu.epilogue import emit_epilogue
 from mcc.backends.cpu.integer_sums import pairs_fit
-from mcc.backends.cpu.kernels.conv2d import Conv2dFloat
+from mcc.backends.cpu.kernels.conv2d import Conv2dFloat, Conv2dInt8
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, merge_groups
 from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8, pack_panels
 from mcc.backends.cpu.kernels.depthwise import Depthwise
 from mcc.backends.cpu.kernels.sparse import SparseDense, pack_groups
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, panel_widths, parse_tile
 from mcc.backends.cpu.microkernel import Parameter, Vectors, kernel_function, tvm_target
-from mcc.backends.kernel import Activation, Add, QuantizedInput, SparseArrays, apply_epilogue
+from mcc.backends.kernel import Activation, Add, QuantizedInput, Relu, SparseArrays, apply_epilogue
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
@@ -52,6 +52,24 @@ def test_a_convolution_that_a_kernel_cannot_take_is_refused_in_words(kernel, ima
     options = ([1, 1], [1, 1, 1, 1], [1, 1], channels)
     region = make_region(ops.CONV2D_NHWC, (Symbolic(), *image, channels), weight, options=options)
     assert kernel.refuses(region, TARGETS[0]) == reason
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize(("channels", "groups", "size", "stride", "padding"), [
+    (16, 1, 3, 1, 1), (3, 1, 7, 2, 3), (12, 3, 3, 1, 1), (30, 1, 5, 2, 2),
+])  # fmt: skip
+@pytest.mark.parametrize("codes", [False, True])
+def test_large_images_are_padded_part_by_part(target, channels, groups, size, stride, padding, codes):
+    """Only images of many times the cache's size are: those of the random tests are not."""
+    weight = make_weight((24, channels // groups, size, size), "int8" if codes else "float32", 4)
+    options = ([stride] * 2, [padding, padding, padding + 1, padding], [1, 1], groups)
+    activation = QuantizedInput(0.02, 17) if codes else None
+    region = make_region(
+        ops.CONV2D_NHWC, (Symbolic(), 150, 131, channels), weight, (Relu(),), activation, options
+    )  # fmt: skip
+    kernel = Conv2dInt8() if codes else Conv2dFloat()
+    tile = kernel.tiles(region, target)[0]
+    assert_kernel_equals_reference(kernel, region, target, tile, [(n, 150, 131, channels) for n in (1, 5)])
 
 
 def test_groups_are_joined_until_they_fill_a_vector():
