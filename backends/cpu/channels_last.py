@@ -159,8 +159,43 @@ def _getitem(turner: Turner, node: Node) -> tuple[Any, Arguments]:
 def _convolution(turner: Turner, node: Node) -> tuple[Any, Arguments]:
     stride, padding, dilation = (tuple_of(node.argument(i, d), 2) for i, d in ((3, 1), (4, 0), (5, 1)))
     weight, bias = node.argument(1), node.argument(2)
-    source = turner.last(node, node.fx.args[0])
-    return layouts.conv2d_nhwc._opoverload, (source, weight, bias, stride, padding * 2, dilation, node.argument(6, 1))
+    source, before = _unpadded(turner, node, turner.last(node, node.fx.args[0]))
+    padding = [p + b for p, b in zip(padding * 2, before, strict=True)]
+    return layouts.conv2d_nhwc._opoverload, (source, weight, bias, stride, padding, dilation, node.argument(6, 1))
+
+
+def _unpadded(turner: Turner, node: Node, source: fx.Node) -> tuple[fx.Node, list[int]]:
+    """What a convolution reads without a pad of zeros before it, and that pad as [top, left, bottom, right]."""
+    kind = ops.lookup(source.target)
+    if kind is ops.DEQUANTIZE and source.args[3] is None:
+        codes, scale, zero, axis = source.args
+        assert isinstance(codes, fx.Node)
+        point = turner.graph.tensor(str(zero.target)) if isinstance(zero, fx.Node) and zero.op == "get_attr" else None
+        inner, before = (codes, [0] * 4) if point is None else _unpadded_by(codes, int(point))
+        return (
+            (source, before) if inner is codes else (turner.call(node, source.target, inner, scale, zero, axis), before)
+        )
+    return _unpadded_by(source, 0)
+
+
+def _unpadded_by(source: fx.Node, fill: int) -> tuple[fx.Node, list[int]]:
+    """The same where the pad's value is `fill`."""
+    value: Any = None
+    match ops.lookup(source.target), source.args:
+        case op, (_, _, "constant", value) if op is OPS["pad"]:
+            pass
+        case op, (_, _) | (_, _, "constant") if op is OPS["pad"]:
+            value = 0
+        case op, (_, _, value) if op is OPS["constant_pad_nd"]:
+            pass
+        case _:
+            return source, [0] * 4
+    amounts = [*source.args[1], *[0] * 6][:6]  # type: ignore[misc]
+    inner = source.args[0]
+    channels_first, channels_last, left, right, top, bottom = amounts
+    if (value or 0) != fill or channels_first or channels_last or min(amounts) < 0 or not isinstance(inner, fx.Node):
+        return source, [0] * 4
+    return inner, [top, left, bottom, right]
 
 
 def _max_pool(turner: Turner, node: Node) -> tuple[Any, Arguments]:
@@ -294,7 +329,7 @@ _CONDITIONS: dict[ops.Op | None, Callable[[Node], bool]] = {
     ops.QUANTIZE: _one_scale, ops.DEQUANTIZE: _one_scale,
     **{OPS[name]: _order_kept for name in ("mean.dim", "sum.dim_IntList", "amax", "amin")},
     OPS["permute"]: lambda n: order_of(n) == TO_FIRST,
-    OPS["pad"]: _constant_pad, OPS["prelu"]: _one_slope,
+    OPS["pad"]: _constant_pad, OPS["constant_pad_nd"]: lambda n: len(n.argument(1)) <= 6, OPS["prelu"]: _one_slope,
 }  # fmt: skip
 
 FORMS: dict[str, Form] = {

@@ -7,9 +7,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
+from regions import TARGETS
 from torch import nn
+from torch.nn import functional as F
 
 import mcc
+from mcc.backends.cpu.layout import layout
+from mcc.backends.cpu.lowering import Lowering
+from mcc.backends.cpu.measure import measure
+from mcc.backends.tune import Tuner
 
 few = settings(
     max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck),
@@ -84,6 +90,37 @@ def test_named_padding_is_numbers(layer):
 @pytest.mark.parametrize("kernel", [3, 4])
 def test_named_padding_of_a_conv1d(kernel):
     check(nn.Sequential(nn.Conv1d(6, 8, kernel, padding="same")), 6, 9, kernels=["conv2d_f32"])
+
+
+class Padded(nn.Module):
+    """Convolutions behind pads of their own, as models from other frameworks have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, 2), nn.Conv2d(16, 16, 3, groups=16)
+
+    def forward(self, x):
+        y = F.relu6(self.first(F.pad(x, (0, 1, 0, 1))))
+        return self.second(F.pad(y, (1, 1, 1, 1)))
+
+
+def test_a_pad_of_zeros_is_the_padding_of_the_convolution():
+    torch.manual_seed(0)
+    model = Padded().eval()
+    graph = layout(
+        Lowering(mcc.capture(model, (torch.randn(2, 3, 16, 16),)), TARGETS[0], Tuner("model", measure))
+    ).graph
+    assert not any("pad" in n.op.name for n in graph.nodes if n.op is not None)
+    check(model, 3, 16, 16, kernels=["conv2d_f32", "depthwise"])
+
+
+def test_a_pad_of_codes_has_the_code_of_zero():
+    torch.manual_seed(0)
+    model, x = Padded().eval(), torch.randn(4, 3, 16, 16)
+    artifact = mcc.compile(model, (x,), passes="quantize", data=mcc.Data(calibration=[x]), tuning="model")
+    assert [row.kernel.split()[0] for row in artifact.report.layers] == ["conv2d_int8", "depthwise_int8"]
+    with torch.no_grad():
+        assert (artifact(x) - model(x)).norm() < 0.03 * model(x).norm()
 
 
 @pytest.mark.parametrize("layer", [nn.ConvTranspose2d(16, 24, 4, 2, 1), nn.Conv1d(16, 24, 3)], ids=str)
