@@ -295,7 +295,8 @@ def _batch_norm_fits(node: Node) -> bool:
 def _factors_are_whole(node: Node) -> bool:
     factors = node.argument(3 if node.op is OPS["upsample_bilinear2d.vec"] else 2)
     whole = factors is None or all(float(f).is_integer() for f in factors)
-    return whole and _fixed(node, (2, 3)) and node.dtype is torch.float32
+    kinds = (torch.float32,) if node.op is OPS["upsample_bilinear2d.vec"] else _POOLED
+    return whole and _fixed(node, (2, 3)) and node.dtype in kinds
 
 
 def _order_kept(node: Node) -> bool:

@@ -22,7 +22,7 @@ from mcc.artifact import TensorSpec, stored_bytes
 from mcc.backends.cpu.fuse import requantize_step
 from mcc.backends.cpu.kernels.tiles import leading_dims
 from mcc.backends.cpu.microkernel import Parameter, flat, kernel_function, product
-from mcc.backends.cpu.unweighted import Unweighted, norms_before_quantizers
+from mcc.backends.cpu.unweighted import Unweighted, enlarged_before_cats, norms_before_quantizers
 from mcc.backends.relax import RULES
 from mcc.backends.relax.emitter import DTYPES, Emitter, Expression, is_tensor, known_dims
 from mcc.cost import LARGEST_GROWTH, weight_expression
@@ -99,8 +99,13 @@ class _Writer:
         self.constants: dict[fx.Node, Any] = {}
         self.returned: set[fx.Node] = set()
         self.absorbed = self._absorbed()
-        self.merged = norms_before_quantizers(self.graph, lowering.target) - set(lowering.choices)
-        self.unweighted = Unweighted(lowering.target, self._value, self.merged)
+        taken_in = norms_before_quantizers(self.graph, lowering.target) | enlarged_before_cats(
+            self.graph, lowering.target
+        )
+        self.merged = taken_in - set(lowering.choices)
+        self.unweighted = Unweighted(
+            lowering.target, self._value, self.merged, lambda node: self.sizes.shape(node.value)
+        )
         self.live = self._live()
 
     def _absorbed(self) -> set[fx.Node]:

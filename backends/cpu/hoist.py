@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from mcc.graph import Node
 
 _PADS = (OPS["pad"], OPS["constant_pad_nd"])
-_MOVES = (OPS["max_pool2d"], OPS["cat"], ops.RESHAPE, OPS["permute"], OPS["transpose.int"], *_PADS)
+_MOVES = (
+    OPS["max_pool2d"], OPS["cat"], ops.RESHAPE, OPS["permute"], OPS["transpose.int"],
+    OPS["upsample_nearest2d.vec"], *_PADS,
+)  # fmt: skip
 
 
 def hoist(lowering: Lowering) -> Lowering:

@@ -9,11 +9,13 @@ from tvm import relax
 from mcc import ops
 from mcc.backends.cpu.fuse import requantize_step
 from mcc.backends.cpu.kernels.attention import attention_function, attention_shape
+from mcc.backends.cpu.kernels.concatenate import Part, concatenate_function, run_lanes, run_of
 from mcc.backends.cpu.kernels.norm import NormShape, norm_function
 from mcc.backends.cpu.kernels.quantize import quantize_function
 from mcc.backends.cpu.kernels.recurrent import NARROWEST, RecurrentShape, recurrent_function
-from mcc.backends.relax.emitter import known_dims, rank
+from mcc.backends.relax.emitter import known_dims, rank, static
 from mcc.errors import BackendError
+from mcc.graph import Node
 from mcc.ops import OPS
 from mcc.text import located_text
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from mcc.backends.kernel import Requantize
     from mcc.backends.relax.emitter import Emitter
-    from mcc.graph import Graph, Node
+    from mcc.graph import Graph
     from mcc.target import Target
 
 RECURRENT = (OPS["mcc.lstm"], OPS["mcc.gru"])
@@ -43,6 +45,41 @@ def norms_before_quantizers(graph: Graph, target: Target) -> set[fx.Node]:
     return found
 
 
+def enlarged_before_cats(graph: Graph, target: Target) -> set[fx.Node]:
+    """Images made larger that the concatenation behind them takes in: nothing else reads them."""
+    found = set()
+    for cat in graph.nodes:
+        if cat.op is OPS["cat"] and takes_cat(cat, target):
+            sources = _concatenated(cat)
+            found |= {s.fx for s in sources if _repeats(s) is not None and len(s.fx.users) == 1 and not s.is_output}
+    return found
+
+
+def _concatenated(node: Node) -> list[Node]:
+    return [Node(n, node.graph) for n in node.argument(0)]
+
+
+def _repeats(node: Node) -> tuple[int, int] | None:
+    """The whole factors by which a node repeats the pixels of an image, channels last."""
+    source = node.operand(0) if node.op is OPS["mcc.upsample_nhwc"] else None
+    if source is None or node.argument(2) != "nearest":
+        return None
+    sizes = [(int(a), int(b)) for a, b in zip(node.shape[1:3], source.shape[1:3], strict=True)]
+    return (sizes[0][0] // sizes[0][1], sizes[1][0] // sizes[1][1]) if all(a % b == 0 for a, b in sizes) else None
+
+
+def takes_cat(node: Node, target: Target) -> bool:
+    """Whether the concatenation kernel takes this node: float32 or codes, runs of a vector or more in every input."""
+    kind = str(node.dtype).removeprefix("torch.")
+    rank = len(node.shape)
+    dim = node.argument(1, 0) % max(rank, 1)
+    sources = _concatenated(node)
+    if kind not in ("float32", "uint8") or any(s.dtype != node.dtype or len(s.shape) != rank for s in sources):
+        return False
+    runs = [run_of(Part(s.shape), dim) for s in sources]
+    return all(run is not None and run >= run_lanes(kind, target) for run in runs)
+
+
 def takes_norm(node: Node, target: Target) -> bool:
     """Whether the norm kernel takes this node: float32, over a fixed last dim of at least a vector."""
     if node.op not in NORMS or str(node.dtype) != "torch.float32" or len(node.argument(1)) != 1:
@@ -59,11 +96,15 @@ class Unweighted:
     Args:
         target: of the kernels.
         value: the relax value of a node.
-        merged: norms that a quantizer takes in.
+        merged: norms that a quantizer takes in, and images that a concatenation enlarges.
+        sizes: the dims of a node as relax has them.
     """
 
-    def __init__(self, target: Target, value: Callable[[fx.Node], Any], merged: set[fx.Node]) -> None:
+    def __init__(
+        self, target: Target, value: Callable[[fx.Node], Any], merged: set[fx.Node], sizes: Callable[[Node], list[Any]]
+    ) -> None:
         self.target = target
+        self._sizes = sizes
         self._value = value
         self._merged = merged
 
@@ -71,6 +112,8 @@ class Unweighted:
         """The value of a node that has an own kernel here, or None."""
         if node.op is OPS["mcc.attention"]:
             return self._attention(emitter, node)
+        if node.op is OPS["cat"] and takes_cat(node, self.target):
+            return self._cat(emitter, node)
         if node.op in RECURRENT:
             return self._recurrent(emitter, node)
         if node.op in NORMS and takes_norm(node, self.target):
@@ -99,6 +142,19 @@ class Unweighted:
         return emitter(
             relax.call_tir(function, operands, relax.TensorType([query[0], outer, inner, value[3]], "float32"))
         )
+
+    def _cat(self, emitter: Emitter, node: Node) -> Any:
+        parts, read = [], []
+        for source in _concatenated(node):
+            factors = _repeats(source) if source.fx in self._merged else None
+            read.append(self._value(source.fx if factors is None else source.fx.all_input_nodes[0]))
+            parts.append(Part(known_dims(read[-1]), factors or (1, 1)))
+        result = [*self._sizes(node)]
+        known = tuple(s if (n := static(s)) is None else n for s in result)
+        kind = str(read[0].ty.dtype)
+        dim = node.argument(1, 0) % len(result)
+        function = emitter.builder.add_func(concatenate_function(known, parts, dim, kind, self.target), "concatenate")
+        return emitter(relax.call_tir(function, read, relax.TensorType(result, kind)))
 
     def _recurrent(self, emitter: Emitter, node: Node) -> Any:
         assert node.op is not None
