@@ -99,9 +99,7 @@ class _Writer:
         self.constants: dict[fx.Node, Any] = {}
         self.returned: set[fx.Node] = set()
         self.absorbed = self._absorbed()
-        taken_in = norms_before_quantizers(self.graph, lowering.target) | enlarged_before_cats(
-            self.graph, lowering.target
-        )
+        taken_in = norms_before_quantizers(self.graph, lowering.target) | enlarged_before_cats(self.graph)
         self.merged = taken_in - set(lowering.choices)
         self.unweighted = Unweighted(
             lowering.target, self._value, self.merged, lambda node: self.sizes.shape(node.value)

@@ -9,7 +9,7 @@ from tvm import relax
 from mcc import ops
 from mcc.backends.cpu.fuse import requantize_step
 from mcc.backends.cpu.kernels.attention import attention_function, attention_shape
-from mcc.backends.cpu.kernels.concatenate import Part, concatenate_function, run_lanes, run_of
+from mcc.backends.cpu.kernels.concatenate import SHORTEST_RUN, Part, concatenate_function, run_of
 from mcc.backends.cpu.kernels.norm import NormShape, norm_function
 from mcc.backends.cpu.kernels.quantize import quantize_function
 from mcc.backends.cpu.kernels.recurrent import NARROWEST, RecurrentShape, recurrent_function
@@ -45,11 +45,11 @@ def norms_before_quantizers(graph: Graph, target: Target) -> set[fx.Node]:
     return found
 
 
-def enlarged_before_cats(graph: Graph, target: Target) -> set[fx.Node]:
+def enlarged_before_cats(graph: Graph) -> set[fx.Node]:
     """Images made larger that the concatenation behind them takes in: nothing else reads them."""
     found = set()
     for cat in graph.nodes:
-        if cat.op is OPS["cat"] and takes_cat(cat, target):
+        if cat.op is OPS["cat"] and takes_cat(cat):
             sources = _concatenated(cat)
             found |= {s.fx for s in sources if _repeats(s) is not None and len(s.fx.users) == 1 and not s.is_output}
     return found
@@ -68,8 +68,8 @@ def _repeats(node: Node) -> tuple[int, int] | None:
     return (sizes[0][0] // sizes[0][1], sizes[1][0] // sizes[1][1]) if all(a % b == 0 for a, b in sizes) else None
 
 
-def takes_cat(node: Node, target: Target) -> bool:
-    """Whether the concatenation kernel takes this node: float32 or codes, runs of a vector or more in every input."""
+def takes_cat(node: Node) -> bool:
+    """Whether the concatenation kernel takes this node: float32 or codes, runs of some elements in every input."""
     kind = str(node.dtype).removeprefix("torch.")
     rank = len(node.shape)
     dim = node.argument(1, 0) % max(rank, 1)
@@ -77,7 +77,7 @@ def takes_cat(node: Node, target: Target) -> bool:
     if kind not in ("float32", "uint8") or any(s.dtype != node.dtype or len(s.shape) != rank for s in sources):
         return False
     runs = [run_of(Part(s.shape), dim) for s in sources]
-    return all(run is not None and run >= run_lanes(kind, target) for run in runs)
+    return all(run is not None and run >= SHORTEST_RUN for run in runs)
 
 
 def takes_norm(node: Node, target: Target) -> bool:
@@ -112,7 +112,7 @@ class Unweighted:
         """The value of a node that has an own kernel here, or None."""
         if node.op is OPS["mcc.attention"]:
             return self._attention(emitter, node)
-        if node.op is OPS["cat"] and takes_cat(node, self.target):
+        if node.op is OPS["cat"] and takes_cat(node):
             return self._cat(emitter, node)
         if node.op in RECURRENT:
             return self._recurrent(emitter, node)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from mcc.target import Target
 
+SHORTEST_RUN = 8
 BLOCK_BYTES = 64 << 10  # of output that one task writes
 
 
@@ -52,16 +53,11 @@ def run_of(part: Part, dim: int) -> int | None:
     return int(product(sizes)) if all(isinstance(s, int) for s in sizes) else None
 
 
-def run_lanes(dtype: str, target: Target) -> int:
-    """Elements of a vector register."""
-    return target.vector_lanes * (4 if dtype == "uint8" else 1)
-
-
 def concatenate_function(
     result: tuple[Any, ...], parts: Sequence[Part], dim: int, dtype: str, target: Target
 ) -> tirx.PrimFunc:
-    """A kernel over the inputs and the output, whose dims are `result`; every run holds a vector or more."""
-    lanes = run_lanes(dtype, target)
+    """A kernel over the inputs and the output, whose dims are `result`."""
+    widest = target.vector_lanes * (4 if dtype == "uint8" else 1)
     v = Vectors(target)
     runs = [run_of(part, dim) or 0 for part in parts]
     before = leading_dims(result[:dim])
@@ -76,6 +72,7 @@ def concatenate_function(
         out = flat(buffers[-1], outer * total)
 
         def copy(source: Expression, start: Expression, at: Expression, run: int) -> None:
+            lanes = min(widest, 1 << (run.bit_length() - 1))
             serial(
                 run // lanes, lambda i: v.store(out, at + i * lanes, v.load(source, start + i * lanes, lanes), lanes)
             )
