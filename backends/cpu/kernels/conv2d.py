@@ -20,6 +20,7 @@ from mcc.backends.cpu.integer_sums import sums_overflow
 from mcc.backends.cpu.kernels.conv2d_loops import FloatConvolution, IntegerConvolution
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape, conv_tiles
 from mcc.backends.cpu.kernels.tiles import parse_tile
+from mcc.backends.cpu.kernels.winograd import PREFIX, WinogradConvolution, winograd_tiles
 from mcc.backends.cpu.microkernel import Vectors
 from mcc.backends.kernel import Lowered, Region, apply_epilogue
 
@@ -51,11 +52,14 @@ class Conv2dFloat:
         return "the activations are quantized" if region.activation is not None else _refusal(region)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
-        """See `conv_tiles`."""
-        return conv_tiles(region, target)
+        """Those of Winograd's form where it has one, then `conv_tiles`."""
+        return (*winograd_tiles(region, target), *conv_tiles(region, target))
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
-        """See the module's text."""
+        """See the module's text, and winograd.py."""
+        if tile.startswith(PREFIX):
+            fast = WinogradConvolution(region, Vectors(target), parse_tile(tile.removeprefix(PREFIX)))
+            return Lowered(fast.function(self.name), fast.packed)
         body = FloatConvolution(region, Vectors(target), parse_tile(tile))
         return Lowered(body.function(self.name), body.packed)
 

@@ -20,7 +20,7 @@ from mcc.backends.cpu.kernels.depthwise import Depthwise
 from mcc.backends.cpu.kernels.sparse import SparseDense, pack_groups
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, panel_widths, parse_tile
 from mcc.backends.cpu.microkernel import Parameter, Vectors, kernel_function, tvm_target
-from mcc.backends.kernel import Activation, Add, QuantizedInput, Relu, SparseArrays, apply_epilogue
+from mcc.backends.kernel import Activation, Add, QuantizedInput, Relu, Requantize, SparseArrays, apply_epilogue
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
@@ -70,6 +70,31 @@ def test_large_images_are_padded_part_by_part(target, channels, groups, size, st
     kernel = Conv2dInt8() if codes else Conv2dFloat()
     tile = kernel.tiles(region, target)[0]
     assert_kernel_equals_reference(kernel, region, target, tile, [(n, 150, 131, channels) for n in (1, 5)])
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize(("image", "inputs", "outputs", "padding"), [
+    ((7, 11), 32, 33, 1), ((12, 12), 40, 48, 0), ((64, 1), 32, 32, 1), ((13, 5), 64, 96, 2), ((30, 31), 33, 70, 1),
+])  # fmt: skip
+@pytest.mark.parametrize("epilogue", [(), (Add(Value()), Relu()), (Activation("silu"), Requantize(0.03, 3, 0, 255))])
+def test_winograd_equals_the_direct_form(target, image, inputs, outputs, padding, epilogue):
+    weight = make_weight((outputs, inputs, 3, 3), "float32", 4)
+    options = ([1, 1], [padding, padding, padding, padding + 1], [1, 1], 1)
+    region = make_region(ops.CONV2D_NHWC, (Symbolic(), *image, inputs), weight, epilogue, None, options)
+    kernel = Conv2dFloat()
+    tile = kernel.tiles(region, target)[0]
+    assert tile.startswith("winograd")
+    assert_kernel_equals_reference(kernel, region, target, tile, [(n, *image, inputs) for n in (1, 2, 5, 0)])
+
+
+@pytest.mark.parametrize(("options", "channels", "why"), [
+    (([2, 2], [1] * 4, [1, 1], 1), 64, "stride"), (([1, 1], [2] * 4, [2, 2], 1), 64, "dilation"),
+    (([1, 1], [1] * 4, [1, 1], 2), 64, "groups"), (([1, 1], [1] * 4, [1, 1], 1), 16, "few channels"),
+])  # fmt: skip
+def test_where_winograd_has_no_form_or_no_gain_the_direct_one_is_taken(options, channels, why):
+    weight = make_weight((channels, channels // options[3], 3, 3), "float32", 4)
+    region = make_region(ops.CONV2D_NHWC, (1, 20, 20, channels), weight, options=options)
+    assert not any(t.startswith("winograd") for t in Conv2dFloat().tiles(region, TARGETS[0])), why
 
 
 def test_groups_are_joined_until_they_fill_a_vector():
