@@ -46,6 +46,7 @@ class Tuner:
         self._measure = measure
         self._path = path or cache_path()
         self._chosen = chosen
+        self._known: dict[str, dict[str, float]] = {}
 
     def choose(self, kernel: Kernel, region: Region, target: Target) -> str:
         """The tile for a region: the fastest of the candidates and of what was timed before."""
@@ -61,7 +62,8 @@ class Tuner:
     def times(self, kernel: Kernel, region: Region, target: Target) -> dict[str, float]:
         """Seconds by tile, of the candidates and of any other tile that was timed before."""
         tiles, key = kernel.tiles(region, target), _key(kernel, region, target)
-        known = {tile: seconds for tile, seconds in self._remembered(key).items() if tile in tiles}
+        known = self._known.setdefault(key, {})
+        known |= {tile: seconds for tile, seconds in self._remembered(key).items() if tile in tiles}
         for tile in tiles[: self.candidates]:
             if tile not in known:
                 known[tile] = self._measure(kernel.lower(region, target, tile), region, target)

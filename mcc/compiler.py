@@ -123,7 +123,7 @@ def compile(  # noqa: A001, PLR0913 (the public name; its options are those of d
         data: for passes that calibrate, train or evaluate.
         verify: check every pass and the artifact.
         measure: "ends" measures latency first and last, "each" after every pass, "never" not at all.
-        tuning: "measure" times tiles on this machine and remembers the winner; "model" takes the one ranked first.
+        tuning: "measure" times tiles on this machine and remembers their times; "model" takes the one ranked first.
         threads: kernels use; None for all cores.
         seed: of every random choice.
 

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from threading import RLock
 from typing import Any
 
 import torch
@@ -26,17 +27,8 @@ def _steps(projected: Tensor, batch_first: bool, reverse: bool) -> list[Tensor]:
     return steps[::-1] if reverse else steps
 
 
-def _stacked(outputs: list[Tensor], like: Tensor, batch_first: bool, reverse: bool) -> Tensor:  # noqa: FBT001
-    dim = 1 if batch_first else 0
-    if not outputs:
-        return like.new_empty(
-            *(0 if d == dim else s for d, s in enumerate((*_outer(like, batch_first), like.shape[1])))
-        )
-    return torch.stack(outputs[::-1] if reverse else outputs, dim)
-
-
-def _outer(state: Tensor, batch_first: bool) -> tuple[int, int]:  # noqa: FBT001
-    return (state.shape[0], 0) if batch_first else (0, state.shape[0])
+def _stacked(outputs: list[Tensor], batch_first: bool, reverse: bool) -> Tensor:  # noqa: FBT001
+    return torch.stack(outputs[::-1] if reverse else outputs, 1 if batch_first else 0)
 
 
 def _lstm(  # noqa: PLR0913 (an op's schema)
@@ -51,7 +43,7 @@ def _lstm(  # noqa: PLR0913 (an op's schema)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
         outputs.append(h)
-    return _stacked(outputs, hidden, batch_first, reverse), h.clone(), c.clone()
+    return _stacked(outputs, batch_first, reverse), h.clone(), c.clone()
 
 
 def _gru(
@@ -67,7 +59,7 @@ def _gru(
         n = (n_x + (r_x + r_h).sigmoid() * n_h).tanh()
         h = n + z * (h - n)
         outputs.append(h)
-    return _stacked(outputs, hidden, batch_first, reverse), h.clone()
+    return _stacked(outputs, batch_first, reverse), h.clone()
 
 
 @torch.library.custom_op("mcc::lstm", mutates_args=())
@@ -134,6 +126,8 @@ _differentiable(lstm, _lstm, 5)
 _differentiable(gru, _gru, 4)
 
 
+_EXPORTING = RLock()
+
 Call = Callable[..., Any]
 """Calls an op on tensors, or writes the call into a graph and gives its node."""
 
@@ -195,19 +189,20 @@ def _write(module: fx.GraphModule, before: fx.Node, mode: Any, target: Any, *arg
 
 @contextmanager
 def spelled_out() -> Iterator[None]:
-    """While a model is exported: torch's own lstm and gru fix the number of steps."""
+    """While a model is exported, one at a time: torch's own lstm and gru fix the number of steps."""
     functions = torch._VF  # noqa: SLF001 (what torch's modules call)
-    plain = {name: getattr(functions, name) for name in ("lstm", "gru")}
 
-    def layers(name: str, *arguments: Any) -> tuple[Any, ...]:
+    def layers(plain: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:
         if len(arguments) != 9 or not isinstance(arguments[3], bool):
-            return tuple(plain[name](*arguments))
+            return tuple(plain(*arguments))
         return tuple(_layers(lambda target, *args: target(*args), arguments))
 
-    try:
-        for name in plain:
-            setattr(functions, name, partial(layers, name))
-        yield
-    finally:
-        for name, function in plain.items():
-            setattr(functions, name, function)
+    with _EXPORTING:
+        kept = {name: getattr(functions, name) for name in ("lstm", "gru")}
+        try:
+            for name, function in kept.items():
+                setattr(functions, name, partial(layers, function))
+            yield
+        finally:
+            for name, function in kept.items():
+                setattr(functions, name, function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +13,15 @@ from networks import mlp
 from torch import nn
 
 import mcc
+from mcc.backends.cpu.integerize import integerize
+from mcc.backends.cpu.kernels.dense import DenseFloat
+from mcc.backends.cpu.lowering import Lowering
+from mcc.backends.tune import Tuner
 from mcc.data import Data
 from mcc.errors import ArtifactError, CaptureError, DataError
 from mcc.passes import FineTune, FoldBatchNorm, PruneWeights, Quantize
 from mcc.rewrite import Exact, Rewrite
+from mcc.target import parse_target
 
 QUICK = {"measure": "never", "tuning": "model"}
 ADD = torch.ops.aten.add.Tensor
@@ -386,3 +392,72 @@ def test_a_nan_stays_a_nan_through_an_epilogue(activation):
     artifact = mcc.compile(model, (x,), **QUICK)
     x[0, 1, 1, 2] = float("nan")
     assert torch.equal(artifact(x).isnan(), model(x).isnan())
+
+
+class JoinedAlong(nn.Module):
+    """An image made larger, joined to another along any dim."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dim = dim
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(3, 16, 1)
+
+    def forward(self, x):
+        larger = torch.nn.functional.interpolate
+        return torch.cat([larger(self.a(x), scale_factor=2), self.b(larger(x, scale_factor=2))], self.dim)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+@pytest.mark.parametrize("passes", ["", "quantize"])
+def test_an_enlarged_image_may_be_joined_along_any_dim(dim, passes):
+    x = torch.randn(2, 3, 6, 6)
+    model = JoinedAlong(dim).eval()
+    artifact = mcc.compile(model, (x,), passes=passes, data=mcc.Data(calibration=[x]), **QUICK)
+    with torch.no_grad():
+        assert (artifact(x) - model(x)).norm() < 0.03 * model(x).norm()
+
+
+def test_a_size_next_to_a_conv1d():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.m = nn.Conv1d(8, 8, 3)
+
+        def forward(self, x):
+            return self.m(x) / x.shape[0]
+
+    model, x = Scaled().eval(), torch.randn(3, 8, 9)
+    artifact = mcc.compile(model, (x,), dynamic_shapes=({0: "b"},), **QUICK)
+    torch.testing.assert_close(artifact(x[:2]), model(x[:2]).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("layer", "x"), [
+    (nn.LSTM(8, 3), torch.randn(5, 2, 8)), (nn.GRU(8, 8).double(), torch.randn(3, 2, 8).double()),
+])  # fmt: skip
+def test_a_recurrence_that_no_kernel_takes_is_refused_in_words(layer, x):
+    with pytest.raises(mcc.MccError, match="use float32, and 4 units or more"):
+        mcc.compile(layer.eval(), (x,), **QUICK)
+
+
+def test_gelu_of_very_negative_values_is_zero_in_codes_too():
+    layer = nn.Linear(32, 32)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(32))
+        layer.bias.copy_(torch.linspace(-1e6, 1.0, 32))
+    model, x = nn.Sequential(layer, nn.GELU(), nn.Linear(32, 8)).eval(), torch.randn(4, 32).clamp(-1, 1)
+    artifact = mcc.compile(model, (x,), passes="quantize", data=mcc.Data(calibration=[x]), tuning="model")
+    with torch.no_grad():
+        assert (artifact(x) - model(x)).norm() < 0.03 * model(x).norm()
+
+
+def test_a_cache_that_cannot_be_read_does_not_time_twice(tmp_path):
+    (tmp_path / "file").write_text("")
+    timed = []
+    tuner = Tuner("measure", lambda *_: timed.append(1) or 1.0, tmp_path / "file" / "tune.sqlite")
+    graph = mcc.capture(nn.Linear(40, 70), (torch.randn(3, 40),))
+    (region,) = integerize(Lowering(graph, parse_target("cpu"), tuner)).regions.values()
+    for _ in range(3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuner.choose(DenseFloat(), region, parse_target("cpu"))
+    assert len(timed) == 3

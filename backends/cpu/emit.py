@@ -22,7 +22,7 @@ from mcc.artifact import TensorSpec, stored_bytes
 from mcc.backends.cpu.fuse import requantize_step
 from mcc.backends.cpu.kernels.tiles import leading_dims
 from mcc.backends.cpu.microkernel import Parameter, flat, kernel_function, product
-from mcc.backends.cpu.unweighted import Unweighted, enlarged_before_cats, norms_before_quantizers
+from mcc.backends.cpu.unweighted import RECURRENT, Unweighted, enlarged_before_cats, norms_before_quantizers
 from mcc.backends.relax import RULES
 from mcc.backends.relax.emitter import DTYPES, Emitter, Expression, is_tensor, known_dims
 from mcc.cost import LARGEST_GROWTH, weight_expression
@@ -227,7 +227,11 @@ class _Writer:
         if choice is not None:
             return self._kernel_call(emitter, choice)
         if node.op is ops.GETITEM:
-            return self._value(node.fx.args[0])[node.fx.args[1]]  # type: ignore[arg-type]
+            source = node.operand(0)
+            assert source is not None
+            item = self._value(source.fx)[node.fx.args[1]]
+            # FuseOps loses items of what a kernel gives several of, where what it fuses reads more than one
+            return self._copied(emitter, item) if source.op in RECURRENT else item
         assert node.op is not None
         own = self.unweighted.call(emitter, node)
         if own is not None:
@@ -321,6 +325,10 @@ class _Writer:
         if own and root not in self.returned:
             self.returned.add(root)
             return value
+        return self._copied(emitter, value)
+
+    def _copied(self, emitter: Emitter, value: Any) -> Any:
+        value = emitter.builder.normalize(value)
         function = emitter.builder.add_func(_copy(value), "copy")
         return emitter(relax.call_tir(function, [value], relax.TensorType(list(value.ty.shape), str(value.ty.dtype))))
 

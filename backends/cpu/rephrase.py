@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from mcc import ops
@@ -72,7 +73,7 @@ def _sink(graph: Graph, node: Node) -> None:
         return
     if node.op is None or not (node.op.family == "pointwise" or node.op in _ELEMENTWISE):
         return
-    operands = [Node(n, graph) for n in node.fx.all_input_nodes]
+    operands = [Node(n, graph) for n in node.fx.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     if node.op in _ELEMENTWISE:
         operands = operands[:1]
         if node.op in (ops.QUANTIZE, ops.DEQUANTIZE) and node.argument(3) is not None:

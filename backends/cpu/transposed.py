@@ -60,7 +60,7 @@ def _phases(node: Node) -> _Phases | None:
         taps.append(-(-kernel // stride[axis]))
         before.append(taps[-1] - 1)
         after.append((wanted - 1 + padding[axis]) // stride[axis] + 1 - size)
-    if min(after) < 0:
+    if min(after) < 0 or min(int(s) for s in node.shape[2:]) < 1:
         return None
     pads = [*before, *after]
     result = (int(node.shape[2]), int(node.shape[3]))

@@ -49,7 +49,8 @@ def enlarged_before_cats(graph: Graph) -> set[fx.Node]:
     """Images made larger that the concatenation behind them takes in: nothing else reads them."""
     found = set()
     for cat in graph.nodes:
-        if cat.op is OPS["cat"] and takes_cat(cat):
+        # repeated pixels are whole runs only where the channels, which lie last, are joined
+        if cat.op is OPS["cat"] and takes_cat(cat) and cat.argument(1, 0) % len(cat.shape) == len(cat.shape) - 1:
             sources = _concatenated(cat)
             found |= {s.fx for s in sources if _repeats(s) is not None and len(s.fx.users) == 1 and not s.is_output}
     return found
@@ -164,7 +165,7 @@ class Unweighted:
         hidden = known_dims(read[1])[1]
         if not isinstance(hidden, int) or hidden < NARROWEST or any(str(x.ty.dtype) != "float32" for x in read):
             raise BackendError(
-                f"{node.op} of {hidden} units of {node.dtype}", node=located_text(node),
+                f"{node.op} of {hidden} units of {read[0].ty.dtype}", node=located_text(node),
                 remedy=f"use float32, and {NARROWEST} units or more",
             )  # fmt: skip
         dims = known_dims(read[0])

@@ -77,7 +77,8 @@ def gelu_to_codes(v: Vectors, x: Expression) -> Expression:
     """`gelu` within 2e-4: a polynomial with the least largest error on [-4, 4], 0 or x outside, for coarse results."""
     near = v.hold(T.max(v.constant(-4.0), T.min(v.constant(4.0), x)))
     odd = polynomial(v, v.hold(near * near), _GELU)
-    return x * v.fma(near, odd, v.constant(0.5))
+    # of what is near 0 below -4 no more than four times is taken
+    return T.max(v.constant(-4.0), x) * v.fma(near, odd, v.constant(0.5))
 
 
 def gelu_tanh(v: Vectors, x: Expression) -> Expression:

@@ -99,7 +99,7 @@ class _Body:
 
     def _emit(self, x: Expression, arrays: dict[str, Expression], epilogue: Epilogue) -> None:
         self.x, self.arrays, self.epilogue = x, arrays, epilogue
-        loop = loop_for(math.prod(self.shape.result) * self.region.weight.decoded().size, FEWEST_MACS)
+        loop = loop_for(math.prod(self.shape.result) * self.region.weight.decoded().size, FEWEST_MACS, self.batch)
         loop(self.batch * self.shape.result[0], self._row)
 
     def _row(self, i: Expression) -> None:

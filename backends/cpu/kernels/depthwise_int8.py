@@ -169,7 +169,7 @@ class _Body:
         self.x, self.arrays, self.epilogue = x, arrays, epilogue
         self.words = flat(arrays["weight"], self.packed["weight"].size // 4, "int32")
         self.bands = -(-self.shape.result[0] // self.rows)
-        loop = loop_for(math.prod(self.shape.result) * self.region.weight.decoded().size, FEWEST_MACS)
+        loop = loop_for(math.prod(self.shape.result) * self.region.weight.decoded().size, FEWEST_MACS, self.batch)
         loop(self.batch * self.bands, self._band)
 
     def _band(self, i: Expression) -> None:

@@ -60,9 +60,16 @@ def parse_tile(text: str) -> TileShape:
     return TileShape(int(rows), int(vectors))
 
 
-def loop_for(macs: int, fewest: int) -> Callable[[Any, Callable[[Expression], None]], None]:
-    """A loop over threads where there is work for them: to wake one takes a few microseconds."""
-    return parallel if macs >= fewest else serial
+def loop_for(macs: int, fewest: int, images: Any = 1) -> Callable[[Any, Callable[[Expression], None]], None]:
+    """A loop over threads where `images` times `macs` is work for them: to wake one takes a few microseconds."""
+    if macs >= fewest:
+        return parallel
+
+    def loop(extent: Any, body: Callable[[Expression], None]) -> None:
+        enough = images * macs >= fewest
+        branch(enough, lambda: parallel(extent, body), lambda: serial(extent, body))
+
+    return loop
 
 
 def leading_dims(dims: Sequence[Any]) -> tuple[Any, ...]:
