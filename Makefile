@@ -22,10 +22,10 @@ demo: $(READY)
 	$(BIN)/python examples/mnist_mlp.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 quick: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 fmt: $(READY)
 	$(BIN)/ruff format .
