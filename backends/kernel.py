@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -120,6 +121,12 @@ class StoredWeight:
     def text(self) -> str:
         """The format in words, for the report."""
         return ("sparse " if self.sparse is not None else "") + self.dtype
+
+    @cached_property
+    def largest_row(self) -> int:
+        """The largest sum of absolute codes that an output has."""
+        rows = self.decoded().reshape(self.shape[0], -1)
+        return int(np.abs(rows.astype(np.int64)).sum(1).max(initial=0))
 
     def decoded(self) -> NDArray[Any]:
         """The dense codes or values."""

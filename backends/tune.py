@@ -62,8 +62,9 @@ class Tuner:
     def times(self, kernel: Kernel, region: Region, target: Target) -> dict[str, float]:
         """Seconds by tile, of the candidates and of any other tile that was timed before."""
         tiles, key = kernel.tiles(region, target), _key(kernel, region, target)
-        known = self._known.setdefault(key, {})
-        known |= {tile: seconds for tile, seconds in self._remembered(key).items() if tile in tiles}
+        if key not in self._known:
+            self._known[key] = self._remembered(key)
+        known = self._known[key]
         for tile in tiles[: self.candidates]:
             if tile not in known:
                 known[tile] = self._measure(kernel.lower(region, target, tile), region, target)

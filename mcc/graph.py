@@ -317,6 +317,13 @@ class Graph:
         made.meta["val"] = self.fake_mode.from_tensor(self.tensor(name), static_shapes=True)
         return Node(made, self)
 
+    def call(self, before: Node, target: Any, *args: Any) -> fx.Node:
+        """A new call in front of a node, which it has the place in the user's code from."""
+        with self.module.graph.inserting_before(before.fx):
+            made = self.module.graph.call_function(target, args)
+        made.meta = {k: v for k, v in before.fx.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        return made
+
     @property
     def fake_mode(self) -> FakeTensorMode:
         """The mode that holds the graph's symbolic dims."""

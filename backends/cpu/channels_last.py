@@ -8,17 +8,19 @@ import torch
 from torch import Tensor, fx
 
 from mcc import layouts, ops
+from mcc.backends.cpu.pads import PADS, filling
 from mcc.backends.cpu.permutes import order_of
 from mcc.backends.cpu.transposed import transposed, transposed_fits
 from mcc.backends.relax.emitter import tuple_of
 from mcc.cost import weight_expression
+from mcc.graph import Node
 from mcc.layouts import TO_FIRST, TO_LAST
 from mcc.ops import OPS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from mcc.graph import Graph, Node
+    from mcc.graph import Graph
 
 _NEW_DIM = TO_FIRST  # where each NCHW dim goes: the inverse of TO_LAST
 
@@ -59,13 +61,13 @@ class Turner:
         """Put the form with channels last before a node, and its value, turned back, wherever the node was read."""
         assert node.op is not None
         target, args = FORMS[node.op.name](self, node)
-        made = self.call(node, target, *args)
+        made = self.graph.call(node, target, *args)
         if target is node.fx.target:
             made.kwargs = node.fx.kwargs
         self._turned[node.fx] = made
         value = node.value
         if isinstance(value, Tensor) and value.dim() == 4:
-            back = self.call(node, OPS["permute"].target, made, list(TO_FIRST))
+            back = self.graph.call(node, OPS["permute"].target, made, list(TO_FIRST))
             back.meta["val"] = value
             self._views[back] = self._backs[back] = made
             self._replace(node, back)
@@ -85,13 +87,6 @@ class Turner:
             if back._erased and not made._erased:
                 made.name = back.name
 
-    def call(self, before: Node, target: Any, *args: Any) -> fx.Node:
-        """A new call in front of a node, which it has the place in the user's code from."""
-        with self.graph.module.graph.inserting_before(before.fx):
-            made = self.graph.module.graph.call_function(target, args)
-        made.meta = {k: v for k, v in before.fx.meta.items() if k in ("nn_module_stack", "stack_trace")}
-        return made
-
     def last(self, node: Node, operand: Any) -> Any:
         """An operand with its channels last; what is no activation of four dims is brought to them, or left alone."""
         if not isinstance(operand, fx.Node):
@@ -102,8 +97,8 @@ class Turner:
         if not isinstance(value, Tensor) or (value.numel() == 1 and not self.varies(operand)):
             return operand
         if value.dim() < 4:
-            operand = self.call(node, OPS["reshape"].target, operand, [*[1] * (4 - value.dim()), *value.shape])
-        turned = self.call(node, OPS["permute"].target, operand, list(TO_LAST))
+            operand = self.graph.call(node, OPS["reshape"].target, operand, [*[1] * (4 - value.dim()), *value.shape])
+        turned = self.graph.call(node, OPS["permute"].target, operand, list(TO_LAST))
         if value.dim() == 4:
             self._views[operand] = turned
         return turned
@@ -166,36 +161,26 @@ def _convolution(turner: Turner, node: Node) -> tuple[Any, Arguments]:
 
 def _unpadded(turner: Turner, node: Node, source: fx.Node) -> tuple[fx.Node, list[int]]:
     """What a convolution reads without a pad of zeros before it, and that pad as [top, left, bottom, right]."""
-    kind = ops.lookup(source.target)
-    if kind is ops.DEQUANTIZE and source.args[3] is None:
-        codes, scale, zero, axis = source.args
-        assert isinstance(codes, fx.Node)
-        point = turner.graph.tensor(str(zero.target)) if isinstance(zero, fx.Node) and zero.op == "get_attr" else None
-        inner, before = (codes, [0] * 4) if point is None else _unpadded_by(codes, int(point))
-        return (
-            (source, before) if inner is codes else (turner.call(node, source.target, inner, scale, zero, axis), before)
-        )
-    return _unpadded_by(source, 0)
-
-
-def _unpadded_by(source: fx.Node, fill: int) -> tuple[fx.Node, list[int]]:
-    """The same where the pad's value is `fill`."""
-    value: Any = None
-    match ops.lookup(source.target), source.args:
-        case op, (_, _, "constant", value) if op is OPS["pad"]:
-            pass
-        case op, (_, _) | (_, _, "constant") if op is OPS["pad"]:
-            value = 0
-        case op, (_, _, value) if op is OPS["constant_pad_nd"]:
-            pass
-        case _:
-            return source, [0] * 4
-    amounts = [*source.args[1], *[0] * 6][:6]  # type: ignore[misc]
-    inner = source.args[0]
-    channels_first, channels_last, left, right, top, bottom = amounts
-    if (value or 0) != fill or channels_first or channels_last or min(amounts) < 0 or not isinstance(inner, fx.Node):
+    reader = Node(source, turner.graph)
+    if reader.op is not ops.DEQUANTIZE or reader.argument(3) is not None:
+        return _unpadded_by(reader, 0)
+    codes, zero = reader.operand(0), reader.operand(2)
+    if codes is None or zero is None or not zero.is_parameter:
         return source, [0] * 4
-    return inner, [top, left, bottom, right]
+    inner, before = _unpadded_by(codes, int(zero.tensor))
+    changed = inner is not codes.fx
+    return (turner.graph.call(node, source.target, inner, *source.args[1:]) if changed else source), before
+
+
+def _unpadded_by(source: Node, fill: float) -> tuple[fx.Node, list[int]]:
+    """The same where the pad's value is `fill`."""
+    inner = source.operand(0)
+    if inner is None or filling(source) != fill:
+        return source.fx, [0] * 4
+    channels_first, channels_last, left, right, top, bottom = amounts = [*source.argument(1), *[0] * 6][:6]
+    if channels_first or channels_last or min(amounts) < 0:
+        return source.fx, [0] * 4
+    return inner.fx, [top, left, bottom, right]
 
 
 def _max_pool(turner: Turner, node: Node) -> tuple[Any, Arguments]:
@@ -236,7 +221,7 @@ def _batch_norm(turner: Turner, node: Node) -> tuple[Any, Arguments]:
         name = turner.graph.free_name(f"{node.name}_{kind}")
         turner.graph.set_tensor(name, tensor.float())
         read.append(turner.graph.read(name, node).fx)
-    scaled = turner.call(node, ops.MUL.target, turner.last(node, node.fx.args[0]), read[0])
+    scaled = turner.graph.call(node, ops.MUL.target, turner.last(node, node.fx.args[0]), read[0])
     return OPS["add.Tensor"].target, (scaled, read[1])
 
 
@@ -309,7 +294,7 @@ def _order_kept(node: Node) -> bool:
 
 
 def _constant_pad(node: Node) -> bool:
-    return len(node.argument(1)) <= 6 and node.argument(2, "constant") == "constant"
+    return len(node.argument(1)) <= 6 and filling(node) is not None
 
 
 def _one_slope(node: Node) -> bool:
@@ -330,7 +315,7 @@ _CONDITIONS: dict[ops.Op | None, Callable[[Node], bool]] = {
     ops.QUANTIZE: _one_scale, ops.DEQUANTIZE: _one_scale,
     **{OPS[name]: _order_kept for name in ("mean.dim", "sum.dim_IntList", "amax", "amin")},
     OPS["permute"]: lambda n: order_of(n) == TO_FIRST,
-    OPS["pad"]: _constant_pad, OPS["constant_pad_nd"]: lambda n: len(n.argument(1)) <= 6, OPS["prelu"]: _one_slope,
+    **dict.fromkeys(PADS, _constant_pad), OPS["prelu"]: _one_slope,
 }  # fmt: skip
 
 FORMS: dict[str, Form] = {

@@ -14,16 +14,16 @@ import torch
 from torch import fx
 
 from mcc import ops
+from mcc.backends.cpu.pads import PADS, filling
 from mcc.ops import OPS
 
 if TYPE_CHECKING:
     from mcc.backends.cpu.lowering import Lowering
     from mcc.graph import Node
 
-_PADS = (OPS["pad"], OPS["constant_pad_nd"])
 _MOVES = (
     OPS["max_pool2d"], OPS["cat"], ops.RESHAPE, OPS["permute"], OPS["transpose.int"],
-    OPS["upsample_nearest2d.vec"], *_PADS,
+    OPS["upsample_nearest2d.vec"], *PADS,
 )  # fmt: skip
 
 
@@ -47,9 +47,9 @@ def _passes(quantizer: Node, source: Node) -> bool:
         return False
     if quantizer.argument(3) is not None or quantizer.argument(6) is not torch.uint8 or quantizer.is_output:
         return False
-    if source.op in _PADS:
+    if source.op in PADS:
         zero = quantizer.operand(2)
-        return _pads_zeros(source) and zero is not None and zero.is_parameter
+        return filling(source) == 0 and zero is not None and zero.is_parameter
     if source.op is OPS["cat"]:
         return all(n.meta["val"].dtype is torch.float32 for n in source.fx.all_input_nodes)
     return True
@@ -71,16 +71,10 @@ def _move(quantizer: Node, source: Node) -> list[Node]:
     for operand, codes in made.items():
         source.fx.replace_input_with(operand, codes)
     source.fx.meta["val"] = source.value.to(torch.uint8)
-    if source.op in _PADS:
+    if source.op in PADS:
         # the code of zero
         fill = int(quantizer.operand(2).tensor)  # type: ignore[union-attr]  # `_passes` saw it
         options = ("constant", fill) if source.op is OPS["pad"] else (fill,)
         source.fx.args = (*source.fx.args[:2], *options)
     source.take_place_of(quantizer)
     return [type(quantizer)(codes, graph) for codes in made.values()]
-
-
-def _pads_zeros(node: Node) -> bool:
-    if node.op is OPS["constant_pad_nd"]:
-        return not node.argument(2, 0)
-    return node.argument(2, "constant") == "constant" and not node.argument(3, 0)

@@ -19,8 +19,7 @@ EXACT_FLOAT = 1 << 24
 
 def largest_sum(region: Region) -> int:
     """The largest absolute sum that unsigned 8-bit activations can give with the region's weight codes."""
-    weight = region.weight.decoded()
-    return int(np.abs(weight.reshape(len(weight), -1).astype(np.int64)).sum(1).max(initial=0)) * LARGEST_CODE
+    return region.weight.largest_row * LARGEST_CODE
 
 
 def sums_overflow(region: Region) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from mcc.backends.cpu.lowering import Lowering
     from mcc.graph import Graph
+
+
+HEIGHT = 2  # the dim of an image that a sequence lacks
 
 
 def rephrase(lowering: Lowering) -> Lowering:
@@ -41,22 +44,32 @@ def _conv1d(graph: Graph, node: Node) -> None:
     source, bias = node.fx.args[0], node.argument(2)
     assert isinstance(source, fx.Node)
     stride, padding, dilation = (tuple_of(node.argument(i, d), 1)[0] for i, d in ((3, 1), (4, 0), (5, 1)))
-    call = _caller(graph, node)
-    if len(node.shape) != 3 or isinstance(padding, str):
+    weight = node.operand(1)
+    if len(node.shape) != 3 or weight is None:
         return
-    weight = restored_weight(graph, node, lambda w: w.unsqueeze(2), lambda w: call("unsqueeze", w, 2))
+    kept = stored_root(weight) is not None
+    read = restored_weight(graph, node, lambda w: w.unsqueeze(2)) if kept else _unsqueezed(graph, node, weight.fx)
     options = ([1, stride], [0, padding], [1, dilation], node.argument(6, 1))
-    made = call("squeeze.dim", call("conv2d", _image(graph, node, source), weight, bias, *options), 2)
-    Node(made, graph).take_place_of(node)
+    made = graph.call(node, ops.CONV2D.target, _image(graph, node, source), read, bias, *options)
+    Node(_squeezed(graph, node, made), graph).take_place_of(node)
 
 
 def _image(graph: Graph, node: Node, source: fx.Node) -> fx.Node:
     """A sequence as an image; codes are reshaped below what dequantizes them, where the kernel reads them."""
-    call, reader = _caller(graph, node), Node(source, graph)
+    reader = Node(source, graph)
     if reader.op is not ops.DEQUANTIZE or reader.argument(3) is not None:
-        return call("unsqueeze", source, 2)
+        return _unsqueezed(graph, node, source)
     codes, *rest = source.args
-    return call("mcc.dequantize", call("unsqueeze", codes, 2), *rest)
+    assert isinstance(codes, fx.Node)
+    return graph.call(node, ops.DEQUANTIZE.target, _unsqueezed(graph, node, codes), *rest)
+
+
+def _unsqueezed(graph: Graph, node: Node, value: fx.Node) -> fx.Node:
+    return graph.call(node, OPS["unsqueeze"].target, value, HEIGHT)
+
+
+def _squeezed(graph: Graph, node: Node, value: fx.Node) -> fx.Node:
+    return graph.call(node, OPS["squeeze.dim"].target, value, HEIGHT)
 
 
 _ELEMENTWISE = (ops.BATCH_NORM, ops.QUANTIZE, ops.DEQUANTIZE, ops.DROPOUT)
@@ -68,7 +81,7 @@ def _sink(graph: Graph, node: Node) -> None:
     So that a convolution and what follows it stay neighbours.
     """
     source = node.operand(0)
-    if node.op is OPS["unsqueeze"] and source is not None and _was_image(source) and node.argument(1) == 2:
+    if node.op is OPS["unsqueeze"] and source is not None and _was_image(source) and node.argument(1) == HEIGHT:
         node.fx.replace_all_uses_with(source.fx.all_input_nodes[0])
         return
     if node.op is None or not (node.op.family == "pointwise" or node.op in _ELEMENTWISE):
@@ -81,12 +94,11 @@ def _sink(graph: Graph, node: Node) -> None:
     sequences = [n for n in operands if n.value.dim() > 0]
     if not any(_was_image(n) for n in sequences) or any(n.value.dim() != 3 for n in sequences):
         return
-    call = _caller(graph, node)
     images = {n.fx: _image_of(graph, node, n) for n in sequences}
-    made = call(node.op.name, *fx.node.map_arg(node.fx.args, lambda n: images.get(n, n)))
+    made = graph.call(node, node.fx.target, *fx.node.map_arg(node.fx.args, lambda n: images.get(n, n)))
     made.kwargs = node.fx.kwargs
-    back = call("squeeze.dim", made, 2)
-    made.meta["val"], back.meta["val"] = node.value.unsqueeze(2), node.value
+    back = _squeezed(graph, node, made)
+    made.meta["val"], back.meta["val"] = node.value.unsqueeze(HEIGHT), node.value
     Node(back, graph).take_place_of(node)
 
 
@@ -94,57 +106,48 @@ def _image_of(graph: Graph, node: Node, sequence: Node) -> fx.Node:
     """The image that a sequence was made from, or one that was made of it before `node`, or a new one."""
     if _was_image(sequence):
         return sequence.fx.all_input_nodes[0]
-    made = {u.fx for u in sequence.users if u.op is OPS["unsqueeze"] and u.argument(1) == 2}
+    made = {u.fx for u in sequence.users if u.op is OPS["unsqueeze"] and u.argument(1) == HEIGHT}
     for before in graph.nodes:
         if before.fx is node.fx:
             break
         if before.fx in made:
             return before.fx
-    image = _caller(graph, node)("unsqueeze", sequence.fx, 2)
-    image.meta["val"] = sequence.value.unsqueeze(2)
+    image = _unsqueezed(graph, node, sequence.fx)
+    image.meta["val"] = sequence.value.unsqueeze(HEIGHT)
     return image
 
 
 def _was_image(node: Node) -> bool:
     """Whether a value is a sequence made by `_conv1d` or `_sink`."""
     source = node.operand(0)
-    made = node.op is OPS["squeeze.dim"] and node.argument(1) == 2
+    made = node.op is OPS["squeeze.dim"] and node.argument(1) == HEIGHT
     return made and source is not None and len(source.shape) == 4 and source.shape[2] == 1
 
 
-def _caller(graph: Graph, node: Node) -> Callable[..., fx.Node]:
-    """Makes calls in front of a node, by the op's name."""
-
-    def call(name: str, *args: Any) -> fx.Node:
-        with graph.module.graph.inserting_before(node.fx):
-            made = graph.module.graph.call_function(OPS[name].target, args)
-        made.meta = {k: v for k, v in node.fx.meta.items() if k in ("nn_module_stack", "stack_trace")}
-        return made
-
-    return call
+def stored_root(weight: Node) -> Node | None:
+    """The tensor of a weight that is stored as it is read or as codes with scales; None where it is computed."""
+    root = weight.operand(0) if weight.op is ops.DEQUANTIZE else weight
+    return root if root is not None and root.is_parameter else None
 
 
 def restored_weight(
     graph: Graph,
     node: Node,
     stored: Callable[[Tensor], Tensor],
-    computed: Callable[[fx.Node], fx.Node],
     scales: Callable[[Tensor], Tensor] = lambda s: s,
 ) -> fx.Node:
-    """A layer's weight in another form: its stored values or codes are changed, where it is one of these.
+    """A layer's weight in another form: its stored values or codes are changed; it must have a `stored_root`.
 
     Args:
         graph: of the layer.
         node: the layer.
         stored: the change, of values or codes.
-        computed: the change of a weight that is computed in another way, as calls.
         scales: the change of the scales of codes, which belong to outputs after it.
     """
     top = node.operand(1)
     assert top is not None
-    root = top.operand(0) if top.op is ops.DEQUANTIZE else top
-    if root is None or not root.is_parameter:
-        return computed(top.fx)
+    root = stored_root(top)
+    assert root is not None
 
     def changed(old: Node, change: Callable[[Tensor], Tensor]) -> fx.Node:
         name = graph.free_name(f"{old.fx.target}_{node.name}")
@@ -152,14 +155,9 @@ def restored_weight(
         return graph.read(name, node).fx
 
     values = changed(root, stored)
-    if root is top:
+    if root.fx is top.fx:
         return values
     scale, zero = top.operand(1), top.operand(2)
     assert scale is not None
     assert zero is not None
-    with graph.module.graph.inserting_before(node.fx):
-        made = graph.module.graph.call_function(
-            ops.DEQUANTIZE.target, (values, changed(scale, scales), changed(zero, scales), 0, *top.fx.args[4:])
-        )
-    made.meta = {k: v for k, v in top.fx.meta.items() if k in ("nn_module_stack", "stack_trace")}
-    return made
+    return graph.call(node, ops.DEQUANTIZE.target, values, changed(scale, scales), changed(zero, scales), 0)

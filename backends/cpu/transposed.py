@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from mcc import ops
-from mcc.backends.cpu.rephrase import restored_weight
+from mcc.backends.cpu.rephrase import restored_weight, stored_root
 from mcc.backends.relax.emitter import tuple_of
 from mcc.ops import OPS
 
 if TYPE_CHECKING:
-    from torch import fx
-
     from mcc.backends.cpu.channels_last import Turner
     from mcc.graph import Node
 
@@ -76,11 +74,8 @@ def transposed_fits(node: Node) -> bool:
         return False
     if not all(isinstance(s, int) for s in source.shape[1:]) or (bias is not None and not bias.is_parameter):
         return False
-    root: Node | None = weight
-    if weight.op is ops.DEQUANTIZE:
-        by_output = weight.argument(3) == 1 and node.argument(6, 1) == 1
-        root = weight.operand(0) if by_output else None
-    return root is not None and root.is_parameter and _phases(node) is not None
+    by_output = weight.op is not ops.DEQUANTIZE or (weight.argument(3) == 1 and node.argument(6, 1) == 1)
+    return by_output and stored_root(weight) is not None and _phases(node) is not None
 
 
 def transposed(turner: Turner, node: Node) -> tuple[Any, tuple[Any, ...]]:
@@ -88,14 +83,8 @@ def transposed(turner: Turner, node: Node) -> tuple[Any, tuple[Any, ...]]:
     phases = _phases(node)
     assert phases is not None
     (height, width), groups = phases.stride, phases.groups
-
-    def computed(weight: fx.Node) -> fx.Node:
-        raise AssertionError(f"{weight} was checked to be stored")
-
     repeats = height * width
-    weight = restored_weight(
-        turner.graph, node, lambda w: _phase_weight(w, phases), computed, lambda s: s.repeat(repeats)
-    )
+    weight = restored_weight(turner.graph, node, lambda w: _phase_weight(w, phases), lambda s: s.repeat(repeats))
     bias = node.operand(2)
     read = None
     if bias is not None:
@@ -121,7 +110,7 @@ def transposed(turner: Turner, node: Node) -> tuple[Any, tuple[Any, ...]]:
             steps.append((OPS["slice.Tensor"].target, (dim, first, first + wanted)))
     (target, args), *after = steps
     for following, options in after:
-        target, args = following, (turner.call(node, target, *args), *options)
+        target, args = following, (turner.graph.call(node, target, *args), *options)
     return target, args
 
 

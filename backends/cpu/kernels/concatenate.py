@@ -12,15 +12,13 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
-from mcc.backends.cpu.kernels.tiles import leading_dims
+from mcc.backends.cpu.kernels.tiles import leading_dims, shared_rows
 from mcc.backends.cpu.microkernel import (
     Expression,
     Parameter,
     Vectors,
-    branch,
     flat,
     kernel_function,
-    parallel,
     product,
     serial,
 )  # fmt: skip
@@ -87,12 +85,7 @@ def concatenate_function(
                 copy(source, B.Bind(_place(o, part, before) * run), B.Bind(o * total + at), run)
                 at += run
 
-        count = tirx.floordiv(outer + block - 1, block)
-
-        def rows(b: Expression) -> None:
-            serial(tirx.min(block, outer - b * block), lambda r: row(b * block + r))
-
-        branch(count > 1, lambda: parallel(count, rows), lambda: serial(outer, row))
+        shared_rows(outer, block, row)
 
     parameters = [Parameter(f"X{i}", d, dtype) for i, d in enumerate(dims)]
     return kernel_function("concatenate", [*parameters, Parameter("Y", whole, dtype)], body).without_attr(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +11,9 @@ from tvm.script import tirx as T
 
 from mcc.backends.cpu.epilogue import channel_vectors
 from mcc.backends.cpu.integer_sums import pairs_fit, zero_sum_factor
-from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape, merge_groups
-from mcc.backends.cpu.kernels.region_function import region_function
-from mcc.backends.cpu.kernels.tiles import TileShape, balanced, leading_dims, loop_for
+from mcc.backends.cpu.kernels.conv_shape import ConvShape, merge_groups
+from mcc.backends.cpu.kernels.convolution_body import ConvolutionBody
+from mcc.backends.cpu.kernels.tiles import TileShape, balanced, loop_for
 from mcc.backends.cpu.microkernel import Expression, Vectors, branch, flat, parallel, serial
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from mcc.backends.cpu.epilogue import Epilogue
     from mcc.backends.kernel import Region
 
 MANY_IMAGES = 4  # from here on threads take images, not parts of one
@@ -32,18 +30,17 @@ FEWEST_COPIED = 8  # parts of an image that each copy what they read, while it i
 FEWEST_MACS = 600_000  # of an image for two threads: about 12 us of one in float
 
 
-class _Convolution:
+class _Convolution(ConvolutionBody):
     """Loops of a convolution; subclasses say how input values are read, multiplied and finished."""
 
     sum_dtype: str
     word: int  # source channels that one broadcast holds
 
     def __init__(self, region: Region, vectors: Vectors, tile: TileShape) -> None:
-        shape = conv_shape(region)
-        assert isinstance(shape, ConvShape)
-        self.region, self.v, self.tile = region, vectors, tile
-        self.shape = shape.merged(vectors.lanes)
-        self.weight = merge_groups(region.weight.decoded(), shape.groups, self.shape.groups)
+        super().__init__(region, vectors)
+        self.tile, groups = tile, self.shape.groups
+        self.shape = self.shape.merged(vectors.lanes)
+        self.weight = merge_groups(region.weight.decoded(), groups, self.shape.groups)
         self.group_vectors = -(-self.shape.group_outputs // vectors.lanes)
         self.full, self.tail = divmod(self.group_vectors, tile.vectors)
         self.blocks = self.full + (1 if self.tail else 0)
@@ -89,21 +86,14 @@ class _Convolution:
             vectors["start"] = by_lane((zero_sum_factor(region, self.v.target) * sums).astype(np.int32))
         return vectors
 
-    def function(self, name: str) -> tirx.PrimFunc:
-        """The PrimFunc."""
-        (self.batch,) = leading_dims(self.region.source.shape[:1])
-        source = (self.batch, *self.shape.image, self.shape.inputs)
-        result = (self.batch, *self.shape.result, self.shape.outputs)
-        return region_function(name, self.region, self.v, (source, result), self.packed, self._emit)
-
-    def _emit(self, x: Expression, arrays: dict[str, Expression], epilogue: Epilogue) -> None:
-        self.x, self.arrays, self.epilogue = x, arrays, epilogue
+    def loops(self) -> None:
+        """See `ConvolutionBody`."""
 
         def images_in_parallel() -> None:
             parallel(self.batch, lambda n: self._image(n, serial))
 
         def parts_in_parallel() -> None:
-            loop = loop_for(math.prod(self.shape.result) * self.weight.size, FEWEST_MACS)
+            loop = loop_for(self.shape.macs, FEWEST_MACS)
             serial(self.batch, lambda n: self._image(n, loop))
 
         branch(self.batch >= MANY_IMAGES, images_in_parallel, parts_in_parallel)
@@ -130,8 +120,7 @@ class _Convolution:
 
         def copied_part(c: Expression) -> None:
             first = B.Bind(T.cast(c, "int64") * (chunk * self.rows * shape.stride[0]))
-            read = (chunk * self.rows - 1) * shape.stride[0] + (shape.kernel[0] - 1) * shape.dilation[0] + 1
-            source = self.copied(n, (first, read), serial)
+            source = self.copied(n, (first, shape.rows_read(chunk * self.rows)), serial)
             serial(blocks, lambda b: part(source, c, b))
 
         if self.reads_copy and chunks >= FEWEST_COPIED:
@@ -305,9 +294,10 @@ class IntegerConvolution(_Convolution):
         super().__init__(region, vectors, tile)
         self.bounded = pairs_fit(self.weight)
 
-    def _emit(self, x: Expression, arrays: dict[str, Expression], epilogue: Epilogue) -> None:
-        self.weight_words = flat(arrays["weight"], self.packed["weight"].size // self.word, "int32")
-        super()._emit(x, arrays, epilogue)
+    def loops(self) -> None:
+        """See `ConvolutionBody`."""
+        self.weight_words = flat(self.arrays["weight"], self.packed["weight"].size // self.word, "int32")
+        super().loops()
 
     @property
     def reads_copy(self) -> bool:

@@ -68,6 +68,15 @@ class ConvShape:
         )
         return height, width
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one image, in the direct form."""
+        return math.prod(self.result) * self.outputs * self.group_inputs * math.prod(self.kernel)
+
+    def rows_read(self, count: int) -> int:
+        """Rows of the padded image that `count` rows of output read, first to last."""
+        return (count - 1) * self.stride[0] + (self.kernel[0] - 1) * self.dilation[0] + 1
+
     def merged(self, lanes: int) -> ConvShape:
         """The same convolution with groups joined until one has a vector of outputs; see `merge_groups`."""
         groups = self.groups

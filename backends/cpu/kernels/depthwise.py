@@ -8,7 +8,6 @@ Codes are summed in float32, which holds their products exactly up to 2^24; that
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,8 +21,8 @@ from mcc.backends.cpu.epilogue import channel_vectors
 from mcc.backends.cpu.integer_sums import float_sums_inexact
 from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
-from mcc.backends.cpu.kernels.region_function import region_function
-from mcc.backends.cpu.kernels.tiles import balanced, leading_dims, loop_for
+from mcc.backends.cpu.kernels.convolution_body import ConvolutionBody
+from mcc.backends.cpu.kernels.tiles import balanced, loop_for
 from mcc.backends.cpu.microkernel import Expression, Vectors, serial
 from mcc.backends.kernel import Lowered, Region
 
@@ -31,9 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
-    from tvm.tirx import PrimFunc
 
-    from mcc.backends.cpu.epilogue import Epilogue
     from mcc.target import Target
 
 FEWEST_MACS = 250_000  # for two threads: about 7 us of one
@@ -78,11 +75,10 @@ class Depthwise:
         return conv_reference(region, source, operands)
 
 
-class _Body:
+class _Body(ConvolutionBody):
     def __init__(self, region: Region, vectors: Vectors, pixels: int) -> None:
-        shape = conv_shape(region)
-        assert isinstance(shape, ConvShape)
-        self.region, self.v, self.shape, self.pixels = region, vectors, shape, pixels
+        super().__init__(region, vectors)
+        self.pixels = pixels
         weight = region.weight.decoded().astype(np.float32)
         rows = np.ascontiguousarray(weight[:, 0].transpose(1, 2, 0))  # [kernel row][kernel column][channel]
         self.packed: dict[str, NDArray[Any]] = {"weight": self._stored(rows).reshape(-1), **channel_vectors(region)}
@@ -90,16 +86,9 @@ class _Body:
     def _stored(self, rows: NDArray[np.float32]) -> NDArray[Any]:
         return rows if self.region.weight.scale is None else rows.astype(np.int8)
 
-    def function(self, name: str) -> PrimFunc:
-        """The PrimFunc."""
-        (self.batch,) = leading_dims(self.region.source.shape[:1])
-        source = (self.batch, *self.shape.image, self.shape.inputs)
-        result = (self.batch, *self.shape.result, self.shape.outputs)
-        return region_function(name, self.region, self.v, (source, result), self.packed, self._emit)
-
-    def _emit(self, x: Expression, arrays: dict[str, Expression], epilogue: Epilogue) -> None:
-        self.x, self.arrays, self.epilogue = x, arrays, epilogue
-        loop = loop_for(math.prod(self.shape.result) * self.region.weight.decoded().size, FEWEST_MACS, self.batch)
+    def loops(self) -> None:
+        """See `ConvolutionBody`."""
+        loop = loop_for(self.shape.macs, FEWEST_MACS, self.batch)
         loop(self.batch * self.shape.result[0], self._row)
 
     def _row(self, i: Expression) -> None:

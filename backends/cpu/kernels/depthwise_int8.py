@@ -10,7 +10,6 @@ pixels are sorted beforehand. Nothing is padded: pixels beyond the border read t
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,8 +23,8 @@ from mcc.backends.cpu.epilogue import ToCodes, channel_vectors, steps_after_scal
 from mcc.backends.cpu.integer_sums import LARGEST_CODE, pairs_fit, sums_overflow, zero_sum_factor
 from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
-from mcc.backends.cpu.kernels.region_function import region_function
-from mcc.backends.cpu.kernels.tiles import leading_dims, loop_for
+from mcc.backends.cpu.kernels.convolution_body import ConvolutionBody
+from mcc.backends.cpu.kernels.tiles import loop_for
 from mcc.backends.cpu.microkernel import Expression, Register, Vectors, branch, flat, serial
 from mcc.backends.kernel import Lowered, Region
 
@@ -33,9 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
-    from tvm.tirx import PrimFunc
 
-    from mcc.backends.cpu.epilogue import Epilogue
     from mcc.target import Target
 
 WIDEST_KERNEL = 9
@@ -120,12 +117,11 @@ class _Rows:
     target: Expression
 
 
-class _Body:
+class _Body(ConvolutionBody):
     def __init__(self, region: Region, vectors: Vectors, tile: tuple[int, int]) -> None:
-        shape = conv_shape(region)
-        assert isinstance(shape, ConvShape)
+        super().__init__(region, vectors)
+        shape = self.shape
         assert region.activation is not None
-        self.region, self.v, self.shape = region, vectors, shape
         self.rows, self.columns = tile
         self.zero = region.activation.zero_point
         self.quads = [_quads(c * shape.stride[1], shape.kernel[1]) for c in range(self.columns)]
@@ -158,18 +154,11 @@ class _Body:
                     parts.append(room.reshape(-1, count, QUAD).transpose(1, 0, 2).reshape(-1))
         return np.concatenate(parts)
 
-    def function(self, name: str) -> PrimFunc:
-        """The PrimFunc."""
-        (self.batch,) = leading_dims(self.region.source.shape[:1])
-        source = (self.batch, *self.shape.image, self.shape.inputs)
-        result = (self.batch, *self.shape.result, self.shape.outputs)
-        return region_function(name, self.region, self.v, (source, result), self.packed, self._emit)
-
-    def _emit(self, x: Expression, arrays: dict[str, Expression], epilogue: Epilogue) -> None:
-        self.x, self.arrays, self.epilogue = x, arrays, epilogue
-        self.words = flat(arrays["weight"], self.packed["weight"].size // 4, "int32")
+    def loops(self) -> None:
+        """See `ConvolutionBody`."""
+        self.words = flat(self.arrays["weight"], self.packed["weight"].size // 4, "int32")
         self.bands = -(-self.shape.result[0] // self.rows)
-        loop = loop_for(math.prod(self.shape.result) * self.region.weight.decoded().size, FEWEST_MACS, self.batch)
+        loop = loop_for(self.shape.macs, FEWEST_MACS, self.batch)
         loop(self.batch * self.bands, self._band)
 
     def _band(self, i: Expression) -> None:
@@ -182,14 +171,8 @@ class _Body:
         image = B.Bind(n * (shape.image[0] * shape.image[1] * shape.inputs))
         target = B.Bind((n * shape.result[0] + row) * (shape.result[1] * shape.outputs))
         rows = _Rows(top, image, target)
-        inside = B.Bind(tirx.all(top >= 0, top + self.reach < shape.image[0]))
+        inside = B.Bind(tirx.all(top >= 0, top + shape.rows_read(self.rows) <= shape.image[0]))
         serial(-(-shape.result[1] // self.columns), lambda t: self._place(t, rows, inside))
-
-    @property
-    def reach(self) -> int:
-        """How far below the first the last image row lies that a tile reads."""
-        shape = self.shape
-        return (self.rows - 1) * shape.stride[0] + (shape.kernel[0] - 1) * shape.dilation[0]
 
     def _place(self, t: Expression, rows: _Rows, rows_inside: Expression) -> None:
         """Tile number `t` of a band, for all channels."""
@@ -227,7 +210,7 @@ class _Body:
             for row in sums:
                 for pixel in row:
                     pixel[q].set(first)
-        for y in range(self.reach + 1):
+        for y in range(shape.rows_read(self.rows)):
             taps = [(i, k) for i in range(self.rows) for k in [self._tap(y - i * shape.stride[0])] if k is not None]
             if taps:
                 self._image_row((block, rows, start, inside), y, taps, sums)

@@ -15,15 +15,13 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc.backends.cpu.epilogue import emit_epilogue
-from mcc.backends.cpu.kernels.tiles import leading_dims
+from mcc.backends.cpu.kernels.tiles import leading_dims, shared_rows
 from mcc.backends.cpu.microkernel import (
     Expression,
     Parameter,
     Vectors,
-    branch,
     flat,
     kernel_function,
-    parallel,
     product,
     serial,
 )
@@ -84,12 +82,7 @@ class _Body:
         self.weight = rest[0] if s.weight else None
         self.bias = rest[-2] if s.bias else None
         block = max(1, BLOCK_ELEMENTS // self.width)
-        count = tirx.floordiv(rows + block - 1, block)
-
-        def some_rows(b: Expression) -> None:
-            serial(tirx.min(block, rows - b * block), lambda r: self._row((b * block + r) * self.width))
-
-        branch(count > 1, lambda: parallel(count, some_rows), lambda: serial(rows, lambda r: self._row(r * self.width)))
+        shared_rows(rows, block, lambda r: self._row(r * self.width))
 
     def _row(self, base: Expression) -> None:
         v, s = self.v, self.shape

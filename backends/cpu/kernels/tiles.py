@@ -72,6 +72,16 @@ def loop_for(macs: int, fewest: int, images: Any = 1) -> Callable[[Any, Callable
     return loop
 
 
+def shared_rows(rows: Expression, block: int, row: Callable[[Expression], None]) -> None:
+    """Rows by themselves, in blocks that threads share where there is more than one."""
+    count = tirx.floordiv(rows + block - 1, block)
+
+    def some_rows(b: Expression) -> None:
+        serial(tirx.min(block, rows - b * block), lambda r: row(b * block + r))
+
+    branch(count > 1, lambda: parallel(count, some_rows), lambda: serial(rows, row))
+
+
 def leading_dims(dims: Sequence[Any]) -> tuple[Any, ...]:
     """Dims of a kernel's buffer: constants as they are, symbolic ones as fresh variables read at run time."""
     return tuple(d if isinstance(d, int) else tirx.Var(f"d{i}", "int64") for i, d in enumerate(dims))

@@ -19,14 +19,13 @@ from tvm.script import tirx as T
 
 from mcc.backends.cpu.epilogue import channel_vectors
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
-from mcc.backends.cpu.kernels.region_function import region_function
-from mcc.backends.cpu.kernels.tiles import TileShape, balanced, leading_dims, loop_for
+from mcc.backends.cpu.kernels.convolution_body import ConvolutionBody
+from mcc.backends.cpu.kernels.tiles import TileShape, balanced, loop_for
 from mcc.backends.cpu.microkernel import Expression, Vectors, branch, serial
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from mcc.backends.cpu.epilogue import Epilogue
     from mcc.backends.kernel import Region
     from mcc.target import Target
 
@@ -51,13 +50,12 @@ def winograd_tiles(region: Region, target: Target) -> tuple[str, ...]:
     return (PREFIX + ("14x2" if target.vector_registers == 32 else "6x2"),)
 
 
-class WinogradConvolution:
+class WinogradConvolution(ConvolutionBody):
     """The loops of one such convolution."""
 
     def __init__(self, region: Region, vectors: Vectors, tile: TileShape) -> None:
-        shape = conv_shape(region)
-        assert isinstance(shape, ConvShape)
-        self.region, self.v, self.shape, self.tile = region, vectors, shape, tile
+        super().__init__(region, vectors)
+        self.tile, shape = tile, self.shape
         self.width = min(tile.vectors * vectors.lanes, shape.outputs // vectors.lanes * vectors.lanes)
         self.grid = tuple(-(-s // 2) for s in shape.result)
         count = self.grid[0] * self.grid[1]
@@ -77,16 +75,9 @@ class WinogradConvolution:
         starts = [min(b * self.width, last) for b in range(self.output_blocks)]
         return np.concatenate([flat_points[:, :, s : s + self.width].reshape(-1) for s in starts])
 
-    def function(self, name: str) -> tirx.PrimFunc:
-        """The PrimFunc."""
-        (self.batch,) = leading_dims(self.region.source.shape[:1])
-        source = (self.batch, *self.shape.image, self.shape.inputs)
-        result = (self.batch, *self.shape.result, self.shape.outputs)
-        return region_function(name, self.region, self.v, (source, result), self.packed, self._emit)
-
-    def _emit(self, x: Expression, arrays: dict[str, Expression], epilogue: Epilogue) -> None:
-        self.x, self.arrays, self.epilogue = x, arrays, epilogue
-        loop = loop_for(math.prod(self.shape.result) * self.region.weight.decoded().size, FEWEST_MACS)
+    def loops(self) -> None:
+        """See `ConvolutionBody`."""
+        loop = loop_for(self.shape.macs, FEWEST_MACS)
         outer, inner = (loop, serial) if self.tile_blocks >= FEWEST_BLOCKS else (serial, loop)
         outer(self.batch * self.tile_blocks, lambda i: self._block(i, inner))
 
