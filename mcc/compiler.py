@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from rich.progress import Progress
 
-    from mcc.backends.cpu import KernelTime, Lowering, TunedLayer
+    from mcc.backends.cpu import Lowering, Profiler, TunedLayer
     from mcc.backends.tune import Tuning
 
     Model = torch.nn.Module | torch.export.ExportedProgram | Graph | str | Path | ModelProto
@@ -263,17 +263,14 @@ def compile_graph(graph: Graph, example: tuple[Any, ...], steps: tuple[Pass, ...
     )
 
 
-def profile_layers(
-    graph: Graph, example: tuple[Tensor, ...], steps: tuple[Pass, ...], options: Options, runs: int = 20
-) -> list[KernelTime]:
-    """Run passes over a graph and time every kernel of what comes out, one after another, on one thread."""
+def layer_profiler(graph: Graph, example: tuple[Tensor, ...], steps: tuple[Pass, ...], options: Options) -> Profiler:
+    """Run passes over a graph; returns what times every kernel of what comes out, one after another."""
     compressed, _ = Pipeline(steps, options.resolved_target, options.data, options.seed, options.verify).run(
         graph, example
     )
     encoded, _ = _encoded(compressed, options)
     arrays = [x.detach().numpy() for x in example]
-    use_threads(1)
-    return cpu.profile_layers(encoded, options.resolved_target, options.tuning, arrays, runs)
+    return cpu.profiler(encoded, options.resolved_target, options.tuning, arrays)
 
 
 def tune_layers(

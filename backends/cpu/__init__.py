@@ -13,7 +13,7 @@ from mcc.backends.cpu.integerize import integerize
 from mcc.backends.cpu.layout import layout
 from mcc.backends.cpu.lowering import Lowering
 from mcc.backends.cpu.measure import measure
-from mcc.backends.cpu.profile import KernelTime, profile
+from mcc.backends.cpu.profile import KernelTime, Profiler
 from mcc.backends.cpu.rephrase import rephrase
 from mcc.backends.cpu.select import prefer_dense, select
 from mcc.backends.tune import Tuner, Tuning
@@ -28,7 +28,17 @@ if TYPE_CHECKING:
 
 STAGES = (rephrase, hoist, layout, integerize, fuse, select, emit, build)
 
-__all__ = ["STAGES", "KernelTime", "Lowering", "TunedLayer", "lower", "prefer_dense", "profile_layers", "tune_layers"]
+__all__ = [
+    "STAGES",
+    "KernelTime",
+    "Lowering",
+    "Profiler",
+    "TunedLayer",
+    "lower",
+    "prefer_dense",
+    "profiler",
+    "tune_layers",
+]
 
 
 def lower(graph: Graph, target: Target, tuning: Tuning) -> Lowering:
@@ -45,15 +55,13 @@ def lower(graph: Graph, target: Target, tuning: Tuning) -> Lowering:
     return build(_emitted(graph, target, tuning))
 
 
-def profile_layers(
-    graph: Graph, target: Target, tuning: Tuning, inputs: Sequence[NDArray[Any]], runs: int
-) -> list[KernelTime]:
-    """Time every kernel of an encoded graph on this machine; see `profile`.
+def profiler(graph: Graph, target: Target, tuning: Tuning, inputs: Sequence[NDArray[Any]]) -> Profiler:
+    """What times every kernel of an encoded graph on this machine.
 
     Raises:
         BackendError: an op or shape cannot be lowered.
     """
-    return profile(_emitted(graph, target, tuning), inputs, runs)
+    return Profiler(_emitted(graph, target, tuning), inputs)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from tvm import relax
 
 from mcc.backends.cpu.build import compile_module
 from mcc.backends.cpu.microkernel import Expression, Parameter, Vectors, kernel_function, tvm_target
+from mcc.runtime import use_threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,8 +40,8 @@ class KernelTime:
         kernel: family and tile, or the name of a function of the op library.
         milliseconds: least of all runs.
         macs: multiply-accumulates; 0 where they are not counted.
-        percent_of_peak: of the multiply-accumulates one core was measured to reach on this element type; None where
-            there are no macs.
+        percent_of_peak: of the multiply-accumulates that one core was measured to reach on this element type, times the
+            threads; None where there are no macs.
     """
 
     layer: str
@@ -51,60 +52,67 @@ class KernelTime:
     percent_of_peak: float | None
 
 
-def profile(lowering: Lowering, inputs: Sequence[NDArray[Any]], runs: int) -> list[KernelTime]:
-    """Time every call of an emitted model, in order, on the threads that TVM's pool has now.
+class Profiler:
+    """Times every call of an emitted model's kernels, in order.
 
     Args:
         lowering: through all stages but `build`.
         inputs: flattened.
-        runs: the least time of these is taken.
     """
-    machine = relax.VirtualMachine(compile_module(lowering, "bytecode"), tvm.cpu())
-    weights = tvm.runtime.convert([tvm.runtime.tensor(np.ascontiguousarray(w)) for w in lowering.weights.values()])
-    arguments = [tvm.runtime.tensor(x) for x in inputs]
-    calls: list[tuple[str, float]] = []
-    started, own_time = 0.0, math.inf
 
-    def instrument(function: object, name: str, before: bool, result: object, *rest: object) -> None:  # noqa: FBT001
-        nonlocal started, own_time
-        del function, result, rest
-        if before:
-            started = time.perf_counter()
-            return
-        passed = (time.perf_counter() - started) * 1e3
-        if name.startswith(_BOOKKEEPING):
-            own_time = min(own_time, passed)  # what being asked costs: the call itself does next to nothing
-        else:
-            calls.append((name, passed))
+    def __init__(self, lowering: Lowering, inputs: Sequence[NDArray[Any]]) -> None:
+        self._lowering = lowering
+        self._machine = relax.VirtualMachine(compile_module(lowering, "bytecode"), tvm.cpu())
+        weights = [tvm.runtime.tensor(np.ascontiguousarray(w)) for w in lowering.weights.values()]
+        self._arguments = [*(tvm.runtime.tensor(x) for x in inputs), tvm.runtime.convert(weights)]
+        self._peaks = {kind: peak(lowering.target, kind) for kind in ("float32", "int8")}
 
-    machine.set_instrument(instrument)
-    best: list[tuple[str, float]] = []
-    for _ in range(runs):
-        calls.clear()
-        machine["main"](*arguments, weights)
-        best = [(n, min(t, o)) for (n, t), (_, o) in zip(calls, best or calls, strict=True)]
-    asking = own_time if math.isfinite(own_time) else 0.0
-    return _rows([(name, max(t - asking, 0.0)) for name, t in best], lowering)
+    def measure(self, runs: int, threads: int = 1) -> list[KernelTime]:
+        """The least time of `runs` of every call, kernels using `threads`."""
+        use_threads(threads)
+        calls: list[tuple[str, float]] = []
+        started, own_time = 0.0, math.inf
+
+        def instrument(function: object, name: str, before: bool, result: object, *rest: object) -> None:  # noqa: FBT001
+            nonlocal started, own_time
+            del function, result, rest
+            if before:
+                started = time.perf_counter()
+                return
+            passed = (time.perf_counter() - started) * 1e3
+            if name.startswith(_BOOKKEEPING):
+                own_time = min(own_time, passed)  # what being asked costs: the call itself does next to nothing
+            else:
+                calls.append((name, passed))
+
+        self._machine.set_instrument(instrument)
+        best: list[tuple[str, float]] = []
+        for _ in range(runs):
+            calls.clear()
+            self._machine["main"](*self._arguments)
+            best = [(n, min(t, o)) for (n, t), (_, o) in zip(calls, best or calls, strict=True)]
+        asking = own_time if math.isfinite(own_time) else 0.0
+        peaks = {kind: threads * reached for kind, reached in self._peaks.items()}
+        return _rows([(name, max(t - asking, 0.0)) for name, t in best], self._lowering, peaks)
 
 
-def _rows(calls: list[tuple[str, float]], lowering: Lowering) -> list[KernelTime]:
+def _rows(calls: list[tuple[str, float]], lowering: Lowering, peaks: dict[str, float]) -> list[KernelTime]:
     """Match calls with the layers that have own kernels: both are in the order of the graph."""
     own = iter(row for row in lowering.layers if row.kernel != "op library")
     families = tuple({row.kernel.split()[0] for row in lowering.layers if row.kernel != "op library"})
-    reached = {kind: peak(lowering.target, kind) for kind in ("float32", "int8")}
     rows = []
     for name, milliseconds in calls:
         layer = next(own) if name.startswith(families) else None
-        rows.append(_row(layer, name, milliseconds, reached))
+        rows.append(_row(layer, name, milliseconds, peaks))
     return rows
 
 
-def _row(layer: LayerRow | None, name: str, milliseconds: float, reached: dict[str, float]) -> KernelTime:
+def _row(layer: LayerRow | None, name: str, milliseconds: float, peaks: dict[str, float]) -> KernelTime:
     if layer is None:
         return KernelTime("", name, "op library", milliseconds, 0, None)
     # sparse codes are summed in float, and those of depthwise layers where only that is exact
     kind = "int8" if layer.kernel.startswith(("dense_int8", "conv2d_int8", "depthwise_int8")) else "float32"
-    percent = 100 * layer.macs / (milliseconds * 1e-3) / reached[kind] if layer.macs and milliseconds else None
+    percent = 100 * layer.macs / (milliseconds * 1e-3) / peaks[kind] if layer.macs and milliseconds else None
     return KernelTime(layer.layer, layer.op, layer.kernel, milliseconds, layer.macs, percent)
 
 

@@ -17,6 +17,7 @@ from mcc.cli.arguments import clear_errors, print_json, read_data, read_inputs, 
 from mcc.data import Data
 from mcc.errors import SpecError
 
+LAYER_RUNS = 20
 _PEERS = {"ONNX Runtime": onnxruntime_engine, "OpenVINO": openvino_engine}
 
 
@@ -27,7 +28,7 @@ def bench_model(
     data: Annotated[Path | None, typer.Option(help=".npz for passes that need data")] = None,
     threads: Annotated[int, typer.Option(help="for every engine")] = 1,
     runs: Annotated[int, typer.Option(help="of every engine")] = 200,
-    layers: Annotated[bool, typer.Option(help="time every kernel instead, on one thread, beside the peak")] = False,
+    layers: Annotated[bool, typer.Option(help="time every kernel instead, beside the peak")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Time mcc, torch eager, ONNX Runtime and OpenVINO in turns, with equal threads; peers that lack are named.
@@ -43,8 +44,8 @@ def bench_model(
         example = example or compiler.example_of(graph)
         if layers:
             options = compiler.Options(data=read_data(data) or Data())
-            rows = compiler.profile_layers(graph, example, compiler.resolve_passes(passes), options)
-            _print_layers(rows, as_json=as_json)
+            profiler = compiler.layer_profiler(graph, example, compiler.resolve_passes(passes), options)
+            _print_layers(profiler.measure(LAYER_RUNS, threads), threads, as_json=as_json)
             return
         engines: dict[str, Callable[[], Any]] = {}
         torch.set_num_threads(threads)
@@ -72,7 +73,7 @@ def bench_model(
         typer.echo(f"not measured: {name}: {reason}")
 
 
-def _print_layers(rows: list[KernelTime], *, as_json: bool) -> None:
+def _print_layers(rows: list[KernelTime], threads: int, *, as_json: bool) -> None:
     """Every kernel, the slowest first."""
     if as_json:
         print_json({"layers": [vars(row) for row in rows]})
@@ -81,7 +82,7 @@ def _print_layers(rows: list[KernelTime], *, as_json: bool) -> None:
     from rich.table import Table
 
     total = sum(row.milliseconds for row in rows)
-    table = Table(title=f"{len(rows)} kernels, {total:.3f} ms on one thread, the slowest first")
+    table = Table(title=f"{len(rows)} kernels, {total:.3f} ms with --threads {threads}, the slowest first")
     for column in ("layer", "op", "kernel", "ms", "% of time", "% of peak"):
         table.add_column(column, justify="right" if column in ("ms", "% of time", "% of peak") else "left")
     for row in sorted(rows, key=lambda r: -r.milliseconds):

@@ -1,15 +1,16 @@
 """Single layers of real networks, each as percent of the multiply-add peak that one core was measured to reach.
 
-    python tests/bench/kernels.py [--target cpu:avx2] [--precision fp32,int8] [--runs 20]
+    python tests/bench/kernels.py [--target cpu:avx2] [--precision fp32,int8] [--threads 2] [--runs 20] [--only depthwise]
 
-The peak is that of the target's own instruction sequence: fused multiply-add for fp32, `dot4` for int8.
+The peak is that of the target's own instruction sequence: fused multiply-add for fp32, `dot4` for int8. A layer stands
+before another one, so that in int8 it writes codes, as in a network. With more threads the time on one over that on so
+many is printed too: both are timed in turns.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Iterator
+import statistics
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,11 @@ from torch import nn
 
 import mcc
 from mcc import compiler
+from mcc.backends.cpu import KernelTime
 from mcc.target import parse_target
+
+READER = 8  # outputs of the layer that reads
+TURNS = 3
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,13 @@ class Shape:
         return "depthwise" if self.groups == self.inputs > 1 else "conv"
 
     def module(self) -> nn.Module:
-        """The layer with a relu."""
+        """The layer with a relu, and a small one that reads the result."""
         if not self.kernel:
-            return nn.Sequential(nn.Linear(self.inputs, self.outputs), nn.ReLU())
+            return nn.Sequential(nn.Linear(self.inputs, self.outputs), nn.ReLU(), nn.Linear(self.outputs, READER))
         conv = nn.Conv2d(
             self.inputs, self.outputs, self.kernel, self.stride, self.kernel // 2, groups=self.groups
         )  # fmt: skip
-        return nn.Sequential(conv, nn.ReLU())
+        return nn.Sequential(conv, nn.ReLU(), nn.Conv2d(self.outputs, READER, 1))
 
     def example(self) -> torch.Tensor:
         """An input; images lie with their channels first, and the transpose is not counted."""
@@ -82,39 +87,57 @@ SHAPES = (
 )  # fmt: skip
 
 
-def percent(shape: Shape, precision: str, target: str, runs: int) -> float:
-    """Percent of peak of one layer."""
+@dataclass(frozen=True)
+class Result:
+    """What was measured of a layer.
+
+    Attributes:
+        percent: of the peak, on one thread.
+        speedup: the time on one thread over that on several.
+    """
+
+    percent: float
+    speedup: float
+
+
+def measured(shape: Shape, precision: str, options: argparse.Namespace) -> Result:
+    """Time one layer, the numbers of threads in turns."""
     torch.manual_seed(0)
     x = shape.example()
     graph = mcc.capture(shape.module().eval(), (x,))
-    options = compiler.Options(parse_target(target), mcc.Data(calibration=[x]), verify=False)
+    compiling = compiler.Options(parse_target(options.target), mcc.Data(calibration=[x]), verify=False)
     steps = compiler.resolve_passes("quantize" if precision == "int8" else "")
-    rows = compiler.profile_layers(graph, (x,), steps, options, runs)
-    (found,) = [row.percent_of_peak for row in rows if row.percent_of_peak is not None]
-    return found
-
-
-def measure(precision: str, target: str, runs: int) -> Iterator[tuple[Shape, float]]:
-    """Every shape with its percent of peak."""
-    for shape in SHAPES:
-        yield shape, percent(shape, precision, target, runs)
+    profiler = compiler.layer_profiler(graph, (x,), steps, compiling)
+    best: dict[int, KernelTime] = {}
+    for threads in [1, options.threads] * TURNS if options.threads > 1 else [1]:
+        (row,) = [row for row in profiler.measure(options.runs, threads) if row.layer == "0"]
+        best[threads] = min(row, best.get(threads, row), key=lambda r: r.milliseconds)
+    percent = best[1].percent_of_peak
+    assert percent is not None
+    return Result(percent, best[1].milliseconds / best[options.threads].milliseconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="cpu")
     parser.add_argument("--precision", default="fp32,int8")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--only", default="", help="a part of the layer's text")
     options = parser.parse_args()
     print(f"target {parse_target(options.target)}, one thread, least of {options.runs} runs")
     for precision in options.precision.split(","):
-        families: dict[str, list[float]] = {}
-        for shape, found in measure(precision, options.target, options.runs):
+        families: dict[str, list[Result]] = {}
+        for shape in (s for s in SHAPES if options.only in str(s)):
+            found = measured(shape, precision, options)
             families.setdefault(shape.family, []).append(found)
-            print(f"{precision} {shape}: {found:.0f} %", flush=True)
-        for family, values in families.items():
-            mean = math.exp(sum(map(math.log, values)) / len(values))
-            print(f"{precision} {family}: geometric mean {mean:.1f} % over {len(values)} shapes")
+            scaled = f", {found.speedup:.2f} times as fast on {options.threads} threads" if options.threads > 1 else ""
+            print(f"{precision} {shape}: {found.percent:.0f} %{scaled}", flush=True)
+        for family, results in families.items():
+            mean = statistics.geometric_mean(r.percent for r in results)
+            print(f"{precision} {family}: geometric mean {mean:.1f} % over {len(results)} shapes")
+            if options.threads > 1:
+                print(f"{precision} {family}: speedup {statistics.geometric_mean(r.speedup for r in results):.2f}")
 
 
 if __name__ == "__main__":

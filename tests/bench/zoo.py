@@ -169,6 +169,45 @@ class _Basic(nn.Module):
         return F.relu(self.b_norm(self.b(F.relu(self.a_norm(self.a(x))))) + self.skip(x))
 
 
+def _norm_relu6(conv: nn.Conv2d) -> list[nn.Module]:
+    return [conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU6()]
+
+
+class _Inverted(nn.Module):
+    """An inverted residual without squeeze and excitation."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expand: int) -> None:
+        super().__init__()
+        inner = inputs * expand
+        wider = _norm_relu6(nn.Conv2d(inputs, inner, 1, bias=False)) if expand > 1 else []
+        depthwise = nn.Conv2d(inner, inner, kernel, stride, kernel // 2, groups=inner, bias=False)
+        narrower = [nn.Conv2d(inner, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
+        self.layers = nn.Sequential(*wider, *_norm_relu6(depthwise), *narrower)
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.residual else self.layers(x)
+
+
+class EfficientNetLite0(nn.Sequential):
+    """EfficientNet-Lite0 of images 224 x 224."""
+
+    # kernel, stride, expansion, outputs, blocks
+    STAGES = (
+        (3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3), (5, 2, 6, 192, 4),
+        (3, 1, 6, 320, 1),
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        layers, width = _norm_relu6(nn.Conv2d(3, 32, 3, 2, 1, bias=False)), 32
+        for kernel, stride, expand, outputs, blocks in self.STAGES:
+            for i in range(blocks):
+                layers.append(_Inverted(width, outputs, kernel, stride if i == 0 else 1, expand))
+                width = outputs
+        layers += _norm_relu6(nn.Conv2d(width, 1280, 1, bias=False))
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, 1000))
+
+
 class Mlp(nn.Sequential):
     """The network of the demo."""
 
@@ -248,6 +287,7 @@ CASES: dict[str, Case] = {
     "ResNet-50": Case(_torchvision("resnet50"), _images(224), _CNN),
     "MobileNetV2": Case(_torchvision("mobilenet_v2"), _images(224), _CNN),
     "MobileNetV3-L": Case(_torchvision("mobilenet_v3_large"), _images(224), _CNN),
+    "EfficientNet-Lite0": Case(EfficientNetLite0, _images(224), _CNN),
     "EfficientNetV2-S": Case(_torchvision("efficientnet_v2_s"), _images(224), _CNN),
     "ConvNeXt-T": Case(_torchvision("convnext_tiny"), _images(224), _CNN),
     "U-Net": Case(UNet, _images(128), _CNN),

@@ -312,6 +312,6 @@ def test_a_quantizer_takes_in_the_norm_before_it_unless_the_floats_are_read(resi
     model, x = NormBeforeLayers(residual).eval(), torch.randn(3, 7, 40)
     graph, _ = Pipeline((Quantize(),), parse_target("cpu"), Data(calibration=[x])).run(mcc.capture(model, (x,)), (x,))
     encoded, _ = encode(graph, cpu.prefer_dense)
-    rows = cpu.profile_layers(encoded, parse_target("cpu"), "model", [x.numpy()], 1)
+    rows = cpu.profiler(encoded, parse_target("cpu"), "model", [x.numpy()]).measure(1)
     assert sum(row.kernel == "op library" and row.op.startswith("quantize") for row in rows) == calls
     compiled(model, x, Quantize())  # verified
