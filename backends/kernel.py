@@ -101,14 +101,24 @@ class StoredWeight:
         shape: of the dense weight, [out, in / groups, …].
         dense: float32 values or int8 codes, [out, in / groups, …]; None where it is sparse.
         sparse: the sparse form; None where it is dense.
-        scale: float32 [out] of int8 codes; None for float values.
+        scale: of codes, float32 [out]; or, for groups of a row's inputs, float16 or float32 [out, groups]; None for
+            float values.
+        zero_point: of groups, int8 [out, groups]; None where all are zero.
+        bits: of a code as the graph stores it.
     """
 
     name: str
     shape: tuple[int, ...]
     dense: NDArray[Any] | None
     sparse: SparseArrays | None
-    scale: NDArray[np.float32] | None
+    scale: NDArray[Any] | None
+    zero_point: NDArray[np.int8] | None = None
+    bits: int = 8
+
+    @property
+    def grouped(self) -> bool:
+        """Whether groups of a row's inputs have scales of their own."""
+        return self.scale is not None and self.scale.ndim == 2
 
     @property
     def dtype(self) -> str:
@@ -120,7 +130,10 @@ class StoredWeight:
     @property
     def text(self) -> str:
         """The format in words, for the report."""
-        return ("sparse " if self.sparse is not None else "") + self.dtype
+        kind = self.dtype if self.bits == 8 else f"int{self.bits}"
+        if self.scale is not None and self.grouped:
+            kind += f" in groups of {self.shape[1] // self.scale.shape[1]}"
+        return ("sparse " if self.sparse is not None else "") + kind
 
     @cached_property
     def largest_row(self) -> int:

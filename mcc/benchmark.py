@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from onnx import ModelProto
 
-TURN_SECONDS = 2e-3
+TURN_SECONDS = 0.05
+QUIET_SECONDS = 0.05
+FEWEST_TURNS = 5
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,29 @@ class Timing:
 def interleave(engines: Mapping[str, Callable[[], object]], runs: int = 200) -> dict[str, Timing]:
     """Time each engine `runs` times, in turns.
 
-    In a turn an engine runs as many times in a row as fit into 2 ms (at least once), so that short calls find their
-    weights in cache as they would in service; the turns alternate, so that a change in the machine's speed meets all.
+    A turn begins with a pause, in which the threads of the engine before stop spinning, and with calls that are not
+    counted, until the engine's own threads have found their cores again: without them an engine on two threads is timed
+    beside the busy waiting of another. Then it runs as many times in a row as fit into 50 ms, once at least and a fifth
+    of all runs at most, as it would in service; the turns alternate, so that a change in the machine's speed meets all.
     """
-    per_turn: dict[str, int] = {}
     times: dict[str, list[float]] = {name: [] for name in engines}
-    for name, call in engines.items():
-        call()
-        per_turn[name] = max(1, min(runs, int(TURN_SECONDS / max(_timed(call), 1e-7))))
+    most = -(-runs // FEWEST_TURNS)
+    per_turn = {name: max(1, min(most, int(TURN_SECONDS / _warmed(call)))) for name, call in engines.items()}
     while any(len(t) < runs for t in times.values()):
         for name, call in engines.items():
+            time.sleep(QUIET_SECONDS)
+            _warmed(call)
             for _ in range(min(per_turn[name], runs - len(times[name]))):
                 times[name].append(_timed(call))
     return {name: Timing(min(t) * 1e3, statistics.median(t) * 1e3, len(t)) for name, t in times.items()}
+
+
+def _warmed(call: Callable[[], object]) -> float:
+    """Call for 50 ms, at least twice; the least time of one."""
+    started, least = time.perf_counter(), _timed(call)
+    while time.perf_counter() - started < TURN_SECONDS:
+        least = min(least, _timed(call))
+    return max(min(least, _timed(call)), 1e-7)
 
 
 def _timed(call: Callable[[], object]) -> float:

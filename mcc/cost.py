@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from mcc import ops
-from mcc.formats import sparse_bytes
+from mcc.formats import packed_bytes, sparse_bytes
 from mcc.graph import Graph, Node
 from mcc.report import Size
 
 # bytes: a constant that is larger, and larger than what it is made of, is computed at every call instead of stored
 LARGEST_GROWTH = 1 << 20
+WIDEST_PACKED = 4  # bits; wider codes are bytes, which every kernel reads
 
 
 @dataclass(frozen=True)
@@ -45,22 +46,26 @@ class WeightExpression:
         mask: the 0/1 mask it is multiplied by, or None.
         quantizer: the fake_quantize, quantize or dequantize node over it, or None.
         sparse: the decode_sparse node over it, or None.
+        packed: the unpack node over it, or None.
     """
 
     root: Node
     mask: Tensor | None
     quantizer: Node | None
     sparse: Node | None
+    packed: Node | None
 
     @property
     def elements(self) -> int:
         """Elements of the dense weight."""
-        shape = self.sparse.shape if self.sparse is not None else self.root.shape
+        shape = (self.sparse or self.packed or self.root).shape
         return math.prod(int(s) for s in shape)
 
     @property
     def kept(self) -> int:
-        """Elements stored as non-zero."""
+        """Elements stored as non-zero; of packed codes all."""
+        if self.packed is not None:
+            return self.elements
         values = self.root.tensor.detach()
         return int(torch.count_nonzero(values if self.mask is None else values * self.mask))
 
@@ -68,19 +73,27 @@ class WeightExpression:
     def stored_bytes(self) -> int:
         """Bytes of the weight with its indices and scales, in the format `encode` would choose by size."""
         element = self.root.tensor.element_size()
+        size = self.elements * element
         if self.quantizer is not None and self.quantizer.op is ops.FAKE_QUANTIZE:
             element = 1
-        size = self.elements * element
+            size = packed_bytes(self.elements, code_bits(self.quantizer))
+        if self.packed is not None:
+            size = self.root.tensor.numel()
         if self.mask is not None:
             size = min(size, sparse_bytes(self.mask, element))
         if self.sparse is not None:
             operands = (self.sparse.operand(i) for i in range(3))
             size = sum(o.tensor.numel() * o.tensor.element_size() for o in operands if o is not None)
         if self.quantizer is not None:
-            scale = self.quantizer.operand(1)
-            assert scale is not None
-            size += 2 * scale.tensor.numel() * scale.tensor.element_size()
+            operands = (self.quantizer.operand(i) for i in (1, 2))
+            size += sum(o.tensor.numel() * o.tensor.element_size() for o in operands if o is not None)
         return size
+
+
+def code_bits(quantizer: Node) -> int:
+    """Bits that a fake-quantized weight's codes take as `encode` stores them: 1 to 4 packed, else 8."""
+    bits = int(quantizer.argument(5) - quantizer.argument(4)).bit_length()
+    return bits if bits <= WIDEST_PACKED else 8
 
 
 def weight_expression(node: Node | None) -> WeightExpression | None:
@@ -88,6 +101,7 @@ def weight_expression(node: Node | None) -> WeightExpression | None:
     mask: Tensor | None = None
     quantizer: Node | None = None
     sparse: Node | None = None
+    packed: Node | None = None
     while node is not None and not node.is_parameter:
         if node.op is ops.MUL:
             other = node.operand(1)
@@ -100,10 +114,12 @@ def weight_expression(node: Node | None) -> WeightExpression | None:
             quantizer = node
         elif node.op is ops.DECODE_SPARSE:
             sparse = node
+        elif node.op is ops.UNPACK:
+            packed = node
         else:
             return None
         node = node.operand(0)
-    return None if node is None else WeightExpression(node, mask, quantizer, sparse)
+    return None if node is None else WeightExpression(node, mask, quantizer, sparse, packed)
 
 
 def layer_costs(graph: Graph) -> tuple[LayerCost, ...]:
@@ -112,7 +128,7 @@ def layer_costs(graph: Graph) -> tuple[LayerCost, ...]:
     rows = []
     for node in graph.nodes:
         row = node.op
-        if row is None or row in (ops.MUL, ops.DECODE_SPARSE, ops.DEQUANTIZE, ops.FAKE_QUANTIZE):
+        if row is None or row in (ops.MUL, ops.DECODE_SPARSE, ops.UNPACK, ops.DEQUANTIZE, ops.FAKE_QUANTIZE):
             continue
         macs, parameters, stored = row.macs(node.fx), 0, 0
         for position in range(len(node.fx.args)):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mcc import ops
-from mcc.cost import WeightExpression, weight_expression
-from mcc.formats import encode_sparse, quantize, sparse_bytes
+from mcc.cost import WIDEST_PACKED, WeightExpression, code_bits, weight_expression
+from mcc.formats import encode_sparse, pack, packed_bytes, quantize, sparse_bytes
 from mcc.graph import Graph, Node, identifier
 from mcc.report import Declined
 from mcc.rewrite import Rewriter
@@ -22,8 +22,8 @@ def encode(graph: Graph, prefer_dense: SparseVerdict) -> tuple[Graph, list[Decli
     """Return a copy of `graph` with every weight in its stored format, and the masked layers stored dense, with why.
 
     A mask over a weight becomes `decode_sparse` where that stores fewer bytes and the backend profits, else zeros in
-    a dense weight. `fake_quantize` of a weight becomes its codes under `dequantize`; of an activation, `quantize`
-    under `dequantize`.
+    a dense weight. `fake_quantize` of a weight becomes its codes under `dequantize`, packed where they have four bits
+    or fewer; of an activation, `quantize` under `dequantize`.
     """
     graph = graph.copy()
     dense: list[Declined] = []
@@ -77,13 +77,25 @@ def _encode_weight(node: Node, prefer_dense: SparseVerdict) -> str | None:
         ]  # fmt: skip
         made = rewriter.call(ops.DECODE_SPARSE, *operands, list(stored.shape))
         made.rename(f"{identifier(name)}_sparse")
+    elif expression.quantizer is not None:
+        made = _read_codes(rewriter, name, stored, expression.quantizer)
     else:
-        made = rewriter.read(f"{name}_{'codes' if expression.quantizer is not None else 'dense'}", stored)
+        made = rewriter.read(f"{name}_dense", stored)
     if expression.quantizer is not None:
         scale, zero_point = expression.quantizer.operand(1), expression.quantizer.operand(2)
         made = rewriter.call(ops.DEQUANTIZE, made, scale, zero_point, expression.quantizer.argument(3))
     made.take_place_of(node)
     return reason
+
+
+def _read_codes(rewriter: Rewriter, name: str, codes: Tensor, quantizer: Node) -> Node:
+    bits, low = code_bits(quantizer), quantizer.argument(4)
+    if bits > WIDEST_PACKED:
+        return rewriter.read(f"{name}_codes", codes)
+    packed = rewriter.read(f"{name}_packed", pack(codes, bits, low))
+    made = rewriter.call(ops.UNPACK, packed, bits, low, list(codes.shape))
+    made.rename(f"{identifier(name)}_codes")
+    return made
 
 
 def _stored_values(expression: WeightExpression) -> Tensor:
@@ -105,6 +117,11 @@ def _dense_reason(node: Node, expression: WeightExpression, stored: Tensor, pref
     assert expression.mask is not None
     density = expression.kept / max(expression.elements, 1)
     dense_bytes = stored.numel() * stored.element_size()
+    if expression.quantizer is not None:
+        zero_point = expression.quantizer.operand(2)
+        if zero_point is not None and bool(zero_point.tensor.any()):
+            return "stored dense: its zeros are not code 0"
+        dense_bytes = packed_bytes(stored.numel(), code_bits(expression.quantizer))
     as_sparse = sparse_bytes(expression.mask, stored.element_size())
     if as_sparse >= dense_bytes:
         return f"stored dense: at density {density:.2f} sparse takes {as_sparse:,} bytes, dense {dense_bytes:,}"

@@ -1,8 +1,9 @@
 """Stored formats: how a compressed weight or activation stands in a graph, as ops that run in plain PyTorch.
 
 A compressed weight is an expression: `dequantize(codes, scale, …)`, `decode_sparse(values, …)`, or one inside the
-other. Kernels read the operands of these ops as they are stored; everything else runs the ops themselves. During
-training a quantizer is `fake_quantize`, with a straight-through gradient.
+other; codes of a few bits stand packed, under `unpack`. Kernels read the operands of these ops as they are stored;
+everything else runs the ops themselves. During training a quantizer is `fake_quantize`, with a straight-through
+gradient.
 """
 
 from __future__ import annotations
@@ -15,8 +16,19 @@ from torch import Tensor
 
 
 def along_axis(vector: Tensor, like: Tensor, axis: int | None) -> Tensor:
-    """`vector` shaped to broadcast against `like`: [] where axis is None, else its length at `axis`."""
-    return vector if axis is None else vector.reshape([-1 if i == axis else 1 for i in range(like.dim())])
+    """Scales or zero points shaped to broadcast against `like`.
+
+    Args:
+        vector: [] for all elements; [like.shape[axis]]; or, where axis is 0, [like.shape[0], groups] for a matrix whose
+            rows are cut into groups of equal length.
+        like: the tensor they belong to.
+        axis: None where vector is [].
+    """
+    if axis is None or vector.dim() == 0:
+        return vector
+    if vector.dim() == 2:
+        return vector.repeat_interleave(like.shape[1] // vector.shape[1], dim=1)
+    return vector.reshape([-1 if i == axis else 1 for i in range(like.dim())])
 
 
 @torch.library.custom_op("mcc::quantize", mutates_args=())
@@ -27,8 +39,8 @@ def quantize(  # noqa: PLR0913 (an op's schema)
 
     Args:
         x: float, any shape.
-        scale: float32, [] or [x.shape[axis]].
-        zero_point: int32, the shape of scale.
+        scale: float32, [] or [x.shape[axis]]; or, for groups, float32 or float16 [x.shape[0], groups] with axis 0.
+        zero_point: int32 or int8, the shape of scale or [].
         axis: the dim of x that scale runs along, or None for one scale.
         low: the smallest code.
         high: the largest code.
@@ -55,8 +67,8 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | Non
 
 @dequantize.register_fake
 def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
-    del zero_point, axis
-    return torch.empty_like(codes, dtype=scale.dtype)
+    del scale, zero_point, axis
+    return torch.empty_like(codes, dtype=torch.float32)
 
 
 @torch.library.custom_op("mcc::fake_quantize", mutates_args=())
@@ -116,6 +128,40 @@ def decode_sparse(values: Tensor, columns: Tensor, row_pointers: Tensor, shape: 
 def _(values: Tensor, columns: Tensor, row_pointers: Tensor, shape: list[int]) -> Tensor:
     del columns, row_pointers
     return values.new_empty(shape)
+
+
+@torch.library.custom_op("mcc::unpack", mutates_args=())
+def unpack(packed: Tensor, bits: int, low: int, shape: list[int]) -> Tensor:
+    """The int8 codes of a stream of bits.
+
+    Args:
+        packed: [ceil(elements * bits / 8)], uint8: code - low of every element after one another, lowest bit first.
+        bits: of a code, 1 to 7.
+        low: the smallest code.
+        shape: of the result.
+    """
+    count = int(np.prod(shape))
+    stream = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little").reshape(count, bits)
+    codes = np.packbits(stream, axis=1, bitorder="little").reshape(shape).astype(np.int8) + np.int8(low)
+    return torch.from_numpy(codes)
+
+
+@unpack.register_fake
+def _(packed: Tensor, bits: int, low: int, shape: list[int]) -> Tensor:
+    del bits, low
+    return packed.new_empty(shape, dtype=torch.int8)
+
+
+def pack(codes: Tensor, bits: int, low: int) -> Tensor:
+    """What `unpack` reads: int8 codes of any shape, low to low + 2^bits - 1, as uint8 [ceil(elements * bits / 8)]."""
+    shifted = (codes.numpy().reshape(-1).astype(np.int16) - low).astype(np.uint8)
+    stream = np.unpackbits(shifted[:, None], axis=1, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(stream, bitorder="little"))
+
+
+def packed_bytes(elements: int, bits: int) -> int:
+    """Bytes that `pack` gives."""
+    return -(-elements * bits // 8)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from mcc import ops
 from mcc.errors import MccError
 from mcc.text import graph_text
 
-WEIGHT_WRAPPERS = (ops.MUL, ops.FAKE_QUANTIZE, ops.DEQUANTIZE, ops.DECODE_SPARSE, ops.OPS["mcc.quantize"])
+WEIGHT_WRAPPERS = (ops.MUL, ops.FAKE_QUANTIZE, ops.DEQUANTIZE, ops.DECODE_SPARSE, ops.UNPACK, ops.QUANTIZE)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,23 +1,29 @@
-"""Post-training quantization: int8 weights, and int8 activations with ranges from calibration data."""
+"""Post-training quantization: weights of 8, 4, 3 or 2 bits, and int8 activations with ranges from calibration data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from mcc import ops
-from mcc.cost import weight_expression
+from mcc.cost import WeightExpression, weight_expression
 from mcc.errors import PassError, SpecError
 from mcc.graph import Graph, Node, identifier
 from mcc.rewrite import Context, Lossy, Pass, Rewriter
 from mcc.statistics import OBSERVERS, Observer, affine_parameters, observe
 
-FULL_LIMIT = 127
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 ACTIVATION_CODES = (0, 255)
+GROUP_STEP = 32  # whole words of every width
+SHRINKS = 21
+SMALLEST_SHRINK = 0.4
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,15 @@ class Quantize(Pass):
 
     Weights are symmetric with a scale for each output channel; activations affine with one scale, zero exact.
     Jacob et al.: Quantization and training of neural networks for efficient integer-arithmetic-only inference. CVPR
-    2018.
+    2018. Where weights alone are quantized, those of linear layers may have a scale for each group of inputs,
+        @fc.weight_scale: f16[10, 64 / group_size]
+    chosen, as are all scales of fewer than 8 bits, for the least squared error of the weights.
 
     Attributes:
-        weights: "int8".
+        weights: "int8", "int4", "int3" or "int2", rounded to nearest.
         activations: "int8" needs calibration data; None quantizes weights alone.
+        group_size: inputs of a linear layer that share a scale, a multiple of 32; None for all. Needs activations=None.
+        symmetric: False gives each group of a linear layer a zero point. Needs activations=None.
         observer: how the range of an activation is chosen: "min-max"; "percentile-99.9", "-99.99", "-99.999" leave
             outliers out; "mse" has the least squared error.
         weight_range: "target" keeps codes within what the target's fast int8 kernel adds exactly (±63 on AVX2, ±127
@@ -45,8 +55,10 @@ class Quantize(Pass):
         exclude: patterns of layer names to leave in float, shell style.
     """
 
-    weights: Literal["int8"] = "int8"
+    weights: Literal["int8", "int4", "int3", "int2"] = "int8"
     activations: Literal["int8"] | None = "int8"
+    group_size: int | None = None
+    symmetric: bool = True
     observer: Observer = "mse"
     weight_range: Literal["target", "full"] = "target"
     exclude: tuple[str, ...] = ()
@@ -55,7 +67,7 @@ class Quantize(Pass):
 
     def __post_init__(self) -> None:
         for option, allowed in (
-            ("weights", ("int8",)), ("activations", ("int8", None)), ("observer", OBSERVERS),
+            ("weights", tuple(BITS)), ("activations", ("int8", None)), ("observer", OBSERVERS),
             ("weight_range", ("target", "full")),
         ):  # fmt: skip
             if getattr(self, option) not in allowed:
@@ -63,6 +75,15 @@ class Quantize(Pass):
                     f"quantize: {option}={getattr(self, option)!r}",
                     remedy=f"use one of {', '.join(map(repr, allowed))}",
                 )
+        if self.group_size is not None and (self.group_size < GROUP_STEP or self.group_size % GROUP_STEP):
+            raise SpecError(
+                f"quantize: group_size={self.group_size}", remedy=f"use a multiple of {GROUP_STEP}, or None"
+            )
+        if self.activations is not None and (self.group_size is not None or not self.symmetric):
+            raise SpecError(
+                "quantize: integer sums need one scale and no zero point for each output",
+                remedy="leave group_size and symmetric out, or quantize weights alone: activations=None",
+            )
 
     @property
     def needs_data(self) -> tuple[str, ...]:
@@ -72,17 +93,32 @@ class Quantize(Pass):
     def run(self, graph: Graph, context: Context) -> Graph:
         """Quantize weights, then observe the graph with quantized weights and quantize activations."""
         layers = self._layers(graph, context)
-        limit = context.target.int8_weight_limit if self.weight_range == "target" else FULL_LIMIT
-        if self.activations is None:
-            limit = FULL_LIMIT  # a weight-only kernel multiplies in float: any code is exact
-        elif limit != FULL_LIMIT:
-            context.note(f"weight codes within ±{limit}: {context.target} has no instruction that adds ±127 exactly")
+        limit = self._limit(context)
         for node in layers:
-            _quantize_weight(node, limit)
+            if self._grouped and node.op is ops.LINEAR:
+                _quantize_groups(node, BITS[self.weights], self.group_size, symmetric=self.symmetric)
+            else:
+                _quantize_weight(node, limit)
             context.edited()
         if self.activations is not None:
             self._quantize_activations(graph, layers, context)
         return graph
+
+    @property
+    def _grouped(self) -> bool:
+        """Whether linear layers get scales for groups, one group where no size is given."""
+        alone = self.weights != "int8" or self.group_size is not None or not self.symmetric
+        return self.activations is None and alone
+
+    def _limit(self, context: Context) -> int:
+        """The largest code of a weight with one scale for each output."""
+        largest = (1 << (BITS[self.weights] - 1)) - 1
+        exact = context.target.int8_weight_limit
+        # a weight-only kernel multiplies in float: any code is exact
+        if self.activations is None or self.weight_range == "full" or exact >= largest:
+            return largest
+        context.note(f"weight codes within ±{exact}: {context.target} has no instruction that adds ±127 exactly")
+        return exact
 
     def reference(self, before: Graph, after: Graph) -> Graph:
         """The graph before, with weights rounded in their tensors and activations rounded by plain ATen calls."""
@@ -116,6 +152,8 @@ class Quantize(Pass):
                 context.decline(node, f"it computes in {str(node.dtype).removeprefix('torch.')}, not float32")
             elif expression.quantizer is not None:
                 context.decline(node, "its weight is already quantized")
+            elif self._grouped and node.op is ops.LINEAR and self._ragged(expression):
+                context.decline(node, f"its {expression.root.shape[1]} inputs are no multiple of {self.group_size}")
             else:
                 layers.append(node)
         unmatched = [p for p in self.exclude if p not in matched]
@@ -124,6 +162,9 @@ class Quantize(Pass):
             what = f"pattern {unmatched[0]!r} matches no layer" if unmatched else "there is no layer to quantize"
             raise PassError(f"{self}: {what}", remedy=f"layers that can be quantized: {names}")
         return layers
+
+    def _ragged(self, expression: WeightExpression) -> bool:
+        return self.group_size is not None and expression.root.shape[1] % self.group_size != 0
 
     def _quantize_activations(self, graph: Graph, layers: list[Node], context: Context) -> None:
         graph.clean()
@@ -159,25 +200,83 @@ def channel_scales(weight: Tensor, axis: int, limit: int) -> Tensor:
     return torch.where(largest > smallest, largest / limit, 1.0).float()
 
 
-def _quantize_weight(node: Node, limit: int) -> None:
-    top = node.operand(1)
-    expression = weight_expression(top)
-    assert top is not None
+def group_parameters(weight: Tensor, groups: int, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of every group of a row's inputs, for the least squared error of the rounded weights.
+
+    Args:
+        weight: [out, in].
+        groups: of a row, all of one size.
+        bits: of a code: codes are -2^(bits - 1) to 2^(bits - 1) - 1.
+        symmetric: whether all zero points are zero.
+
+    Returns:
+        Scales [out, groups], float16, or float32 where they are too small or too large for that, and zero points: int8
+        [out, groups], or [] where symmetric.
+    """
+    values = weight.detach().float().reshape(len(weight), groups, -1)
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    least, most = values.amin(-1).clamp(max=0.0), values.amax(-1).clamp(min=0.0)
+    span = torch.maximum(-least, most) / high if symmetric else (most - least) / (high - low)
+    span = torch.where(span > torch.finfo(torch.float32).tiny, span, 1.0)
+    normal = torch.finfo(torch.float16)
+    fits = bool((span * SMALLEST_SHRINK > normal.tiny).all() and (span < normal.max).all())
+    best = (torch.full_like(span, torch.inf), span, torch.zeros_like(span))
+    for shrink in torch.linspace(1.0, SMALLEST_SHRINK, SHRINKS).tolist():
+        scale = (span * shrink).half().float() if fits else span * shrink
+        zero = torch.zeros_like(scale) if symmetric else (low - least * shrink / scale).round().clamp(low, high)
+        codes = ((values / scale[..., None]).round() + zero[..., None]).clamp(low, high)
+        error = ((codes - zero[..., None]) * scale[..., None] - values).square().sum(-1)
+        better = error < best[0]
+        best = tuple(torch.where(better, a, b) for a, b in zip((error, scale, zero), best, strict=True))  # type: ignore[assignment]
+    _, scale, zero = best
+    return scale.half() if fits else scale, torch.zeros((), dtype=torch.int8) if symmetric else zero.to(torch.int8)
+
+
+def _stored_weight(node: Node) -> tuple[str, Tensor]:
+    """The name and the values of a layer's weight, masked ones zero."""
+    expression = weight_expression(node.operand(1))
     assert expression is not None
-    name = str(expression.root.fx.target)
+    weight = expression.root.tensor.detach()
+    return str(expression.root.fx.target), weight if expression.mask is None else weight * expression.mask
+
+
+def _quantize_groups(node: Node, bits: int, group_size: int | None, *, symmetric: bool) -> None:
+    name, weight = _stored_weight(node)
+    groups = 1 if group_size is None else weight.shape[1] // group_size
+    low = -(1 << (bits - 1))
+
+    def parameters() -> tuple[Tensor, Tensor]:
+        return group_parameters(weight, groups, bits, symmetric=symmetric)
+
+    _insert_quantizer(node, name, parameters, 0, (low, -low - 1))
+
+
+def _quantize_weight(node: Node, limit: int) -> None:
+    name, weight = _stored_weight(node)
+    axis = 1 if node.op is ops.CONV_TRANSPOSE2D else 0
+
+    def parameters() -> tuple[Tensor, Tensor]:
+        scales = channel_scales(weight, axis, limit)
+        return scales, torch.zeros(scales.shape, dtype=torch.int32)
+
+    _insert_quantizer(node, name, parameters, axis, (-limit, limit))
+
+
+def _insert_quantizer(
+    node: Node, name: str, parameters: Callable[[], tuple[Tensor, Tensor]], axis: int, codes: tuple[int, int]
+) -> None:
+    """Quantize a layer's weight, or let it read the quantizer that another layer with the same weight has."""
+    top = node.operand(1)
+    assert top is not None
     shared = next((u for u in top.users if u.op is ops.FAKE_QUANTIZE), None)
     if shared is not None:
         node.fx.replace_input_with(top.fx, shared.fx)
         return
-    weight = expression.root.tensor
-    if expression.mask is not None:
-        weight = weight * expression.mask
-    axis = 1 if node.op is ops.CONV_TRANSPOSE2D else 0
-    scales = channel_scales(weight, axis, limit)
+    scale, zero_point = parameters()
     rewriter = Rewriter(node.graph, node)
     made = rewriter.call(
-        ops.FAKE_QUANTIZE, top, rewriter.read(f"{name}_scale", scales),
-        rewriter.read(f"{name}_zero_point", torch.zeros(scales.shape, dtype=torch.int32)), axis, -limit, limit,
+        ops.FAKE_QUANTIZE, top, rewriter.read(f"{name}_scale", scale),
+        rewriter.read(f"{name}_zero_point", zero_point), axis, *codes,
     )  # fmt: skip
     made.rename(f"{identifier(name)}_quantized")
     node.fx.replace_input_with(top.fx, made.fx)
@@ -195,16 +294,21 @@ def _round_weight(graph: Graph, quantizer: Node) -> None:
     expression, top = weight_expression(quantizer), quantizer.operand(0)
     assert expression is not None
     assert top is not None
-    scale, _, low, high = _quantizer_tensors(quantizer)
+    scale, zero, low, high = _quantizer_tensors(quantizer)
     weight = expression.root.tensor.detach()
     if expression.mask is not None:
         weight = weight * expression.mask
-    shape = [-1 if i == quantizer.argument(3) else 1 for i in range(weight.dim())]
-    codes = torch.round(weight / scale.reshape(shape)).clamp(low, high)
+    if scale.dim() == 2:  # groups of inputs
+        cut, shape = weight.reshape(*scale.shape, -1), [*scale.shape, 1]
+    else:
+        cut, shape = weight, [-1 if i == quantizer.argument(3) else 1 for i in range(weight.dim())]
+    step, zero = scale.float().reshape(shape), zero if zero.dim() == 0 else zero.reshape(shape)
+    codes = (torch.round(cut / step) + zero).clamp(low, high)
+    rounded_weight = ((codes - zero) * step).reshape(weight.shape)
     readers = [graph.node(user.name) for user in quantizer.users]
     order = {n: i for i, n in enumerate(graph.module.graph.nodes)}
     rewriter = Rewriter(graph, min(readers, key=lambda n: order[n.fx]))
-    made = rewriter.read(f"{expression.root.fx.target}_rounded", codes * scale.reshape(shape))
+    made = rewriter.read(f"{expression.root.fx.target}_rounded", rounded_weight)
     for reader in readers:
         reader.fx.replace_input_with(graph.node(top.name).fx, made.fx)
 

@@ -13,7 +13,7 @@ import mcc
 from mcc.backends.cpu.select import prefer_dense
 from mcc.data import Data
 from mcc.encode import encode
-from mcc.formats import encode_sparse, sparse_bytes
+from mcc.formats import encode_sparse, pack, packed_bytes, sparse_bytes
 from mcc.passes import PruneWeights, Quantize
 from mcc.pipeline import Pipeline
 from mcc.target import parse_target
@@ -33,6 +33,23 @@ def test_sparse_rows_decode_to_the_masked_weight(shape, density, dtype, seed):
     decoded = torch.ops.mcc.decode_sparse(sparse.values, sparse.columns, sparse.row_pointers, list(shape))
     assert np.array_equal(decoded.numpy(), np.where(mask.numpy(), weight.numpy(), 0))
     assert sparse.stored_bytes == sparse_bytes(mask, weight.element_size())
+
+
+@given(
+    bits=st.integers(1, 7), shape=st.sampled_from([(1,), (3, 7), (5, 2, 3), (0, 4)]), lowest=st.integers(-64, 0),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_packed_codes_unpack_to_themselves_and_take_no_more_than_their_bits(bits, shape, lowest, seed):
+    random = np.random.default_rng(seed)
+    low = max(lowest, -(1 << bits))
+    codes = torch.from_numpy(random.integers(low, low + (1 << bits), shape).astype(np.int8))
+    packed = pack(codes, bits, low)
+    assert packed.numel() == packed_bytes(codes.numel(), bits) == -(-codes.numel() * bits // 8)
+    assert torch.equal(torch.ops.mcc.unpack(packed, bits, low, list(shape)), codes)
+
+
+def test_packing_starts_at_the_lowest_bit():
+    assert pack(torch.tensor([-8, 7, -7], dtype=torch.int8), 4, -8).tolist() == [0xF0, 0x01]
 
 
 def test_wide_rows_take_wide_columns():
@@ -89,3 +106,22 @@ def test_a_tied_weight_is_encoded_for_the_layer_and_read_whole_by_the_embedding(
     graph = compressed(TiedLanguageModel(), ids, PruneWeights(ratio=0.9, include=("embed",)))
     encoded, _ = encode(graph, prefer_dense)
     torch.testing.assert_close(encoded(ids), graph(ids))
+
+
+def test_codes_of_few_bits_stand_packed_under_a_dequantize_with_a_scale_for_each_group(golden):
+    x = torch.randn(3, 64)
+    step = Quantize(weights="int4", activations=None, group_size=32, symmetric=False)
+    graph, declined = encode(compressed(mlp(64, 24, 8), x, step), prefer_dense)
+    golden("int4_groups_mlp", str(graph))
+    assert [d.layer for d in declined] == []
+
+
+def test_a_pruned_weight_whose_zeros_are_not_code_0_is_stored_dense_and_stays_zero():
+    x = torch.randn(3, 64)
+    step = Quantize(weights="int4", activations=None, group_size=32, symmetric=False)
+    before = compressed(nn.Sequential(nn.Linear(64, 24)), x, PruneWeights(ratio=0.95), step)
+    graph, declined = encode(before, prefer_dense)
+    assert [d.reason for d in declined] == ["stored dense: its zeros are not code 0"]
+    torch.testing.assert_close(graph(x), before(x))
+    weight = graph(torch.eye(64)) - graph(torch.zeros(1, 64))
+    assert int((weight.abs() < 1e-6).sum()) >= int(0.95 * 64 * 24)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from mcc.errors import SpecError
@@ -15,7 +15,11 @@ from mcc.rewrite import Pass
 from mcc.spec import build_pass, kebab_case, parse_passes, read_recipe
 
 KNOWN = {kind.pass_name(): kind for kind in PASSES}
-SPECIAL = {("PruneWeights", "ratio"): st.floats(0.01, 0.99), ("FineTune", "epochs"): st.integers(1, 50)}
+SPECIAL = {
+    ("PruneWeights", "ratio"): st.floats(0.01, 0.99),
+    ("Quantize", "group_size"): st.sampled_from([None, 32, 128]),
+    ("FineTune", "epochs"): st.integers(1, 50),
+}
 
 
 def _values(kind: type[Pass], field: dataclasses.Field) -> st.SearchStrategy:
@@ -31,6 +35,7 @@ def _values(kind: type[Pass], field: dataclasses.Field) -> st.SearchStrategy:
     text = st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=12)
     by_type = {
         str: text,
+        bool: st.booleans(),
         float: st.floats(1e-6, 1.0),
         int: st.integers(1, 99),
         tuple[str, ...]: st.lists(text, max_size=3).map(tuple),
@@ -41,7 +46,10 @@ def _values(kind: type[Pass], field: dataclasses.Field) -> st.SearchStrategy:
 @st.composite
 def passes(draw: st.DrawFn) -> Pass:
     kind = draw(st.sampled_from(PASSES))
-    return kind(**{f.name: draw(_values(kind, f)) for f in dataclasses.fields(kind)})
+    try:
+        return kind(**{f.name: draw(_values(kind, f)) for f in dataclasses.fields(kind)})
+    except SpecError:
+        reject()  # options that exclude each other
 
 
 @given(st.lists(passes(), max_size=4))
@@ -82,7 +90,7 @@ def test_a_pass_is_called_as_its_class(name, text):
     ("prune-weights{ratio=1.5}", "prune-weights: ratio=1.5\n  remedy  a fraction between 0 and 1"),
     ("fine-tune{epochs=True}", "fine-tune: epochs=True is not a int"),
     ("fine-tune{epochs=0}", "fine-tune: epochs=0"),
-    ("quantize{weights='int3'}", "quantize: weights='int3'\n  remedy  use one of 'int8'"),
+    ("quantize{weights='int5'}", "quantize: weights='int5'\n  remedy  use one of 'int8', 'int4', 'int3', 'int2'"),
     ("quantize{activations=int8}", "cannot read the options {activations=int8}"),
     ("quantize{'int8'}", "options need names"),
     ("quantize{weights='int8'", "no closing brace in"),

@@ -49,13 +49,13 @@ Step = EpilogueStep | ToCodes
 
 
 def channel_vectors(region: Region) -> dict[str, NDArray[np.float32]]:
-    """What turns sums into values, [out]: "bias", and "scale" where the weight is stored as codes.
+    """What turns sums into values, [out]: "bias", and "scale" where the weight is codes with one for each output.
 
     Where nothing but a requantize follows, both are in steps of its scale, which saves a multiplication a value.
     """
     outputs = region.weight.shape[0]
     bias = np.zeros(outputs, np.float32) if region.bias is None else region.bias
-    if region.weight.scale is None:
+    if region.weight.scale is None or region.weight.grouped:
         return {"bias": bias}
     scale = region.weight.scale * np.float32(1.0 if region.activation is None else region.activation.scale)
     step = _requantize_alone(region)
@@ -80,7 +80,7 @@ def steps_after_scale(region: Region) -> tuple[Step, ...]:
 
 def _requantize_alone(region: Region) -> Requantize | None:
     steps = merged(region.epilogue)
-    alone = region.weight.scale is not None and len(steps) == 1
+    alone = region.weight.scale is not None and not region.weight.grouped and len(steps) == 1
     return steps[0] if alone and isinstance(steps[0], Requantize) else None
 
 

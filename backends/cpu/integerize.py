@@ -12,6 +12,7 @@ from torch import fx
 from mcc import ops
 from mcc.backends.cpu.tokens import refusal as attention_refusal
 from mcc.backends.kernel import QuantizedInput, Region, SparseArrays, StoredWeight
+from mcc.formats import unpack
 
 if TYPE_CHECKING:
     from mcc.backends.cpu.lowering import Lowering
@@ -54,26 +55,40 @@ def _stored_weight(node: Node) -> StoredWeight | None:
     top = node.operand(1)
     assert top is not None
     shape = tuple(int(s) for s in top.shape)
-    scale = None
-    inner: Node | None = top
-    if top.op is ops.DEQUANTIZE:
-        scale_node, zero_point = top.operand(1), top.operand(2)
-        assert scale_node is not None
-        assert zero_point is not None
-        if top.argument(3) != 0 or bool(zero_point.tensor.any()):
-            return None
-        scale, inner = scale_node.tensor.numpy(), top.operand(0)
+    weight = _stored_codes(top.operand(0) if top.op is ops.DEQUANTIZE else top, shape)
+    if weight is None or top.op is not ops.DEQUANTIZE:
+        return weight
+    scale, zero_point = top.operand(1), top.operand(2)
+    assert scale is not None
+    assert zero_point is not None
+    if top.argument(3) != 0:
+        return None
+    zeros = zero_point.tensor.numpy()
+    if not zeros.any():
+        return replace(weight, scale=scale.tensor.numpy())
+    grouped = replace(weight, scale=scale.tensor.numpy(), zero_point=zeros)
+    return grouped if grouped.grouped else None
+
+
+def _stored_codes(inner: Node | None, shape: tuple[int, ...]) -> StoredWeight | None:
+    """Values or codes, as yet without a scale."""
     if inner is None:
         return None
     if inner.op is ops.DECODE_SPARSE:
         parts = [inner.operand(i) for i in range(3)]
         values, columns, row_pointers = (p.tensor.detach().numpy() for p in parts if p is not None)
         name = str(parts[0].fx.target).removesuffix("_values") if parts[0] is not None else ""
-        return StoredWeight(name, shape, None, SparseArrays(values, columns, row_pointers), scale)
+        return StoredWeight(name, shape, None, SparseArrays(values, columns, row_pointers), None)
+    if inner.op is ops.UNPACK:
+        packed = inner.operand(0)
+        assert packed is not None
+        bits, low = inner.argument(1), inner.argument(2)
+        codes = unpack(packed.tensor, bits, low, list(shape)).numpy()
+        return StoredWeight(str(packed.fx.target).removesuffix("_packed"), shape, codes, None, None, bits=bits)
     if not inner.is_parameter or inner.dtype not in (torch.float32, torch.int8):
         return None
     name = str(inner.fx.target).removesuffix("_codes").removesuffix("_dense")
-    return StoredWeight(name, shape, inner.tensor.detach().contiguous().numpy(), None, scale)
+    return StoredWeight(name, shape, inner.tensor.detach().contiguous().numpy(), None, None)
 
 
 def quantized_source(source: Node) -> tuple[QuantizedInput | None, Node | None]:

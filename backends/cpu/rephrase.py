@@ -10,6 +10,7 @@ from torch import fx
 
 from mcc import ops
 from mcc.backends.relax.emitter import tuple_of
+from mcc.formats import unpack
 from mcc.graph import Node
 from mcc.ops import OPS
 
@@ -127,7 +128,8 @@ def _was_image(node: Node) -> bool:
 def stored_root(weight: Node) -> Node | None:
     """The tensor of a weight that is stored as it is read or as codes with scales; None where it is computed."""
     root = weight.operand(0) if weight.op is ops.DEQUANTIZE else weight
-    return root if root is not None and root.is_parameter else None
+    packed = root is not None and root.op is ops.UNPACK
+    return root if root is not None and (root.is_parameter or packed) else None
 
 
 def restored_weight(
@@ -150,8 +152,13 @@ def restored_weight(
     assert root is not None
 
     def changed(old: Node, change: Callable[[Tensor], Tensor]) -> fx.Node:
-        name = graph.free_name(f"{old.fx.target}_{node.name}")
-        graph.set_tensor(name, change(old.tensor.detach()).contiguous())
+        read = old.operand(0) if old.op is ops.UNPACK else old
+        assert read is not None
+        tensor = read.tensor.detach()
+        if old.op is ops.UNPACK:
+            tensor = unpack(tensor, *old.fx.args[1:])
+        name = graph.free_name(f"{read.fx.target}_{node.name}")
+        graph.set_tensor(name, change(tensor).contiguous())
         return graph.read(name, node).fx
 
     values = changed(root, stored)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mcc.backends.kernel import Kernel, Region
     from mcc.graph import Node
 
+BYTE = 8
 MANY_ROWS = 8
 DENSEST_FEW, DENSEST_MANY = 0.2, 0.35
 
@@ -44,6 +45,9 @@ def select(lowering: Lowering) -> Lowering:
         if kernel is None:
             refused[region.anchor.fx] = reasons
             continue
+        if read.weight.bits < BYTE and not read.weight.grouped:
+            reason = reason or f"int{read.weight.bits} codes are stored as bytes: {kernel.name} unpacks none"
+            read = replace(read, weight=replace(read.weight, bits=BYTE))
         tile = lowering.tuner.choose(kernel, read, lowering.target)
         choices[output] = Choice(read, kernel, tile, kernel.lower(read, lowering.target, tile), reason)
     return replace(lowering, choices=choices, refused=refused)

@@ -330,4 +330,5 @@ NOT_CALLED = {
     "eye",
     "scalar_tensor",
     "mcc.decode_sparse",
+    "mcc.unpack",
 }

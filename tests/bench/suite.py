@@ -2,7 +2,7 @@
 
     python tests/bench/suite.py [--models ResNet-50,BERT-base] [--threads 1,2] [--precision fp32,int8] [--runs 15]
 
-Prints a Markdown table; `--json FILE` and `--plot FILE` keep the figures and draw them. An engine that cannot run a
+`--precision int4` quantizes the weights of linear layers alone, in groups of 32. Prints a Markdown table; `--json FILE` and `--plot FILE` keep the figures and draw them. An engine that cannot run a
 model is named with the reason. Beside each int8 time stands how far the engine's output is from eager float32.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,14 +18,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from peers import Engine, peers
 from zoo import CASES, Case, settled
 
 import mcc
-from mcc.benchmark import interleave, onnxruntime_engine, openvino_engine
+from mcc.benchmark import interleave
 
-Engine = Callable[..., Any]
 CALIBRATION_BATCHES = 4
-PASSES = {"fp32": "fold-batch-norm", "int8": "fold-batch-norm; quantize"}
+PASSES = {
+    "fp32": "fold-batch-norm",
+    "int8": "fold-batch-norm; quantize",
+    "int4": "fold-batch-norm; quantize{weights='int4', activations=None, group_size=32}",
+}
 WITHOUT_BATCH_NORM = ("BERT", "MiniLM", "ViT", "GPT", "MLP", "ConvNeXt", "LSTM")
 
 
@@ -42,65 +45,6 @@ class Row:
     min_ms: float
     median_ms: float
     deviation: float
-
-
-def peers(
-    proto: Any, calibration: list[tuple[Any, ...]], precision: str, threads: int
-) -> dict[str, Callable[[], Engine]]:
-    """Makers of the peers' engines."""
-    if precision == "fp32":
-        return {
-            "ONNX Runtime": lambda: onnxruntime_engine(proto, threads),
-            "OpenVINO": lambda: openvino_engine(proto, threads),
-        }
-    return {
-        "ONNX Runtime": lambda: onnxruntime_engine(_quantized_onnx(proto, calibration), threads),
-        "OpenVINO": lambda: _nncf_engine(proto, calibration, threads),
-    }
-
-
-def _quantized_onnx(proto: Any, calibration: list[tuple[Any, ...]]) -> bytes:
-    import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    names = [i.name for i in proto.graph.input]
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches = iter(calibration)
-
-        def get_next(self) -> dict[str, Any] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else dict(zip(names, batch, strict=True))
-
-    with tempfile.TemporaryDirectory() as folder:
-        plain, prepared, quantized = (str(Path(folder) / f"{i}.onnx") for i in range(3))
-        onnx.save(proto, plain)
-        quant_pre_process(plain, prepared, skip_symbolic_shape=True)
-        quantize_static(
-            prepared, quantized, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-        )  # fmt: skip
-        return Path(quantized).read_bytes()
-
-
-def _nncf_engine(proto: Any, calibration: list[tuple[Any, ...]], threads: int) -> Engine:
-    import nncf
-    import openvino
-
-    core = openvino.Core()
-    model = core.read_model(proto.SerializeToString(), b"")
-    batches = [b[0] if len(b) == 1 else list(b) for b in calibration]
-    quantized = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches))
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-    request = core.compile_model(quantized, "CPU", settings).create_infer_request()
-
-    def run(*inputs: Any) -> list[Any]:
-        found = request.infer(list(inputs))
-        return [np.asarray(found[i]) for i in range(len(found))]
-
-    return run
 
 
 def measure(name: str, case: Case, setting: tuple[str, int, int], runs: int, failed: dict[str, str]) -> Iterator[Row]:

@@ -13,9 +13,10 @@ from torch import nn
 
 import mcc
 from mcc.data import Data
-from mcc.errors import DataError, PassError
+from mcc.errors import DataError, PassError, SpecError
+from mcc.formats import pack
 from mcc.passes import Quantize
-from mcc.passes.quantize import channel_scales
+from mcc.passes.quantize import channel_scales, group_parameters
 from mcc.pipeline import Pipeline
 from mcc.statistics import OBSERVERS, Histogram, affine_parameters
 from mcc.target import parse_target
@@ -104,6 +105,69 @@ def test_an_all_zero_channel_and_constant_activations_quantize():
     torch.testing.assert_close(graph(torch.zeros(2, 4)), model.bias.expand(2, 3))
 
 
+def test_weights_of_few_bits_get_a_scale_and_a_zero_point_for_each_group(check_rewrite):
+    step = Quantize(weights="int4", activations=None, group_size=32, symmetric=False)
+    check_rewrite(nn.Linear(96, 3), step, inputs=(torch.randn(2, 96),), before="""
+        %input_1: f32[2, 96]
+        %linear: f32[2, 3] = linear(%input_1, @weight, @bias)
+        return %linear
+    """, after="""
+        %input_1: f32[2, 96]
+        %weight_quantized: f32[3, 96] = mcc.fake_quantize(@weight, @weight_scale, @weight_zero_point, axis=0, low=-8, high=7)
+        %linear: f32[2, 3] = linear(%input_1, %weight_quantized, @bias)
+        return %linear
+    """)  # fmt: skip
+
+
+@given(
+    rows=st.integers(1, 5), groups=st.integers(1, 3), bits=st.sampled_from([2, 3, 4, 8]), symmetric=st.booleans(),
+    size=st.sampled_from([1e-6, 1.0, 1e4]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_group_parameters_err_no_more_than_the_full_range_does(rows, groups, bits, symmetric, size, seed):
+    weight = np.random.default_rng(seed).standard_normal((rows, groups * 32)) * size
+    scale, zero = (
+        p.double().numpy()
+        for p in group_parameters(torch.from_numpy(weight).float(), groups, bits, symmetric=symmetric)
+    )
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    cut = weight.reshape(rows, groups, 32)
+
+    def error(step, zeros):
+        step, zeros = (np.broadcast_to(a, (rows, groups))[..., None] for a in (step, zeros))
+        codes = np.clip(np.rint(cut / step) + zeros, low, high)
+        return (((codes - zeros) * step - cut) ** 2).sum(-1)
+
+    least, most = np.minimum(cut.min(-1), 0), np.maximum(cut.max(-1), 0)
+    full = np.maximum(-least, most) / high if symmetric else (most - least) / (high - low)
+    plain = 0 if symmetric else np.clip(np.rint(low - least / full), low, high)
+    # a float16 scale moves the ends of the range by 2^-11 of it, an eighth of a step of 8 bits
+    assert (error(scale, zero) <= error(full, plain) * 1.1 + 1e-12 * size**2).all()
+    assert (zero >= low).all()
+    assert (zero <= high).all()
+
+
+def test_groups_too_small_for_float16_scales_keep_float32():
+    scale, _ = group_parameters(torch.randn(4, 64) * 1e-6, 2, 4, symmetric=True)
+    assert scale.dtype is torch.float32
+    assert group_parameters(torch.randn(4, 64), 2, 4, symmetric=True)[0].dtype is torch.float16
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"weights": "int4", "activations": None, "group_size": 48}, "group_size=48\n  remedy  use a multiple of 32"),
+    ({"weights": "int4", "group_size": 32}, "integer sums need one scale and no zero point for each output"),
+    ({"weights": "int5"}, "weights='int5'\n  remedy  use one of 'int8', 'int4', 'int3', 'int2'"),
+])  # fmt: skip
+def test_options_that_no_kernel_could_follow_are_refused(options, message):
+    with pytest.raises(SpecError, match=message):
+        Quantize(**options)
+
+
+def test_a_layer_whose_inputs_are_no_multiple_of_the_group_is_left_in_float_by_name():
+    step = Quantize(weights="int4", activations=None, group_size=32)
+    _, rows = run(mlp(64, 24, 8), torch.randn(2, 64), step)
+    assert [(d.layer, d.reason) for d in rows[1].declined] == [("2", "its 24 inputs are no multiple of 32")]
+
+
 def test_the_weight_range_follows_the_target_and_the_report_says_so():
     x = torch.randn(2, 12)
     for target, limit, notes in (("cpu:avx2", 63, 1), ("cpu:avx512", 63, 1), ("cpu:avx512vnni", 127, 0)):
@@ -172,3 +236,8 @@ def test_the_custom_ops_are_sound():
     zero = torch.zeros(3, dtype=torch.int32)
     torch.library.opcheck(torch.ops.mcc.fake_quantize.default, (x, scale, zero, 1, -8, 7))
     torch.library.opcheck(torch.ops.mcc.quantize.default, (x.detach(), scale, zero, 1, -8, 7, torch.int8))
+    groups, zeros = torch.rand(4, 3).half() + 0.1, torch.zeros((), dtype=torch.int8)
+    torch.library.opcheck(torch.ops.mcc.fake_quantize.default, (torch.randn(4, 6), groups, zeros, 0, -8, 7))
+    codes = torch.randint(-8, 8, (4, 6), dtype=torch.int8)
+    torch.library.opcheck(torch.ops.mcc.dequantize.default, (codes, groups, zeros, 0))
+    torch.library.opcheck(torch.ops.mcc.unpack.default, (pack(codes, 4, -8), 4, -8, [4, 6]))

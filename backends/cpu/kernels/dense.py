@@ -7,48 +7,28 @@ weights under float32 activations are converted in registers and scaled once at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import tvm.tirx.script.builder.ir as B
-from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.epilogue import channel_vectors
 from mcc.backends.cpu.integer_sums import pairs_fit, sums_overflow, zero_sum_factor
-from mcc.backends.cpu.kernels.region_function import region_function
-from mcc.backends.cpu.kernels.tiles import (
-    PanelWidth,
-    TileShape,
-    leading_dims,
-    panel_widths,
-    parse_tile,
-    row_blocks,
-)  # fmt: skip
-from mcc.backends.cpu.microkernel import (
-    Expression,
-    Register,
-    Vectors,
-    branch,
-    flat,
-    parallel,
-    product,
-    serial,
-)  # fmt: skip
+from mcc.backends.cpu.kernels.panels import PanelPlan
+from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, parse_tile
+from mcc.backends.cpu.microkernel import Expression, Register, Vectors, flat, product, serial
 from mcc.backends.kernel import Lowered, Region, apply_epilogue
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
-    from mcc.backends.cpu.epilogue import Epilogue
+    from mcc.backends.kernel import StoredWeight
     from mcc.target import Target
-
-EmitTile: TypeAlias = Callable[[Expression, PanelWidth, Expression, int], None]
-SERIAL_MACS = 1_500_000  # below about 30 us of work two threads cost more than they bring
-ROW_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -61,9 +41,9 @@ class DenseFloat:
     def refuses(self, region: Region, target: Target) -> str | None:
         """Takes linear with a dense weight."""
         del target
-        if region.weight.sparse is not None:
-            return "the weight is sparse"
-        return "the activations are quantized" if region.activation is not None else None
+        if region.activation is not None:
+            return "the activations are quantized"
+        return _not_plain(region.weight)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """Largest tiles that keep accumulators, weights and one broadcast in registers."""
@@ -71,7 +51,7 @@ class DenseFloat:
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text."""
-        plan = _Plan(region, Vectors(target), parse_tile(tile))
+        plan = PanelPlan(region, Vectors(target), parse_tile(tile))
         weight = region.weight
         assert weight.dense is not None
         packed = {"weight": pack_panels(weight.dense, plan.width, target.vector_lanes)}
@@ -96,7 +76,7 @@ class DenseInt8:
         del target
         if region.activation is None or region.weight.scale is None:
             return "weight and activations are not both int8"
-        return "the weight is sparse" if region.weight.sparse is not None else sums_overflow(region)
+        return _not_plain(region.weight) or sums_overflow(region)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """As for float, with registers left for what replaces `vpdpbusd`."""
@@ -104,7 +84,7 @@ class DenseInt8:
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text; k goes in groups of four bytes, padded with zero weights."""
-        plan = _Plan(region, Vectors(target), parse_tile(tile))
+        plan = PanelPlan(region, Vectors(target), parse_tile(tile))
         weight, activation = region.weight, region.activation
         assert weight.dense is not None
         assert activation is not None
@@ -116,6 +96,12 @@ class DenseInt8:
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """Exact integer sums."""
         return dense_reference(region, source, operands)
+
+
+def _not_plain(weight: StoredWeight) -> str | None:
+    if weight.sparse is not None:
+        return "the weight is sparse"
+    return "groups of the weight's inputs have scales of their own" if weight.grouped else None
 
 
 def dense_tiles(region: Region, target: Target) -> tuple[str, ...]:
@@ -177,80 +163,10 @@ def dense_reference(region: Region, source: NDArray[Any], operands: Sequence[NDA
     return apply_epilogue((exact * scale.astype(np.float64) + bias).astype(np.float32), region.epilogue, operands)
 
 
-class _Plan:
-    """Sizes of one dense kernel and its loops over panels and rows."""
-
-    def __init__(self, region: Region, vectors: Vectors, tile: TileShape) -> None:
-        self.region = region
-        self.vectors = vectors
-        self.tile = tile
-        self.outputs, self.inputs = region.weight.shape[0], region.weight.shape[1]
-        self.width = tile.vectors * vectors.lanes
-        self.padded_outputs = -(-self.outputs // vectors.lanes) * vectors.lanes
-        self.full_panels, self.full, self.tail = panel_widths(self.outputs, tile, vectors.lanes)
-        self.leading = leading_dims(region.source.shape[:-1])
-
-    def function(self, name: str, packed: dict[str, NDArray[Any]], body: Any) -> tirx.PrimFunc:
-        """The PrimFunc around `body`."""
-
-        def emit(x: Expression, arrays: dict[str, Expression], epilogue: Epilogue) -> None:
-            self.epilogue = epilogue
-            body(x, *arrays.values())
-
-        dims = (*self.leading, self.inputs), (*self.leading, self.outputs)
-        return region_function(name, self.region, self.vectors, dims, packed, emit)
-
-    def loops(self, emit_tile: EmitTile) -> None:
-        """Call `emit_tile(panel, its width, first row, rows)` for every tile: one row alone, or blocks of rows."""
-        rows = product(self.leading)
-        if isinstance(rows, int):
-            self._single(emit_tile) if rows == 1 else self._blocks(rows, emit_tile)
-        else:
-            branch(rows == 1, lambda: self._single(emit_tile), lambda: self._blocks(rows, emit_tile))
-
-    @property
-    def _panels(self) -> int:
-        return self.full_panels + (1 if self.tail else 0)
-
-    def _in_panel(self, p: Expression, emit: Callable[[Expression, PanelWidth], None]) -> None:
-        """Call `emit` with the panel and its width."""
-        tail = self.tail
-        if tail is None:
-            emit(p, self.full)
-        elif not self.full_panels:
-            emit(p, tail)
-        else:
-            branch(p < self.full_panels, lambda: emit(p, self.full), lambda: emit(p, tail))
-
-    def _single(self, emit_tile: EmitTile) -> None:
-        loop = serial if self.inputs * self.outputs < SERIAL_MACS else parallel
-        loop(self._panels, lambda p: self._in_panel(p, lambda q, v: emit_tile(q, v, 0, 1)))
-
-    def _blocks(self, rows: Expression, emit_tile: EmitTile) -> None:
-        count = -(-rows // ROW_BLOCK) if isinstance(rows, int) else tirx.floordiv(rows + ROW_BLOCK - 1, ROW_BLOCK)
-
-        def block(i: Expression) -> None:
-            whole = isinstance(count, int) and count == 1
-            p, b = (i, 0) if whole else (tirx.floordiv(i, count), tirx.floormod(i, count))
-
-            def tiles(q: Expression, v: PanelWidth) -> None:
-                row_blocks(rows, b, ROW_BLOCK, self.tile.rows, lambda first, n: emit_tile(q, v, first, n))
-
-            self._in_panel(p, tiles)
-
-        few = rows * (self.inputs * self.outputs) < SERIAL_MACS
-        total = self._panels * count
-        branch(few, lambda: serial(total, block), lambda: parallel(total, block))
-
-    def store(self, row: Expression, column: Expression, value: Expression, used: int) -> None:
-        """Finish an output vector and write its first `used` lanes."""
-        self.epilogue.store(value, row * self.outputs + column, used)
-
-
 class _FloatBody:
     """Inner loops over float32 activations."""
 
-    def __init__(self, plan: _Plan, *, scaled: bool) -> None:
+    def __init__(self, plan: PanelPlan, *, scaled: bool) -> None:
         self.plan = plan
         self.scaled = scaled
 
@@ -307,7 +223,7 @@ class _FloatBody:
 class _IntegerBody:
     """Inner loops over uint8 activation codes."""
 
-    def __init__(self, plan: _Plan, *, bounded: bool) -> None:
+    def __init__(self, plan: PanelPlan, *, bounded: bool) -> None:
         self.plan = plan
         self.bounded = bounded
         self.groups = -(-plan.inputs // 4)

@@ -63,6 +63,8 @@ class SparseDense:
         del target
         if region.weight.sparse is None:
             return "the weight is dense"
+        if region.weight.grouped:
+            return "groups of the weight's inputs have scales of their own"
         if region.operands:
             return "its epilogue reads another value"
         if region.activation is not None:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
-from regions import Symbolic, Value, make_region, make_weight
+from regions import Symbolic, Value, make_grouped_weight, make_region, make_weight
 
 from mcc import ops
 from mcc.backends.cpu.kernels.conv2d import Conv2dFloat, Conv2dInt8
 from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8
 from mcc.backends.cpu.kernels.depthwise import Depthwise
 from mcc.backends.cpu.kernels.depthwise_int8 import DepthwiseInt8
+from mcc.backends.cpu.kernels.low_bit import LowBitDense
 from mcc.backends.cpu.kernels.sparse import SparseDense
 from mcc.backends.kernel import Activation, Add, Clamp, Kernel, QuantizedInput, Region, Relu, Requantize
 from mcc.target import Target
@@ -21,7 +22,7 @@ ROWS = [1, 2, 3, 5, 7, 16, 33, 64, 65, 131]
 OTHER = Value()
 FORMATS = ("float32", "int8", "codes")  # "int8": the weight alone, "codes": weight and activations
 ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "gelu_tanh", "hardsigmoid", "hardswish")
-FAMILIES = ("dense_float", "dense_int8", "sparse", "conv2d", "depthwise", "depthwise_int8")
+FAMILIES = ("dense_float", "dense_int8", "low_bit", "sparse", "conv2d", "depthwise", "depthwise_int8")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,18 @@ def _dense(draw: Any, target: Target, codes: bool) -> tuple[Kernel, Region, list
         kernel = DenseFloat()
     region = make_region(ops.LINEAR, (Symbolic(), inputs), weight, draw(epilogues()), activation, bias=bias)
     return kernel, region, [(m, inputs) for m in (*ROWS, 0)]
+
+
+@st.composite
+def _low_bit(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
+    del target
+    bits, outputs, affine = draw(st.sampled_from([2, 3, 4])), draw(channels), draw(st.booleans())
+    groups = draw(st.integers(1, 4))
+    inputs = draw(channels) if groups == 1 else groups * draw(st.sampled_from([32, 64]))
+    weight = make_grouped_weight((outputs, inputs), bits, groups, 5, affine=affine)
+    rows = Symbolic(draw(st.sampled_from([1, 64])))
+    region = make_region(ops.LINEAR, (rows, inputs), weight, draw(epilogues()), bias=draw(st.booleans()))
+    return LowBitDense(), region, [(m, inputs) for m in (*ROWS, 0)]
 
 
 @st.composite
@@ -139,6 +152,7 @@ def _conv2d(draw: Any, target: Target, family: str) -> tuple[Kernel, Region, lis
 _DRAWN = {
     "dense_float": lambda t: _dense(t, codes=False),
     "dense_int8": lambda t: _dense(t, codes=True),
+    "low_bit": _low_bit,
     "sparse": _sparse,
     "conv2d": lambda t: _conv2d(t, "conv2d"),
     "depthwise": lambda t: _conv2d(t, "depthwise"),

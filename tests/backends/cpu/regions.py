@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,10 @@ NEON = parse_target("cpu:neon")
 
 
 class Symbolic:
-    """Stands for a dim that is read at run time."""
+    """Stands for a dim that is read at run time; `hint` is its value in the example inputs, as torch.SymInt has it."""
+
+    def __init__(self, hint: int = 8) -> None:
+        self.node = SimpleNamespace(hint=hint)
 
 
 @dataclass
@@ -50,6 +54,16 @@ def make_weight(
     row_pointers = np.concatenate([[0], mask.reshape(shape[0], -1).sum(1).cumsum()]).astype(np.int32)
     columns = np.nonzero(mask.reshape(shape[0], -1))[1].astype(np.uint16)
     return StoredWeight("w", shape, None, SparseArrays(weight[mask], columns, row_pointers), scale)
+
+
+def make_grouped_weight(shape: tuple[int, int], bits: int, groups: int, seed: int, *, affine: bool) -> StoredWeight:
+    """Codes over their whole range, with float16 scales that group by group are far apart."""
+    random = np.random.default_rng(seed)
+    low = -(1 << (bits - 1))
+    codes = random.integers(low, -low, shape).astype(np.int8)
+    scale = (random.uniform(0.01, 1.0, (shape[0], groups)) / np.sqrt(shape[1] << bits)).astype(np.float16)
+    zeros = random.integers(low, -low, scale.shape).astype(np.int8) if affine else None
+    return StoredWeight("w", shape, codes, None, scale, zeros, bits)
 
 
 def make_region(

@@ -8,7 +8,15 @@ import tvm
 import tvm.tirx.script.builder.ir as B
 from hypothesis import given
 from hypothesis import strategies as st
-from regions import TARGETS, Symbolic, Value, assert_kernel_equals_reference, make_region, make_weight
+from regions import (
+    TARGETS,
+    Symbolic,
+    Value,
+    assert_kernel_equals_reference,
+    make_grouped_weight,
+    make_region,
+    make_weight,
+)
 
 from mcc import ops
 from mcc.backends.cpu.epilogue import emit_epilogue
@@ -17,6 +25,7 @@ from mcc.backends.cpu.kernels.conv2d import Conv2dFloat, Conv2dInt8
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, merge_groups
 from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8, pack_panels
 from mcc.backends.cpu.kernels.depthwise import Depthwise
+from mcc.backends.cpu.kernels.low_bit import LowBitDense
 from mcc.backends.cpu.kernels.sparse import SparseDense, pack_groups
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, panel_widths, parse_tile
 from mcc.backends.cpu.microkernel import Parameter, Vectors, kernel_function, tvm_target
@@ -116,6 +125,11 @@ def test_kernels_say_why_they_refuse():
     dense = make_region(ops.LINEAR, (4, 8), make_weight((8, 8), "float32", 1))
     assert SparseDense().refuses(dense, target) == "the weight is dense"
     assert DenseInt8().refuses(dense, target) == "weight and activations are not both int8"
+    grouped = make_region(ops.LINEAR, (4, 64), make_grouped_weight((8, 64), 4, 2, 1, affine=False))
+    assert DenseFloat().refuses(grouped, target) == "groups of the weight's inputs have scales of their own"
+    assert LowBitDense().refuses(grouped, target) is None
+    ragged = make_region(ops.LINEAR, (4, 60), make_grouped_weight((8, 60), 4, 5, 1, affine=False))
+    assert LowBitDense().refuses(ragged, target) == "groups of 12 are no multiple of 8"
     wide = make_weight((1, 60_000), "int8", 1, density=1.0)
     wide.sparse.values[:] = 127
     codes = make_region(ops.LINEAR, (4, 60_000), wide, (), QuantizedInput(0.1, 0))

@@ -1,0 +1,251 @@
+"""Dense layers whose weights are codes of a few bits, with scales for groups of inputs: y = epilogue(x W^T + b).
+
+A 32-bit lane holds the codes of one output for consecutive inputs, so that shifting the word brings up one code of
+every output at a time. Where a register holds a table as large as the codes have values, the lookup takes the code from
+the lowest bits and gives the float; elsewhere two shifts extend the code's sign. Three bits are stored as two and one.
+A group's scale and zero point turn codes into weights in registers, once for all rows of a tile: weights are read from
+memory as few bits and never written out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import tvm.tirx.script.builder.ir as B
+from tvm import tirx
+from tvm.script import tirx as T
+
+from mcc import ops
+from mcc.backends.cpu.kernels.panels import PanelPlan
+from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, parse_tile
+from mcc.backends.cpu.microkernel import Expression, Register, Vectors, serial
+from mcc.backends.kernel import Lowered, Region, StoredWeight, apply_epilogue
+from mcc.ops import extent
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from mcc.target import Target
+
+CODES = {2: 16, 3: 32, 4: 8, 8: 4}  # of a block, by bits: what a whole number of words holds
+FEW_ROWS = 4
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # the bits of a code that words hold together
+
+
+@dataclass(frozen=True)
+class LowBitDense:
+    """float32 activations; weights of 2, 3, 4 or 8 bits with a scale, and perhaps a zero point, for each group."""
+
+    name: str = "low_bit_dense"
+    anchor: ClassVar[ops.Op] = ops.LINEAR
+
+    def refuses(self, region: Region, target: Target) -> str | None:
+        """Takes linear with a grouped weight."""
+        del target
+        weight = region.weight
+        if not weight.grouped or weight.sparse is not None or weight.bits not in CODES:
+            return "the weight is not dense codes of 2, 3, 4 or 8 bits with scales for groups"
+        if region.activation is not None:
+            return "the activations are quantized"
+        if int(weight.decoded().max(initial=0)) >> (weight.bits - 1):
+            return f"its codes are not signed ones of {weight.bits} bits"
+        size = _group_size(weight)
+        if weight.scale is not None and weight.scale.shape[1] > 1 and size % CODES[weight.bits]:
+            return f"groups of {size} are no multiple of {CODES[weight.bits]}"
+        return None
+
+    def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
+        """Rows x vectors that leave registers for a group's scales; tall where many rows share the work of decoding."""
+        many = math.prod(extent(s) for s in region.source.shape[:-1]) > FEW_ROWS
+        if target.vector_registers == 32:
+            wanted = ((24, 1), (12, 2)) if many else ((4, 4), (2, 8))
+        else:
+            wanted = ((8, 1), (4, 2)) if many else ((2, 4), (4, 2))
+        vectors = -(-region.weight.shape[0] // target.vector_lanes)
+        return tuple(dict.fromkeys(str(TileShape(rows, min(wide, vectors))) for rows, wide in wanted))
+
+    def lower(self, region: Region, target: Target, tile: str) -> Lowered:
+        """See the module's text."""
+        plan = PanelPlan(region, Vectors(target), parse_tile(tile))
+        body = _Body(plan)
+        return Lowered(plan.function(self.name, body.packed, body.emit), body.packed)
+
+    def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
+        """Float64 sums over dequantized weights."""
+        weight = region.weight
+        assert weight.scale is not None
+        size = _group_size(weight)
+        zeros = 0 if weight.zero_point is None else weight.zero_point.repeat(size, 1)
+        values = (weight.decoded() - np.float64(zeros)) * weight.scale.astype(np.float64).repeat(size, 1)
+        bias = np.float32(0) if region.bias is None else region.bias
+        return apply_epilogue((source @ values.T + bias).astype(np.float32), region.epilogue, operands)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A tile of outputs.
+
+    Attributes:
+        panel: its number.
+        vectors: of outputs.
+        first: row.
+        sums: by row and vector.
+    """
+
+    panel: Expression
+    vectors: int
+    first: Expression
+    sums: list[list[Register]]
+
+
+class _Body:
+    """The loops of one kernel, and the arrays they read."""
+
+    def __init__(self, plan: PanelPlan) -> None:
+        weight = plan.region.weight
+        assert weight.dense is not None
+        assert weight.scale is not None
+        self.plan, self.v = plan, plan.vectors
+        self.bits, self.codes = weight.bits, CODES[weight.bits]
+        self.groups, self.group = weight.scale.shape[1], _group_size(weight)
+        self.blocks = -(-self.group // self.codes)
+        self.words = self.codes * self.bits // 32  # of a block
+        self.packed: dict[str, NDArray[Any]] = {
+            "weight": self._panels(_words(weight.dense, self.bits, self.group)),
+            "scale": self._panels(weight.scale[:, :, None]),
+        }
+        if weight.zero_point is not None:
+            self.packed["zero_point"] = self._panels(weight.zero_point[:, :, None])
+        if plan.region.bias is not None:
+            self.packed["bias"] = np.pad(plan.region.bias, (0, plan.padded_outputs - plan.outputs))
+
+    def _panels(self, parts: NDArray[Any]) -> NDArray[Any]:
+        """[out, groups, n] -> panels [groups][n][width] end to end."""
+        padded = np.pad(parts, ((0, self.plan.padded_outputs - len(parts)), (0, 0), (0, 0)))
+        width = self.plan.width
+        panels = [padded[i : i + width].transpose(1, 2, 0).reshape(-1) for i in range(0, len(padded), width)]
+        return np.concatenate(panels)
+
+    def emit(self, x: Expression, *arrays: Expression) -> None:
+        """Emit the whole kernel."""
+        self.x, self.arrays = x, dict(zip(self.packed, arrays, strict=True))
+        self.table = self._table()
+        self.plan.loops(self._tile)
+
+    def _table(self) -> Expression | None:
+        """The value of each code in a register, over and over, so that the bits beyond it do not matter."""
+        v = self.v
+        if v.neon or 1 << self.bits > v.lanes:
+            return None
+        signed = [(c + (1 << (self.bits - 1))) % (1 << self.bits) - (1 << (self.bits - 1)) for c in range(v.lanes)]
+        lanes = [tirx.const(float(c), "float32") for c in signed]
+        return v.hold(tirx.Shuffle([*lanes], list(range(v.lanes))))
+
+    def _tile(self, panel: Expression, width: PanelWidth, first: Expression, count: int) -> None:
+        plan, v, vectors = self.plan, self.v, width.vectors
+        sums, bias = v.registers(count, vectors, "float32"), self.arrays.get("bias")
+        for j in range(vectors):
+            column = panel * plan.width + j * v.lanes
+            start = v.constant(0.0) if bias is None else B.Bind(v.load(bias, column))
+            for row in sums:
+                row[j].set(start)
+        serial(self.groups, lambda g: self._group(_Tile(panel, vectors, first, sums), g))
+        for j in range(vectors):
+            column = panel * plan.width + j * v.lanes
+            for i, row in enumerate(sums):
+                plan.store(first + i, column, row[j].get(), width.used_lanes(j, v.lanes))
+
+    def _group(self, tile: _Tile, g: Expression) -> None:
+        """Add group `g` of inputs to the tile's sums."""
+        scales, offsets = self._group_vectors(tile, g)
+        whole, left = divmod(self.group, self.codes)
+
+        def block(b: Expression, codes: int = self.codes) -> None:
+            words = self._block_words(tile, g * self.blocks + b)
+            for c in range(codes):
+                values = (self._value(w, c) for w in words)
+                weights = [B.Bind(self.v.fma(*part)) for part in zip(values, scales, offsets, strict=True)]
+                for i, row in enumerate(tile.sums):
+                    index = (tile.first + i) * self.plan.inputs + g * self.group + b * self.codes + c
+                    x = B.Bind(self.v.splat(self.x[index]))
+                    for weight, register in zip(weights, row, strict=True):
+                        register.set(self.v.fma(x, weight, register.get()))
+
+        serial(whole, block)
+        if left:
+            block(whole, left)
+
+    def _block_words(self, tile: _Tile, number: Expression) -> list[list[Expression]]:
+        """Of each vector, the words of block `number` of the panel."""
+        v, size = self.v, self.words * tile.vectors * self.v.lanes
+        base = tile.panel * (self.plan.width * self.groups * self.blocks * self.words) + number * size
+
+        def word(n: int, j: int) -> Expression:
+            return B.Bind(v.load(self.arrays["weight"], base + (n * tile.vectors + j) * v.lanes))
+
+        return [[word(n, j) for n in range(self.words)] for j in range(tile.vectors)]
+
+    def _group_vectors(self, tile: _Tile, g: Expression) -> tuple[list[Expression], list[Expression]]:
+        """Scales, and what code 0 stands for."""
+        v, vectors = self.v, tile.vectors
+        base = tile.panel * (self.plan.width * self.groups) + g * (vectors * v.lanes)
+        kind = f"float32x{v.lanes}"
+        scales = [v.hold(T.cast(v.load(self.arrays["scale"], base + j * v.lanes), kind)) for j in range(vectors)]
+        zeros = self.arrays.get("zero_point")
+        if zeros is None:
+            return scales, [v.constant(0.0)] * vectors
+        values = [T.cast(v.load(zeros, base + j * v.lanes), kind) for j in range(vectors)]
+        return scales, [v.hold(v.constant(0.0) - z * s) for z, s in zip(values, scales, strict=True)]
+
+    def _value(self, words: list[Expression], code: int) -> Expression:
+        """Code number `code` of a block, as float."""
+        v = self.v
+        index = self._raised(words, code)
+        if self.table is not None:
+            name = "llvm.x86.avx512.permvar.sf.512" if v.lanes == 16 else "llvm.x86.avx2.permps"
+            return tirx.call_llvm_pure_intrin(f"float32x{v.lanes}", name, self.table, index)
+        unused = v.constant(32 - self.bits, "int32")
+        return v.to_float(T.shift_right(T.shift_left(index, unused), unused))
+
+    def _raised(self, words: list[Expression], code: int) -> Expression:
+        """The code in the lowest bits, others above it."""
+        low, *high = PLANES[self.bits]
+        held = 32 // low
+        index = self._moved(words[code // held], -low * (code % held))
+        if not high:
+            return index
+        mask = self.v.constant((1 << low) - 1, "int32")
+        top = self._moved(words[-1], low - code)
+        return T.bitwise_or(T.bitwise_and(index, mask), T.bitwise_and(top, T.bitwise_not(mask)))
+
+    def _moved(self, word: Expression, left: int) -> Expression:
+        if left == 0:
+            return word
+        by = self.v.constant(abs(left), "int32")
+        return T.shift_left(word, by) if left > 0 else T.shift_right(word, by)
+
+
+def _group_size(weight: StoredWeight) -> int:
+    assert weight.scale is not None
+    return weight.shape[1] // int(weight.scale.shape[1])
+
+
+def _words(codes: NDArray[np.int8], bits: int, group: int) -> NDArray[np.int32]:
+    """Signed codes [out, in] as words [out, groups, blocks of a group * words of a block]."""
+    outputs, inputs = codes.shape
+    grouped = codes.reshape(outputs, inputs // group, group)
+    padded = np.pad(grouped, ((0, 0), (0, 0), (0, -group % CODES[bits])))
+    blocks = padded.reshape(*padded.shape[:2], -1, CODES[bits]).astype(np.uint32)
+    parts, below = [], 0
+    for plane in PLANES[bits]:
+        held = 32 // plane
+        cut = ((blocks >> below) & ((1 << plane) - 1)).reshape(*blocks.shape[:3], -1, held)
+        parts.append((cut << (np.arange(held, dtype=np.uint32) * plane)).sum(-1, dtype=np.uint32))
+        below += plane
+    words: NDArray[np.int32] = np.concatenate(parts, -1).reshape(*blocks.shape[:2], -1).view(np.int32)
+    return words

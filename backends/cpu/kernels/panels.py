@@ -1,0 +1,92 @@
+"""Panels of outputs: how the kernels of dense layers cut their weights, and their loops over panels and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from tvm import tirx
+
+from mcc.backends.cpu.kernels.region_function import region_function
+from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, leading_dims, panel_widths, row_blocks
+from mcc.backends.cpu.microkernel import Expression, Vectors, branch, parallel, product, serial
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from mcc.backends.cpu.epilogue import Epilogue
+    from mcc.backends.kernel import Region
+
+EmitTile: TypeAlias = Callable[[Expression, PanelWidth, Expression, int], None]
+SERIAL_MACS = 1_500_000  # below about 30 us of work two threads cost more than they bring
+ROW_BLOCK = 64
+
+
+class PanelPlan:
+    """Sizes of one dense layer's kernel, and its loops over panels of outputs and rows."""
+
+    def __init__(self, region: Region, vectors: Vectors, tile: TileShape) -> None:
+        self.region = region
+        self.vectors = vectors
+        self.tile = tile
+        self.outputs, self.inputs = region.weight.shape[0], region.weight.shape[1]
+        self.width = tile.vectors * vectors.lanes
+        self.padded_outputs = -(-self.outputs // vectors.lanes) * vectors.lanes
+        self.full_panels, self.full, self.tail = panel_widths(self.outputs, tile, vectors.lanes)
+        self.leading = leading_dims(region.source.shape[:-1])
+
+    def function(self, name: str, packed: dict[str, NDArray[Any]], body: Any) -> tirx.PrimFunc:
+        """The PrimFunc around `body`."""
+
+        def emit(x: Expression, arrays: dict[str, Expression], epilogue: Epilogue) -> None:
+            self.epilogue = epilogue
+            body(x, *arrays.values())
+
+        dims = (*self.leading, self.inputs), (*self.leading, self.outputs)
+        return region_function(name, self.region, self.vectors, dims, packed, emit)
+
+    def loops(self, emit_tile: EmitTile) -> None:
+        """Call `emit_tile(panel, its width, first row, rows)` for every tile: one row alone, or blocks of rows."""
+        rows = product(self.leading)
+        if isinstance(rows, int):
+            self._single(emit_tile) if rows == 1 else self._blocks(rows, emit_tile)
+        else:
+            branch(rows == 1, lambda: self._single(emit_tile), lambda: self._blocks(rows, emit_tile))
+
+    @property
+    def _panels(self) -> int:
+        return self.full_panels + (1 if self.tail else 0)
+
+    def _in_panel(self, p: Expression, emit: Callable[[Expression, PanelWidth], None]) -> None:
+        """Call `emit` with the panel and its width."""
+        tail = self.tail
+        if tail is None:
+            emit(p, self.full)
+        elif not self.full_panels:
+            emit(p, tail)
+        else:
+            branch(p < self.full_panels, lambda: emit(p, self.full), lambda: emit(p, tail))
+
+    def _single(self, emit_tile: EmitTile) -> None:
+        loop = serial if self.inputs * self.outputs < SERIAL_MACS else parallel
+        loop(self._panels, lambda p: self._in_panel(p, lambda q, v: emit_tile(q, v, 0, 1)))
+
+    def _blocks(self, rows: Expression, emit_tile: EmitTile) -> None:
+        count = -(-rows // ROW_BLOCK) if isinstance(rows, int) else tirx.floordiv(rows + ROW_BLOCK - 1, ROW_BLOCK)
+
+        def block(i: Expression) -> None:
+            whole = isinstance(count, int) and count == 1
+            p, b = (i, 0) if whole else (tirx.floordiv(i, count), tirx.floormod(i, count))
+
+            def tiles(q: Expression, v: PanelWidth) -> None:
+                row_blocks(rows, b, ROW_BLOCK, self.tile.rows, lambda first, n: emit_tile(q, v, first, n))
+
+            self._in_panel(p, tiles)
+
+        few = rows * (self.inputs * self.outputs) < SERIAL_MACS
+        total = self._panels * count
+        branch(few, lambda: serial(total, block), lambda: parallel(total, block))
+
+    def store(self, row: Expression, column: Expression, value: Expression, used: int) -> None:
+        """Finish an output vector and write its first `used` lanes."""
+        self.epilogue.store(value, row * self.outputs + column, used)
