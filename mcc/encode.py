@@ -14,6 +14,7 @@ from mcc.graph import Graph, Node, identifier
 from mcc.report import Declined
 from mcc.rewrite import Rewriter
 
+GROUPED = 2  # dims of scales that belong to groups of inputs
 SparseVerdict = Callable[[Node, float], str | None]
 """Given an op and its weight's density: why the backend would rather have the weight dense, or None if not."""
 
@@ -118,9 +119,11 @@ def _dense_reason(node: Node, expression: WeightExpression, stored: Tensor, pref
     density = expression.kept / max(expression.elements, 1)
     dense_bytes = stored.numel() * stored.element_size()
     if expression.quantizer is not None:
-        zero_point = expression.quantizer.operand(2)
+        scale, zero_point = expression.quantizer.operand(1), expression.quantizer.operand(2)
         if zero_point is not None and bool(zero_point.tensor.any()):
             return "stored dense: its zeros are not code 0"
+        if scale is not None and len(scale.shape) == GROUPED:
+            return "stored dense: no sparse kernel reads scales of groups"
         dense_bytes = packed_bytes(stored.numel(), code_bits(expression.quantizer))
     as_sparse = sparse_bytes(expression.mask, stored.element_size())
     if as_sparse >= dense_bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from mcc.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from mcc.data import Batch
     from mcc.graph import Graph
@@ -131,17 +131,61 @@ def observe(graph: Graph, names: Iterable[str], batches: Iterable[Batch | Tensor
     count = 0
     with torch.no_grad():
         for batch in batches:
-            inputs = (batch,) if isinstance(batch, Tensor) else tuple(batch)
             try:
-                recorder.run(*inputs)
+                recorder.run(*_inputs(batch))
             except (RuntimeError, TypeError) as error:
-                shapes = ", ".join(str(list(t.shape)) for t in inputs if isinstance(t, Tensor))
-                raise DataError(
-                    f"calibration batch {count} with inputs {shapes} does not fit the graph: "
-                    f"{str(error).splitlines()[0]}",
-                    remedy="give each batch as a tuple of the model's inputs",
-                ) from error
+                raise _misfit(count, batch, error) from error
             count += 1
     if count == 0:
         raise DataError("the calibration data is empty", remedy="give at least one batch")
     return histograms
+
+
+def run_in_step(
+    graph: Graph, batches: Iterable[Batch | Tensor], before: Callable[[fx.Node, list[list[Any]]], None]
+) -> None:
+    """Run `graph` over all calibration batches at once, node by node.
+
+    What `before` changes in the graph's tensors counts from that node on: layers behind a compressed one see what it
+    gives. Values live until their last reader, for every batch.
+
+    Args:
+        graph: as it is now.
+        batches: kept in memory together.
+        before: told of each node that is called, with its arguments for each batch.
+
+    Raises:
+        DataError: there is no batch, or a batch does not fit the graph's inputs.
+    """
+    kept = list(batches)
+    if not kept:
+        raise DataError("the calibration data is empty", remedy="give at least one batch")
+    runs = []
+    for batch in kept:
+        run = fx.Interpreter(graph.module)
+        run.args_iter = iter(_inputs(batch))
+        runs.append(run)
+    with torch.no_grad():
+        for node in graph.module.graph.nodes:
+            if node.op == "call_function":
+                before(node, [[run.map_nodes_to_values(a, node) for a in node.args] for run in runs])
+            for i, run in enumerate(runs):
+                try:
+                    run.env[node] = run.run_node(node)
+                except (RuntimeError, TypeError, StopIteration) as error:
+                    raise _misfit(i, kept[i], error) from error
+                for last in run.user_to_last_uses.get(node, []):
+                    del run.env[last]
+
+
+def _inputs(batch: Batch | Tensor) -> tuple[Tensor, ...]:
+    return (batch,) if isinstance(batch, Tensor) else tuple(batch)
+
+
+def _misfit(count: int, batch: Batch | Tensor, error: Exception) -> DataError:
+    shapes = ", ".join(str(list(t.shape)) for t in _inputs(batch) if isinstance(t, Tensor))
+    what = (str(error) or "an input lacks").splitlines()[0]
+    return DataError(
+        f"calibration batch {count} with inputs {shapes} does not fit the graph: {what}",
+        remedy="give each batch as a tuple of the model's inputs",
+    )

@@ -4,10 +4,15 @@ from mcc.passes.eliminate_identity import EliminateIdentity
 from mcc.passes.fine_tune import FineTune
 from mcc.passes.fold_batch_norm import FoldBatchNorm
 from mcc.passes.fold_constants import FoldConstants
+from mcc.passes.gptq import Gptq
 from mcc.passes.prune_weights import PruneWeights
 from mcc.passes.quantize import Quantize
 from mcc.rewrite import Pass
 
-PASSES: tuple[type[Pass], ...] = (EliminateIdentity, FoldBatchNorm, FoldConstants, PruneWeights, FineTune, Quantize)
+PASSES: tuple[type[Pass], ...] = (
+    EliminateIdentity, FoldBatchNorm, FoldConstants, PruneWeights, FineTune, Gptq, Quantize,
+)  # fmt: skip
 
-__all__ = ["PASSES", "EliminateIdentity", "FineTune", "FoldBatchNorm", "FoldConstants", "PruneWeights", "Quantize"]
+__all__ = [
+    "PASSES", "EliminateIdentity", "FineTune", "FoldBatchNorm", "FoldConstants", "Gptq", "PruneWeights", "Quantize",
+]  # fmt: skip

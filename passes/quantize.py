@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mcc import ops
-from mcc.cost import WeightExpression, weight_expression
+from mcc.cost import weight_expression
 from mcc.errors import PassError, SpecError
-from mcc.graph import Graph, Node, identifier
+from mcc.graph import Graph, Node
+from mcc.quantization import (
+    channel_scales,
+    check_group_size,
+    group_parameters,
+    insert_quantizer,
+    layer_weight,
+    quantizer_tensors,
+    ragged,
+    round_weight,
+)
 from mcc.rewrite import Context, Lossy, Pass, Rewriter
 from mcc.statistics import OBSERVERS, Observer, affine_parameters, observe
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 ACTIVATION_CODES = (0, 255)
-GROUP_STEP = 32  # whole words of every width
-SHRINKS = 21
-SMALLEST_SHRINK = 0.4
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,7 @@ class Quantize(Pass):
                     f"quantize: {option}={getattr(self, option)!r}",
                     remedy=f"use one of {', '.join(map(repr, allowed))}",
                 )
-        if self.group_size is not None and (self.group_size < GROUP_STEP or self.group_size % GROUP_STEP):
-            raise SpecError(
-                f"quantize: group_size={self.group_size}", remedy=f"use a multiple of {GROUP_STEP}, or None"
-            )
+        check_group_size("quantize", self.group_size)
         if self.activations is not None and (self.group_size is not None or not self.symmetric):
             raise SpecError(
                 "quantize: integer sums need one scale and no zero point for each output",
@@ -128,7 +129,7 @@ class Quantize(Pass):
                 continue
             expression = weight_expression(node)
             if expression is not None:
-                _round_weight(rounded, node)
+                round_weight(rounded, node)
             else:
                 _round_activation(rounded, node)
         return rounded.clean()
@@ -152,8 +153,8 @@ class Quantize(Pass):
                 context.decline(node, f"it computes in {str(node.dtype).removeprefix('torch.')}, not float32")
             elif expression.quantizer is not None:
                 context.decline(node, "its weight is already quantized")
-            elif self._grouped and node.op is ops.LINEAR and self._ragged(expression):
-                context.decline(node, f"its {expression.root.shape[1]} inputs are no multiple of {self.group_size}")
+            elif self._grouped and node.op is ops.LINEAR and (reason := ragged(node, self.group_size)):
+                context.decline(node, reason)
             else:
                 layers.append(node)
         unmatched = [p for p in self.exclude if p not in matched]
@@ -162,9 +163,6 @@ class Quantize(Pass):
             what = f"pattern {unmatched[0]!r} matches no layer" if unmatched else "there is no layer to quantize"
             raise PassError(f"{self}: {what}", remedy=f"layers that can be quantized: {names}")
         return layers
-
-    def _ragged(self, expression: WeightExpression) -> bool:
-        return self.group_size is not None and expression.root.shape[1] % self.group_size != 0
 
     def _quantize_activations(self, graph: Graph, layers: list[Node], context: Context) -> None:
         graph.clean()
@@ -191,133 +189,33 @@ class Quantize(Pass):
                 reader.replace_input_with(x.fx, made.fx)
 
 
-def channel_scales(weight: Tensor, axis: int, limit: int) -> Tensor:
-    """Symmetric scales, float32 [weight.shape[axis]]: the largest |w| of a channel gets the code `limit`."""
-    others = [i for i in range(weight.dim()) if i != axis]
-    largest = weight.detach().abs().amax(dim=others)
-    # a channel too small for a float32 scale counts as zero
-    smallest = torch.finfo(torch.float32).tiny * limit
-    return torch.where(largest > smallest, largest / limit, 1.0).float()
-
-
-def group_parameters(weight: Tensor, groups: int, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of every group of a row's inputs, for the least squared error of the rounded weights.
-
-    Args:
-        weight: [out, in].
-        groups: of a row, all of one size.
-        bits: of a code: codes are -2^(bits - 1) to 2^(bits - 1) - 1.
-        symmetric: whether all zero points are zero.
-
-    Returns:
-        Scales [out, groups], float16, or float32 where they are too small or too large for that, and zero points: int8
-        [out, groups], or [] where symmetric.
-    """
-    values = weight.detach().float().reshape(len(weight), groups, -1)
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    least, most = values.amin(-1).clamp(max=0.0), values.amax(-1).clamp(min=0.0)
-    span = torch.maximum(-least, most) / high if symmetric else (most - least) / (high - low)
-    span = torch.where(span > torch.finfo(torch.float32).tiny, span, 1.0)
-    normal = torch.finfo(torch.float16)
-    fits = bool((span * SMALLEST_SHRINK > normal.tiny).all() and (span < normal.max).all())
-    best = (torch.full_like(span, torch.inf), span, torch.zeros_like(span))
-    for shrink in torch.linspace(1.0, SMALLEST_SHRINK, SHRINKS).tolist():
-        scale = (span * shrink).half().float() if fits else span * shrink
-        zero = torch.zeros_like(scale) if symmetric else (low - least * shrink / scale).round().clamp(low, high)
-        codes = ((values / scale[..., None]).round() + zero[..., None]).clamp(low, high)
-        error = ((codes - zero[..., None]) * scale[..., None] - values).square().sum(-1)
-        better = error < best[0]
-        best = tuple(torch.where(better, a, b) for a, b in zip((error, scale, zero), best, strict=True))  # type: ignore[assignment]
-    _, scale, zero = best
-    return scale.half() if fits else scale, torch.zeros((), dtype=torch.int8) if symmetric else zero.to(torch.int8)
-
-
-def _stored_weight(node: Node) -> tuple[str, Tensor]:
-    """The name and the values of a layer's weight, masked ones zero."""
-    expression = weight_expression(node.operand(1))
-    assert expression is not None
-    weight = expression.root.tensor.detach()
-    return str(expression.root.fx.target), weight if expression.mask is None else weight * expression.mask
-
-
 def _quantize_groups(node: Node, bits: int, group_size: int | None, *, symmetric: bool) -> None:
-    name, weight = _stored_weight(node)
+    name, weight = layer_weight(node)
     groups = 1 if group_size is None else weight.shape[1] // group_size
     low = -(1 << (bits - 1))
 
     def parameters() -> tuple[Tensor, Tensor]:
         return group_parameters(weight, groups, bits, symmetric=symmetric)
 
-    _insert_quantizer(node, name, parameters, 0, (low, -low - 1))
+    insert_quantizer(node, name, parameters, 0, (low, -low - 1))
 
 
 def _quantize_weight(node: Node, limit: int) -> None:
-    name, weight = _stored_weight(node)
+    name, weight = layer_weight(node)
     axis = 1 if node.op is ops.CONV_TRANSPOSE2D else 0
 
     def parameters() -> tuple[Tensor, Tensor]:
         scales = channel_scales(weight, axis, limit)
         return scales, torch.zeros(scales.shape, dtype=torch.int32)
 
-    _insert_quantizer(node, name, parameters, axis, (-limit, limit))
-
-
-def _insert_quantizer(
-    node: Node, name: str, parameters: Callable[[], tuple[Tensor, Tensor]], axis: int, codes: tuple[int, int]
-) -> None:
-    """Quantize a layer's weight, or let it read the quantizer that another layer with the same weight has."""
-    top = node.operand(1)
-    assert top is not None
-    shared = next((u for u in top.users if u.op is ops.FAKE_QUANTIZE), None)
-    if shared is not None:
-        node.fx.replace_input_with(top.fx, shared.fx)
-        return
-    scale, zero_point = parameters()
-    rewriter = Rewriter(node.graph, node)
-    made = rewriter.call(
-        ops.FAKE_QUANTIZE, top, rewriter.read(f"{name}_scale", scale),
-        rewriter.read(f"{name}_zero_point", zero_point), axis, *codes,
-    )  # fmt: skip
-    made.rename(f"{identifier(name)}_quantized")
-    node.fx.replace_input_with(top.fx, made.fx)
-
-
-def _quantizer_tensors(node: Node) -> tuple[Tensor, Tensor, int, int]:
-    scale, zero_point = node.operand(1), node.operand(2)
-    assert scale is not None
-    assert zero_point is not None
-    return scale.tensor, zero_point.tensor, node.argument(4), node.argument(5)
-
-
-def _round_weight(graph: Graph, quantizer: Node) -> None:
-    """Give the readers of the quantized weight a rounded copy; others of a tied weight keep the weight itself."""
-    expression, top = weight_expression(quantizer), quantizer.operand(0)
-    assert expression is not None
-    assert top is not None
-    scale, zero, low, high = _quantizer_tensors(quantizer)
-    weight = expression.root.tensor.detach()
-    if expression.mask is not None:
-        weight = weight * expression.mask
-    if scale.dim() == 2:  # groups of inputs
-        cut, shape = weight.reshape(*scale.shape, -1), [*scale.shape, 1]
-    else:
-        cut, shape = weight, [-1 if i == quantizer.argument(3) else 1 for i in range(weight.dim())]
-    step, zero = scale.float().reshape(shape), zero if zero.dim() == 0 else zero.reshape(shape)
-    codes = (torch.round(cut / step) + zero).clamp(low, high)
-    rounded_weight = ((codes - zero) * step).reshape(weight.shape)
-    readers = [graph.node(user.name) for user in quantizer.users]
-    order = {n: i for i, n in enumerate(graph.module.graph.nodes)}
-    rewriter = Rewriter(graph, min(readers, key=lambda n: order[n.fx]))
-    made = rewriter.read(f"{expression.root.fx.target}_rounded", rounded_weight)
-    for reader in readers:
-        reader.fx.replace_input_with(graph.node(top.name).fx, made.fx)
+    insert_quantizer(node, name, parameters, axis, (-limit, limit))
 
 
 def _round_activation(graph: Graph, quantizer: Node) -> None:
     """Send the readers of the quantized value through divide, round, add, clamp, subtract, multiply."""
     source = quantizer.operand(0)
     assert source is not None
-    scale, zero_point, low, high = _quantizer_tensors(quantizer)
+    scale, zero_point, low, high = quantizer_tensors(quantizer)
     readers = [graph.node(user.name) for user in quantizer.users]
     value = graph.node(source.name)
     order = {n: i for i, n in enumerate(graph.module.graph.nodes)}

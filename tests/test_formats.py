@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -116,12 +117,15 @@ def test_codes_of_few_bits_stand_packed_under_a_dequantize_with_a_scale_for_each
     assert [d.layer for d in declined] == []
 
 
-def test_a_pruned_weight_whose_zeros_are_not_code_0_is_stored_dense_and_stays_zero():
+@pytest.mark.parametrize(("symmetric", "reason"), [
+    (False, "stored dense: its zeros are not code 0"), (True, "stored dense: no sparse kernel reads scales of groups"),
+])  # fmt: skip
+def test_a_pruned_weight_in_groups_is_stored_dense_with_the_reason_and_stays_zero(symmetric, reason):
     x = torch.randn(3, 64)
-    step = Quantize(weights="int4", activations=None, group_size=32, symmetric=False)
+    step = Quantize(weights="int4", activations=None, group_size=32, symmetric=symmetric)
     before = compressed(nn.Sequential(nn.Linear(64, 24)), x, PruneWeights(ratio=0.95), step)
     graph, declined = encode(before, prefer_dense)
-    assert [d.reason for d in declined] == ["stored dense: its zeros are not code 0"]
+    assert [d.reason for d in declined] == [reason]
     torch.testing.assert_close(graph(x), before(x))
     weight = graph(torch.eye(64)) - graph(torch.zeros(1, 64))
     assert int((weight.abs() < 1e-6).sum()) >= int(0.95 * 64 * 24)

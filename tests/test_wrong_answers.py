@@ -461,3 +461,16 @@ def test_a_cache_that_cannot_be_read_does_not_time_twice(tmp_path):
             warnings.simplefilter("ignore")
             tuner.choose(DenseFloat(), region, parse_target("cpu"))
     assert len(timed) == 3
+
+
+@pytest.mark.parametrize("passes", ["", "quantize", "quantize{weights='int4', activations=None, group_size=32}"])
+def test_a_varying_batch_of_as_many_tokens_as_a_block_has_rows(passes):
+    model, x = nn.Sequential(nn.Linear(96, 384), nn.GELU(), nn.Linear(384, 96)).eval(), torch.randn(2, 64, 96)
+    data = mcc.Data(calibration=[x])
+    artifact = mcc.compile(model, (x,), passes=passes, data=data, dynamic_shapes=({0: "batch"},), **QUICK)
+    for batch in (1, 3, 0):
+        y = torch.randn(batch, 64, 96)
+        with torch.no_grad():
+            expected = model(y)
+        # at four bits a sixth of the norm is what rounding does to random weights
+        assert (artifact(y) - expected).norm() <= (0.2 if passes else 1e-5) * expected.norm()

@@ -16,8 +16,8 @@ from mcc.data import Data
 from mcc.errors import DataError, PassError, SpecError
 from mcc.formats import pack
 from mcc.passes import Quantize
-from mcc.passes.quantize import channel_scales, group_parameters
 from mcc.pipeline import Pipeline
+from mcc.quantization import channel_scales, group_parameters
 from mcc.statistics import OBSERVERS, Histogram, affine_parameters
 from mcc.target import parse_target
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 CODES = {2: 16, 3: 32, 4: 8, 8: 4}  # of a block, by bits: what a whole number of words holds
 FEW_ROWS = 4
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # the bits of a code that words hold together
+PART = 8  # codes of a block that are written out; more take minutes to compile
 
 
 @dataclass(frozen=True)
@@ -163,32 +164,44 @@ class _Body:
     def _group(self, tile: _Tile, g: Expression) -> None:
         """Add group `g` of inputs to the tile's sums."""
         scales, offsets = self._group_vectors(tile, g)
+        size = min(PART, self.codes)
         whole, left = divmod(self.group, self.codes)
 
-        def block(b: Expression, codes: int = self.codes) -> None:
-            words = self._block_words(tile, g * self.blocks + b)
+        def part(b: Expression, p: Expression, codes: int = size) -> None:
+            words = self._part_words(tile, g * self.blocks + b, p)
             for c in range(codes):
                 values = (self._value(w, c) for w in words)
                 weights = [B.Bind(self.v.fma(*part)) for part in zip(values, scales, offsets, strict=True)]
                 for i, row in enumerate(tile.sums):
-                    index = (tile.first + i) * self.plan.inputs + g * self.group + b * self.codes + c
+                    index = (tile.first + i) * self.plan.inputs + g * self.group + b * self.codes + p * size + c
                     x = B.Bind(self.v.splat(self.x[index]))
                     for weight, register in zip(weights, row, strict=True):
                         register.set(self.v.fma(x, weight, register.get()))
 
-        serial(whole, block)
-        if left:
-            block(whole, left)
+        serial(whole, lambda b: serial(self.codes // size, lambda p: part(b, p)))
+        for first in range(0, left, size):
+            part(whole, first // size, min(size, left - first))
 
-    def _block_words(self, tile: _Tile, number: Expression) -> list[list[Expression]]:
-        """Of each vector, the words of block `number` of the panel."""
-        v, size = self.v, self.words * tile.vectors * self.v.lanes
-        base = tile.panel * (self.plan.width * self.groups * self.blocks * self.words) + number * size
+    def _part_words(self, tile: _Tile, number: Expression, part: Expression) -> list[list[Expression]]:
+        """Of each vector, the words of a part of block `number` of the panel, its first code in the lowest bits.
 
-        def word(n: int, j: int) -> Expression:
-            return B.Bind(v.load(self.arrays["weight"], base + (n * tile.vectors + j) * v.lanes))
+        Of three bits the first word holds two of a code, and the second the third.
+        """
+        v, vectors = self.v, tile.vectors
+        base = tile.panel * (self.plan.width * self.groups * self.blocks * self.words)
+        base = base + number * (self.words * vectors * v.lanes)
+        low, *high = PLANES[self.bits]
+        a_word = max(32 // (PART * low), 1)  # parts
 
-        return [[word(n, j) for n in range(self.words)] for j in range(tile.vectors)]
+        def word(n: Expression, j: int, shift: Expression) -> Expression:
+            loaded = v.load(self.arrays["weight"], base + (n * vectors + j) * v.lanes)
+            return B.Bind(T.shift_right(loaded, v.splat(T.int32(0) + shift)))
+
+        def words(j: int) -> list[Expression]:
+            n, p = tirx.floordiv(part, a_word), tirx.floormod(part, a_word)
+            return [word(n, j, p * (PART * low)), *(word(self.words - 1, j, part * (PART * h)) for h in high)]
+
+        return [words(j) for j in range(vectors)]
 
     def _group_vectors(self, tile: _Tile, g: Expression) -> tuple[list[Expression], list[Expression]]:
         """Scales, and what code 0 stands for."""
@@ -203,7 +216,7 @@ class _Body:
         return scales, [v.hold(v.constant(0.0) - z * s) for z, s in zip(values, scales, strict=True)]
 
     def _value(self, words: list[Expression], code: int) -> Expression:
-        """Code number `code` of a block, as float."""
+        """Code number `code` of a part, as float."""
         v = self.v
         index = self._raised(words, code)
         if self.table is not None:
@@ -215,12 +228,11 @@ class _Body:
     def _raised(self, words: list[Expression], code: int) -> Expression:
         """The code in the lowest bits, others above it."""
         low, *high = PLANES[self.bits]
-        held = 32 // low
-        index = self._moved(words[code // held], -low * (code % held))
+        index = self._moved(words[0], -low * code)
         if not high:
             return index
         mask = self.v.constant((1 << low) - 1, "int32")
-        top = self._moved(words[-1], low - code)
+        top = self._moved(words[1], low - code)
         return T.bitwise_or(T.bitwise_and(index, mask), T.bitwise_and(top, T.bitwise_not(mask)))
 
     def _moved(self, word: Expression, left: int) -> Expression:

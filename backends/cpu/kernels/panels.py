@@ -76,7 +76,9 @@ class PanelPlan:
 
         def block(i: Expression) -> None:
             whole = isinstance(count, int) and count == 1
-            p, b = (i, 0) if whole else (tirx.floordiv(i, count), tirx.floormod(i, count))
+            # TVM may find that few rows are none in the branch of few, and refuses to divide by that
+            blocks = tirx.max(count, 1)
+            p, b = (i, 0) if whole else (tirx.floordiv(i, blocks), tirx.floormod(i, blocks))
 
             def tiles(q: Expression, v: PanelWidth) -> None:
                 row_blocks(rows, b, ROW_BLOCK, self.tile.rows, lambda first, n: emit_tile(q, v, first, n))

@@ -12,6 +12,8 @@ from regions import NEON, TARGETS, assert_kernel_equals_reference
 # each example is compiled: shrinking one would take minutes; a fixed choice keeps CI's verdict its own
 COMPILED = {"deadline": None, "suppress_health_check": list(HealthCheck), "phases": (Phase.explicit, Phase.generate)}
 PARTS, CASES_A_PART = 8, 250
+# low-bit kernels take longest to compile, and have the fewest shapes
+WEIGHED = [family for family in FAMILIES for _ in range(1 if family == "low_bit" else 3)]
 
 
 def check(case, target):
@@ -32,7 +34,7 @@ def test_a_kernel_equals_its_reference(family):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_two_thousand_kernels_equal_their_references(part):
-    drawn = st.tuples(st.sampled_from(FAMILIES), st.sampled_from(TARGETS))
+    drawn = st.tuples(st.sampled_from(WEIGHED), st.sampled_from(TARGETS))
 
     @seed(part)
     @settings(max_examples=CASES_A_PART, database=None, **COMPILED)

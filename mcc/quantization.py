@@ -1,0 +1,161 @@
+"""Weights as codes: scales and zero points, and the quantizers of layers in a graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mcc import ops
+from mcc.cost import weight_expression
+from mcc.errors import SpecError
+from mcc.graph import Graph, Node, identifier
+from mcc.rewrite import Rewriter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+GROUP_STEP = 32  # whole words of every width
+MANY_CODES = 63
+SHRINKS = 21
+SMALLEST_SHRINK = 0.4
+
+
+def check_group_size(step: str, group_size: int | None) -> None:
+    """Raise a SpecError where no kernel reads groups of this size."""
+    if group_size is not None and (group_size < GROUP_STEP or group_size % GROUP_STEP):
+        raise SpecError(f"{step}: group_size={group_size}", remedy=f"use a multiple of {GROUP_STEP}, or None")
+
+
+def ragged(node: Node, group_size: int | None) -> str | None:
+    """Why a linear layer's inputs cannot be cut into groups, or None if they can."""
+    weight = node.operand(1)
+    assert weight is not None
+    inputs = int(weight.shape[1])
+    return f"its {inputs} inputs are no multiple of {group_size}" if group_size and inputs % group_size else None
+
+
+def channel_scales(weight: Tensor, axis: int, limit: int) -> Tensor:
+    """Symmetric scales for codes of at most `limit`, float32 [weight.shape[axis]].
+
+    With many codes the largest |w| of a channel gets `limit`; with few the scale has the least squared error.
+    """
+    rows = weight.detach().float().movedim(axis, 0).reshape(weight.shape[axis], 1, -1)
+    largest = rows.abs().amax((1, 2))
+    # a channel too small for a float32 scale counts as zero
+    full = torch.where(largest > torch.finfo(torch.float32).tiny * limit, largest / limit, 1.0)
+    if limit >= MANY_CODES:
+        return full
+    scale, _ = _least_error(rows, full[:, None], (-limit, limit), None, torch.float32)
+    return scale[:, 0]
+
+
+def group_parameters(weight: Tensor, groups: int, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of every group of a row's inputs, for the least squared error of the rounded weights.
+
+    Args:
+        weight: [out, in].
+        groups: of a row, all of one size.
+        bits: of a code: codes are -2^(bits - 1) to 2^(bits - 1) - 1.
+        symmetric: whether all zero points are zero.
+
+    Returns:
+        Scales [out, groups], float16, or float32 where they are too small or too large for that, and zero points: int8
+        [out, groups], or [] where symmetric.
+    """
+    values = weight.detach().float().reshape(len(weight), groups, -1)
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    least, most = values.amin(-1).clamp(max=0.0), values.amax(-1).clamp(min=0.0)
+    full = torch.maximum(-least, most) / high if symmetric else (most - least) / (high - low)
+    full = torch.where(full > torch.finfo(torch.float32).tiny, full, 1.0)
+    normal = torch.finfo(torch.float16)
+    fits = bool((full * SMALLEST_SHRINK > normal.tiny).all() and (full < normal.max).all())
+    kind = torch.float16 if fits else torch.float32
+    scale, zero = _least_error(values, full, (low, high), None if symmetric else least, kind)
+    return scale.to(kind), torch.zeros((), dtype=torch.int8) if symmetric else zero.to(torch.int8)
+
+
+def _least_error(
+    values: Tensor, full: Tensor, codes: tuple[int, int], least: Tensor | None, kind: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Of scales shrunken from `full` those with the least squared error, and their zero points.
+
+    Args:
+        values: [rows, groups, elements].
+        full: scales of the whole range, [rows, groups].
+        codes: the least and the largest.
+        least: what the least code stands for at the full scale, [rows, groups]; None for zero points of zero.
+        kind: what scales are stored as.
+    """
+    low, high = codes
+    best_error, best, zeros = torch.full_like(full, torch.inf), full, torch.zeros_like(full)
+    for shrink in torch.linspace(1.0, SMALLEST_SHRINK, SHRINKS).tolist():
+        scale = (full * shrink).to(kind).float()
+        zero = torch.zeros_like(scale) if least is None else (low - least * shrink / scale).round().clamp(low, high)
+        rounded = (values / scale[..., None]).round() + zero[..., None]
+        error = ((rounded.clamp(low, high) - zero[..., None]) * scale[..., None] - values).square().sum(-1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best, zeros = torch.where(better, scale, best), torch.where(better, zero, zeros)
+    return best, zeros
+
+
+def layer_weight(node: Node) -> tuple[str, Tensor]:
+    """The name and the values of a layer's weight, masked ones zero."""
+    expression = weight_expression(node.operand(1))
+    assert expression is not None
+    weight = expression.root.tensor.detach()
+    return str(expression.root.fx.target), weight if expression.mask is None else weight * expression.mask
+
+
+def insert_quantizer(
+    node: Node, name: str, parameters: Callable[[], tuple[Tensor, Tensor]], axis: int, codes: tuple[int, int]
+) -> None:
+    """Quantize a layer's weight, or let it read the quantizer that another layer with the same weight has."""
+    top = node.operand(1)
+    assert top is not None
+    shared = next((u for u in top.users if u.op is ops.FAKE_QUANTIZE), None)
+    if shared is not None:
+        node.fx.replace_input_with(top.fx, shared.fx)
+        return
+    scale, zero_point = parameters()
+    rewriter = Rewriter(node.graph, node)
+    made = rewriter.call(
+        ops.FAKE_QUANTIZE, top, rewriter.read(f"{name}_scale", scale),
+        rewriter.read(f"{name}_zero_point", zero_point), axis, *codes,
+    )  # fmt: skip
+    made.rename(f"{identifier(name)}_quantized")
+    node.fx.replace_input_with(top.fx, made.fx)
+
+
+def quantizer_tensors(node: Node) -> tuple[Tensor, Tensor, int, int]:
+    """Scale, zero point, and the least and largest code of a fake_quantize node."""
+    scale, zero_point = node.operand(1), node.operand(2)
+    assert scale is not None
+    assert zero_point is not None
+    return scale.tensor, zero_point.tensor, node.argument(4), node.argument(5)
+
+
+def round_weight(graph: Graph, quantizer: Node) -> None:
+    """Give the readers of the quantized weight a rounded copy; others of a tied weight keep the weight itself."""
+    expression, top = weight_expression(quantizer), quantizer.operand(0)
+    assert expression is not None
+    assert top is not None
+    scale, zero, low, high = quantizer_tensors(quantizer)
+    weight = expression.root.tensor.detach()
+    if expression.mask is not None:
+        weight = weight * expression.mask
+    if scale.dim() == 2:  # groups of inputs
+        cut, shape = weight.reshape(*scale.shape, -1), [*scale.shape, 1]
+    else:
+        cut, shape = weight, [-1 if i == quantizer.argument(3) else 1 for i in range(weight.dim())]
+    step, zero = scale.float().reshape(shape), zero if zero.dim() == 0 else zero.reshape(shape)
+    codes = (torch.round(cut / step) + zero).clamp(low, high)
+    rounded_weight = ((codes - zero) * step).reshape(weight.shape)
+    readers = [graph.node(user.name) for user in quantizer.users]
+    order = {n: i for i, n in enumerate(graph.module.graph.nodes)}
+    rewriter = Rewriter(graph, min(readers, key=lambda n: order[n.fx]))
+    made = rewriter.read(f"{expression.root.fx.target}_rounded", rounded_weight)
+    for reader in readers:
+        reader.fx.replace_input_with(graph.node(top.name).fx, made.fx)

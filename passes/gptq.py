@@ -1,0 +1,247 @@
+"""GPTQ: weights of a few bits whose rounding errors later inputs of the layer make up for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mcc import ops
+from mcc.cost import weight_expression
+from mcc.errors import DataError, PassError, SpecError
+from mcc.quantization import (
+    check_group_size,
+    group_parameters,
+    insert_quantizer,
+    layer_weight,
+    ragged,
+    round_weight,
+)  # fmt: skip
+from mcc.rewrite import Context, Lossy, Pass
+from mcc.statistics import run_in_step
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from mcc.graph import Graph, Node
+
+NARROWEST, WIDEST = 2, 4
+BLOCK = 128  # inputs whose errors are spread over the inputs behind them in one product
+
+
+@dataclass(frozen=True)
+class Gptq(Pass):
+    """Quantize the weights of linear layers one input at a time, and change the inputs not yet done to make up for it.
+
+        %fc: f32[8, 10] = linear(%x, @fc.weight, @fc.bias)
+    becomes, with other values in @fc.weight,
+        %fc_weight_quantized: f32[10, 64] = mcc.fake_quantize(@fc.weight, @fc.weight_scale, @fc.weight_zero_point,
+        axis=0, low=-8, high=7)
+        %fc: f32[8, 10] = linear(%x, %fc_weight_quantized, @fc.bias)
+
+    Each layer sees what the quantized layers before it give. Scales and zero points are those of the weights before
+    any change. Frantar, Ashkboos, Hoefler, Alistarh: GPTQ: accurate post-training quantization for generative
+    pre-trained transformers. ICLR 2023.
+
+    Attributes:
+        bits: of a weight, 2 to 4.
+        group_size: inputs that share a scale, a multiple of 32; None for all.
+        symmetric: False gives each group a zero point.
+        act_order: take the inputs with the largest activations first, whose errors the others can make up for.
+        damping: added to the diagonal of the Hessian, relative to its mean.
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    symmetric: bool = True
+    act_order: bool = True
+    damping: float = 0.01
+
+    guarantee = Lossy()
+
+    def __post_init__(self) -> None:
+        if not NARROWEST <= self.bits <= WIDEST or not 0 < self.damping <= 1:
+            raise SpecError(
+                f"gptq: bits={self.bits}, damping={self.damping}", remedy="bits are 2, 3 or 4, damping in (0, 1]"
+            )
+        check_group_size("gptq", self.group_size)
+
+    @property
+    def needs_data(self) -> tuple[str, ...]:
+        """Hessians come from calibration data."""
+        return ("calibration",)
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        """Quantize layer by layer while the calibration data runs through the graph."""
+        layers = {node.fx: node for node in self._layers(graph, context)}
+        parameters: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+        assert context.data.calibration is not None
+        task = context.progress.add_task("gptq", total=len(layers)) if context.progress is not None else None
+
+        def before(node: fx.Node, arguments: list[list[Any]]) -> None:
+            if node not in layers:
+                return
+            parameters[node] = self._quantize(layers[node], self._hessian(layers[node], arguments))
+            context.edited()
+            if context.progress is not None and task is not None:
+                context.progress.advance(task)
+
+        run_in_step(graph, context.data.calibration, before)
+        low = -(1 << (self.bits - 1))
+        for fx_node, node in layers.items():
+            name, _ = layer_weight(node)
+            insert_quantizer(node, name, lambda n=fx_node: parameters[n], 0, (low, -low - 1))  # type: ignore[misc]
+        if context.progress is not None and task is not None:
+            context.progress.remove_task(task)
+        return graph
+
+    def reference(self, before: Graph, after: Graph) -> Graph:
+        """The graph before, reading the changed weights rounded in their tensors."""
+        rounded = before.copy()
+        known = {n.name for n in before.nodes}
+        for node in after.nodes:
+            if node.op is ops.FAKE_QUANTIZE and node.name not in known:
+                round_weight(rounded, node)
+        return rounded.clean()
+
+    def _layers(self, graph: Graph, context: Context) -> list[Node]:
+        found = []
+        for node in graph.nodes:
+            if node.op is None or not (node.op in ops.LAYERS or node.op.macs(node.fx)):
+                continue
+            reason = self._refusal(node)
+            if reason is None:
+                found.append(node)
+            else:
+                context.decline(node, reason)
+        if not found:
+            why = "; ".join(f"{d.layer}: {d.reason}" for d in context.declined) or "there is none"
+            raise PassError(f"{self}: no layer can be quantized: {why}", remedy="leave the pass out")
+        return found
+
+    def _refusal(self, node: Node) -> str | None:
+        if node.op is not ops.LINEAR:
+            return f"{node.op} is not linear"
+        expression = weight_expression(node.operand(1))
+        if expression is None:
+            return "its weight is computed"
+        if node.dtype is not torch.float32:
+            return f"it computes in {str(node.dtype).removeprefix('torch.')}, not float32"
+        if expression.quantizer is not None or expression.sparse is not None:
+            return "its weight is already quantized or encoded"
+        readers = [
+            n for n in node.graph.module.graph.nodes if n.op == "get_attr" and n.target == expression.root.fx.target
+        ]
+        top = node.operand(1)
+        assert top is not None
+        if len(readers) > 1 or len(expression.root.fx.users) > 1 or len(top.fx.users) > 1:
+            return "its weight is shared: other readers would see it change"
+        return ragged(node, self.group_size)
+
+    def _hessian(self, node: Node, arguments: list[list[Any]]) -> Tensor:
+        width = layer_weight(node)[1].shape[1]
+        for i, (x, *_) in enumerate(arguments):
+            if x.shape[-1] != width:
+                raise DataError(
+                    f"calibration batch {i} does not fit the graph: {node.layer} has {width} inputs, not {x.shape[-1]}",
+                    remedy="give each batch as a tuple of the model's inputs",
+                )
+        curvature = hessian(x for x, *_ in arguments)
+        if not curvature.isfinite().all():
+            raise DataError(
+                f"calibration: what {node.layer} reads is infinite or not a number",
+                remedy="check the batches and the weights",
+            )
+        return curvature
+
+    def _quantize(self, node: Node, curvature: Tensor) -> tuple[Tensor, Tensor]:
+        """Change a layer's stored weight to values on the grid; returns scales and zero points."""
+        name, weight = layer_weight(node)
+        expression = weight_expression(node.operand(1))
+        assert expression is not None
+        groups = 1 if self.group_size is None else weight.shape[1] // self.group_size
+        scale, zero = group_parameters(weight, groups, self.bits, symmetric=self.symmetric)
+        order = curvature.diagonal().argsort(descending=True) if self.act_order else torch.arange(len(curvature))
+        size = weight.shape[1] // groups
+        step = scale.float().repeat_interleave(size, 1)[:, order]
+        zeros = (zero.float().expand(scale.shape)).repeat_interleave(size, 1)[:, order]
+        kept = torch.ones_like(weight) if expression.mask is None else expression.mask.float()
+        grid = _Grid(step, zeros, kept[:, order], -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1)
+        try:
+            inverse = _inverse_factor(curvature[order][:, order], self.damping)
+        except RuntimeError as error:  # torch.linalg.LinAlgError, which its stubs do not export
+            raise PassError(f"{self}: the Hessian of {node.layer} is singular", remedy="raise damping") from error
+        done = compensated(weight[:, order].float(), inverse, grid)
+        node.graph.set_tensor(name, done[:, order.argsort()].to(weight.dtype))
+        return scale, zero
+
+
+def _shared(node: Node) -> bool:
+    """Whether anything else reads the layer's weight, in whatever form."""
+    top, expression = node.operand(1), weight_expression(node.operand(1))
+    assert top is not None
+    assert expression is not None
+    name = expression.root.fx.target
+    readers = [n for n in node.graph.module.graph.nodes if n.op == "get_attr" and n.target == name]
+    return len(readers) > 1 or len(expression.root.fx.users) > 1 or len(top.fx.users) > 1
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The values that weights may have, all [out, in].
+
+    Attributes:
+        step, zeros: scale and zero point.
+        kept: 0 where the weight is pruned.
+        low, high: codes.
+    """
+
+    step: Tensor
+    zeros: Tensor
+    kept: Tensor
+    low: int
+    high: int
+
+    def nearest(self, column: Tensor, i: int) -> Tensor:
+        """Input number `i` of every output, rounded."""
+        codes = ((column / self.step[:, i]).round() + self.zeros[:, i]).clamp(self.low, self.high)
+        return (codes - self.zeros[:, i]) * self.step[:, i] * self.kept[:, i]
+
+
+def hessian(inputs: Any) -> Tensor:
+    """Mean of x x^T over all rows of a layer's inputs, float64 [in, in]: half the Hessian of its squared error."""
+    total: Tensor | None = None
+    count = 0
+    for x in inputs:
+        rows = x.reshape(-1, x.shape[-1]).double()
+        total = rows.T @ rows if total is None else total + rows.T @ rows
+        count += len(rows)
+    assert total is not None
+    return total / max(count, 1)
+
+
+def _inverse_factor(curvature: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped Hessian, float32 [in, in]."""
+    diagonal = curvature.diagonal()
+    dead = diagonal == 0  # inputs that were always zero
+    damped = curvature + torch.diag(dead.double() + damping * diagonal.mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
+
+
+def compensated(weight: Tensor, inverse: Tensor, grid: _Grid) -> Tensor:
+    """Round the weights [out, in] from the first input on, each error spread over the inputs behind it."""
+    weight, done = weight.clone(), torch.empty_like(weight)
+    for start in range(0, weight.shape[1], BLOCK):
+        end = min(start + BLOCK, weight.shape[1])
+        errors = torch.zeros_like(weight[:, start:end])
+        for i in range(start, end):
+            done[:, i] = grid.nearest(weight[:, i], i)
+            error = (weight[:, i] - done[:, i]) / inverse[i, i]
+            weight[:, i:end] -= error[:, None] * inverse[i, i:end]
+            errors[:, i - start] = error
+        weight[:, end:] -= errors @ inverse[start:end, end:]
+    return done
