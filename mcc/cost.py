@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mcc import ops
-from mcc.formats import packed_bytes, sparse_bytes
+from mcc.formats import along_axis, packed_bytes, sparse_bytes, unpack
 from mcc.graph import Graph, Node
 from mcc.report import Size
 
@@ -63,9 +63,12 @@ class WeightExpression:
 
     @property
     def kept(self) -> int:
-        """Elements stored as non-zero; of packed codes all."""
-        if self.packed is not None:
-            return self.elements
+        """Elements stored as non-zero; of packed codes those that stand for something else than zero."""
+        if self.packed is not None and self.quantizer is not None:
+            codes = unpack(self.root.tensor, *self.packed.fx.args[1:])
+            zero_point = self.quantizer.operand(2)
+            assert zero_point is not None
+            return int(torch.count_nonzero(codes - along_axis(zero_point.tensor, codes, self.quantizer.argument(3))))
         values = self.root.tensor.detach()
         return int(torch.count_nonzero(values if self.mask is None else values * self.mask))
 
@@ -123,8 +126,8 @@ def weight_expression(node: Node | None) -> WeightExpression | None:
 
 
 def layer_costs(graph: Graph) -> tuple[LayerCost, ...]:
-    """The cost of every call that has MACs or weights; a tensor read twice counts at its first reader."""
-    seen: set[str] = set()
+    """The cost of every call that has MACs or weights; a tensor read twice in one form counts at its first reader."""
+    seen: set[tuple[str, str]] = set()
     rows = []
     for node in graph.nodes:
         row = node.op
@@ -139,8 +142,9 @@ def layer_costs(graph: Graph) -> tuple[LayerCost, ...]:
                 name = str(expression.root.fx.target)
                 if position == (row.weights[0] if row.weights else -1):
                     macs = macs * expression.kept // max(expression.elements, 1)
-                if name not in seen and _is_weight(expression):
-                    seen.add(name)
+                form = "" if expression.quantizer is None else expression.quantizer.name
+                if (name, form) not in seen and _is_weight(expression):
+                    seen.add((name, form))
                     parameters += expression.kept
                     stored += expression.stored_bytes
         if macs or parameters:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mcc import ops
 from mcc.cost import weight_expression
-from mcc.errors import SpecError
+from mcc.errors import PassError, SpecError
 from mcc.graph import Graph, Node, identifier
 from mcc.rewrite import Rewriter
 
@@ -90,11 +90,13 @@ def _least_error(
     """
     low, high = codes
     best_error, best, zeros = torch.full_like(full, torch.inf), full, torch.zeros_like(full)
+    in_steps = values / full[..., None]  # squares of the values themselves may overflow
     for shrink in torch.linspace(1.0, SMALLEST_SHRINK, SHRINKS).tolist():
         scale = (full * shrink).to(kind).float()
         zero = torch.zeros_like(scale) if least is None else (low - least * shrink / scale).round().clamp(low, high)
-        rounded = (values / scale[..., None]).round() + zero[..., None]
-        error = ((rounded.clamp(low, high) - zero[..., None]) * scale[..., None] - values).square().sum(-1)
+        step = (scale / full)[..., None]
+        rounded = (in_steps / step).round() + zero[..., None]
+        error = ((rounded.clamp(low, high) - zero[..., None]) * step - in_steps).square().sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best, zeros = torch.where(better, scale, best), torch.where(better, zero, zeros)
@@ -102,10 +104,18 @@ def _least_error(
 
 
 def layer_weight(node: Node) -> tuple[str, Tensor]:
-    """The name and the values of a layer's weight, masked ones zero."""
+    """The name and the values of a layer's weight, masked ones zero.
+
+    Raises:
+        PassError: a value is not finite.
+    """
     expression = weight_expression(node.operand(1))
     assert expression is not None
     weight = expression.root.tensor.detach()
+    if not weight.isfinite().all():
+        raise PassError(
+            f"the weight of {node.layer} is infinite or not a number", remedy="check the checkpoint it was loaded from"
+        )
     return str(expression.root.fx.target), weight if expression.mask is None else weight * expression.mask
 
 

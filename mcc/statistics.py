@@ -137,12 +137,15 @@ def observe(graph: Graph, names: Iterable[str], batches: Iterable[Batch | Tensor
                 raise _misfit(count, batch, error) from error
             count += 1
     if count == 0:
-        raise DataError("the calibration data is empty", remedy="give at least one batch")
+        raise DataError(
+            "the calibration data is empty",
+            remedy="give at least one batch; a list lasts for all passes, a generator for one",
+        )
     return histograms
 
 
 def run_in_step(
-    graph: Graph, batches: Iterable[Batch | Tensor], before: Callable[[fx.Node, list[list[Any]]], None]
+    graph: Graph, batches: Iterable[Batch | Tensor], before: Callable[[fx.Node, list[list[Any]]], bool]
 ) -> None:
     """Run `graph` over all calibration batches at once, node by node.
 
@@ -152,30 +155,59 @@ def run_in_step(
     Args:
         graph: as it is now.
         batches: kept in memory together.
-        before: told of each node that is called, with its arguments for each batch.
+        before: told of each node that is called, with its arguments for each batch; returns whether it changed a
+            tensor that the node reads.
 
     Raises:
         DataError: there is no batch, or a batch does not fit the graph's inputs.
     """
     kept = list(batches)
     if not kept:
-        raise DataError("the calibration data is empty", remedy="give at least one batch")
+        raise DataError(
+            "the calibration data is empty",
+            remedy="give at least one batch; a list lasts for all passes, a generator for one",
+        )
     runs = []
     for batch in kept:
         run = fx.Interpreter(graph.module)
         run.args_iter = iter(_inputs(batch))
         runs.append(run)
+    stored = _made_of_stored(graph)
     with torch.no_grad():
         for node in graph.module.graph.nodes:
+            changed: list[fx.Node] = []
             if node.op == "call_function":
-                before(node, [[run.map_nodes_to_values(a, node) for a in node.args] for run in runs])
+                arguments = [[run.map_nodes_to_values(a, node) for a in node.args] for run in runs]
+                changed = _stored_ancestors(node, stored) if before(node, arguments) else []
             for i, run in enumerate(runs):
+                extra = [n for n in changed if n not in run.env]
+                for ancestor in changed:
+                    run.env[ancestor] = run.run_node(ancestor)
                 try:
                     run.env[node] = run.run_node(node)
                 except (RuntimeError, TypeError, StopIteration) as error:
                     raise _misfit(i, kept[i], error) from error
-                for last in run.user_to_last_uses.get(node, []):
+                for last in {*run.user_to_last_uses.get(node, []), *extra}:
                     del run.env[last]
+
+
+def _made_of_stored(graph: Graph) -> set[fx.Node]:
+    """The nodes whose values depend on stored tensors alone."""
+    found: set[fx.Node] = set()
+    for node in graph.module.graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr" or (inputs and found.issuperset(inputs)):
+            found.add(node)
+    return found
+
+
+def _stored_ancestors(node: fx.Node, stored: set[fx.Node]) -> list[fx.Node]:
+    """Of `stored` those that a node reads, directly or not, each behind what it reads itself."""
+    found: dict[fx.Node, None] = {}
+    for read in node.all_input_nodes:
+        if read in stored:
+            found |= dict.fromkeys([*_stored_ancestors(read, stored), read])
+    return list(found)
 
 
 def _inputs(batch: Batch | Tensor) -> tuple[Tensor, ...]:

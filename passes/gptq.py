@@ -80,13 +80,14 @@ class Gptq(Pass):
         assert context.data.calibration is not None
         task = context.progress.add_task("gptq", total=len(layers)) if context.progress is not None else None
 
-        def before(node: fx.Node, arguments: list[list[Any]]) -> None:
+        def before(node: fx.Node, arguments: list[list[Any]]) -> bool:
             if node not in layers:
-                return
+                return False
             parameters[node] = self._quantize(layers[node], self._hessian(layers[node], arguments))
             context.edited()
             if context.progress is not None and task is not None:
                 context.progress.advance(task)
+            return True
 
         run_in_step(graph, context.data.calibration, before)
         low = -(1 << (self.bits - 1))
@@ -118,7 +119,10 @@ class Gptq(Pass):
                 context.decline(node, reason)
         if not found:
             why = "; ".join(f"{d.layer}: {d.reason}" for d in context.declined) or "there is none"
-            raise PassError(f"{self}: no layer can be quantized: {why}", remedy="leave the pass out")
+            raise PassError(
+                f"{self}: no layer can be quantized: {why}",
+                remedy="give a group_size that divides their inputs, or None for one group; or leave the pass out",
+            )
         return found
 
     def _refusal(self, node: Node) -> str | None:
@@ -131,21 +135,17 @@ class Gptq(Pass):
             return f"it computes in {str(node.dtype).removeprefix('torch.')}, not float32"
         if expression.quantizer is not None or expression.sparse is not None:
             return "its weight is already quantized or encoded"
-        readers = [
-            n for n in node.graph.module.graph.nodes if n.op == "get_attr" and n.target == expression.root.fx.target
-        ]
-        top = node.operand(1)
-        assert top is not None
-        if len(readers) > 1 or len(expression.root.fx.users) > 1 or len(top.fx.users) > 1:
+        if _shared(node):
             return "its weight is shared: other readers would see it change"
         return ragged(node, self.group_size)
 
     def _hessian(self, node: Node, arguments: list[list[Any]]) -> Tensor:
         width = layer_weight(node)[1].shape[1]
         for i, (x, *_) in enumerate(arguments):
-            if x.shape[-1] != width:
+            if not isinstance(x, Tensor) or x.shape[-1] != width:
+                given = x.shape[-1] if isinstance(x, Tensor) else type(x).__name__
                 raise DataError(
-                    f"calibration batch {i} does not fit the graph: {node.layer} has {width} inputs, not {x.shape[-1]}",
+                    f"calibration batch {i} does not fit the graph: {node.layer} has {width} inputs, not {given}",
                     remedy="give each batch as a tuple of the model's inputs",
                 )
         curvature = hessian(x for x, *_ in arguments)

@@ -157,12 +157,22 @@ class Quantize(Pass):
                 context.decline(node, reason)
             else:
                 layers.append(node)
-        unmatched = [p for p in self.exclude if p not in matched]
-        if unmatched or not layers:
-            names = ", ".join(sorted({n.layer for n in graph.nodes if n.op in ops.LAYERS})) or "none"
-            what = f"pattern {unmatched[0]!r} matches no layer" if unmatched else "there is no layer to quantize"
-            raise PassError(f"{self}: {what}", remedy=f"layers that can be quantized: {names}")
+        self._check_any(graph, layers, matched, context)
         return layers
+
+    def _check_any(self, graph: Graph, layers: list[Node], matched: set[str], context: Context) -> None:
+        """Raise a PassError where a pattern matches nothing or no layer is left."""
+        unmatched = [p for p in self.exclude if p not in matched]
+        if unmatched:
+            names = ", ".join(sorted({n.layer for n in graph.nodes if n.op in ops.LAYERS})) or "none"
+            raise PassError(
+                f"{self}: pattern {unmatched[0]!r} matches no layer", remedy=f"layers that can be quantized: {names}"
+            )
+        if not layers:
+            why = "; ".join(f"{d.layer}: {d.reason}" for d in context.declined) or "there is none"
+            raise PassError(
+                f"{self}: there is no layer to quantize: {why}", remedy="change the options, or leave it out"
+            )
 
     def _quantize_activations(self, graph: Graph, layers: list[Node], context: Context) -> None:
         graph.clean()

@@ -191,14 +191,15 @@ class _Writer:
         for node in [n for n in self.graph.module.graph.nodes if n in self.live]:
             chosen = self.lowering.choices.get(node)
             reads = self._operands(node) if chosen is None else _read_by(chosen.region)
-            for read in [*reads, *([node] if node.op == "get_attr" else [])]:
+            for read in reads:
                 if node in self.constants or node in self.absorbed:
                     continue
                 if read.op == "get_attr" or isinstance(self.constants.get(read), Tensor):
                     self._store(read)
 
-        for node in [n.fx for n in self.graph.output_nodes if isinstance(self.constants.get(n.fx), Tensor)]:
-            self._store(node)
+        for node in [n.fx for n in self.graph.output_nodes]:
+            if node.op == "get_attr" or isinstance(self.constants.get(node), Tensor):
+                self._store(node)
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """What an op reads at run time: of a quantize kernel not scale and zero point, which are in its code."""

@@ -10,7 +10,7 @@ from torch import fx
 
 from mcc import ops
 from mcc.backends.relax.emitter import tuple_of
-from mcc.formats import unpack
+from mcc.formats import pack, unpack
 from mcc.graph import Node
 from mcc.ops import OPS
 
@@ -154,12 +154,14 @@ def restored_weight(
     def changed(old: Node, change: Callable[[Tensor], Tensor]) -> fx.Node:
         read = old.operand(0) if old.op is ops.UNPACK else old
         assert read is not None
-        tensor = read.tensor.detach()
-        if old.op is ops.UNPACK:
-            tensor = unpack(tensor, *old.fx.args[1:])
         name = graph.free_name(f"{read.fx.target}_{node.name}")
-        graph.set_tensor(name, change(tensor).contiguous())
-        return graph.read(name, node).fx
+        if old.op is not ops.UNPACK:
+            graph.set_tensor(name, change(read.tensor.detach()).contiguous())
+            return graph.read(name, node).fx
+        bits, low, shape = (old.argument(i) for i in (1, 2, 3))
+        codes = change(unpack(read.tensor, bits, low, shape)).contiguous()
+        graph.set_tensor(name, pack(codes, bits, low))
+        return graph.call(node, ops.UNPACK.target, graph.read(name, node).fx, bits, low, list(codes.shape))
 
     values = changed(root, stored)
     if root.fx is top.fx:

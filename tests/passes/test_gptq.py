@@ -16,7 +16,6 @@ from mcc.errors import DataError, PassError, SpecError
 from mcc.passes import Gptq, PruneWeights, Quantize
 from mcc.passes.gptq import hessian
 from mcc.pipeline import Pipeline
-from mcc.statistics import run_in_step
 from mcc.target import parse_target
 
 
@@ -109,17 +108,26 @@ def test_pruned_weights_stay_zero():
     assert int((weight.abs() < 1e-6).sum()) >= 512
 
 
-def test_a_layer_sees_what_the_layers_before_it_give_after_they_changed():
-    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).eval(), torch.randn(5, 8)
-    graph, seen = mcc.capture(model, (x,)), []
+@pytest.mark.parametrize("steps", [(), (PruneWeights(ratio=0.3),)])
+@pytest.mark.parametrize("buffer", [False, True])
+def test_a_layer_sees_what_the_layers_before_it_give_after_they_changed(steps, buffer, monkeypatch):
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval(), torch.randn(50, 64)
+    if buffer:
+        weight = model[0].weight.data
+        del model[0].weight
+        model[0].register_buffer("weight", weight)
+    seen = {}
+    real = Gptq._hessian
 
-    def before(node, arguments):
-        seen.append(arguments[0][0].clone())
-        if len(seen) == 1:
-            graph.set_tensor("0.weight", torch.zeros(8, 8))
+    def spied(self, node, arguments):
+        seen[node.layer] = arguments[0][0]
+        return real(self, node, arguments)
 
-    run_in_step(graph, [x], before)
-    torch.testing.assert_close(seen[1], model[0].bias.detach().expand(5, 8))
+    monkeypatch.setattr(Gptq, "_hessian", spied)
+    graph, _ = run(model, x, *steps, Gptq(bits=2, group_size=32))
+    graph.module.graph.output_node().args = ((graph.node("relu_1").fx,),)
+    graph.module.recompile()
+    torch.testing.assert_close(seen["2"], graph.module(x), rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_left_alone_is_listed():
@@ -157,5 +165,11 @@ def test_wrong_options_and_data_are_refused_in_words():
         run(nn.Linear(64, 8), torch.randn(2, 64), Gptq(group_size=32), calibration=[torch.randn(2, 5)])
     with pytest.raises(DataError, match="what linear reads is infinite or not a number"):
         run(nn.Linear(64, 8), torch.randn(2, 64), Gptq(group_size=32), calibration=[torch.full((2, 64), torch.inf)])
+    with pytest.raises(DataError, match="linear has 64 inputs, not ndarray"):
+        run(nn.Linear(64, 8), torch.randn(2, 64), Gptq(group_size=32), calibration=[np.zeros((2, 64), np.float32)])
+    broken = nn.Linear(64, 8)
+    broken.weight.data[0, 0] = torch.nan
+    with pytest.raises(PassError, match="the weight of linear is infinite or not a number"):
+        run(broken, torch.randn(2, 64), Gptq(group_size=32))
     with pytest.raises(DataError, match="the calibration data is empty"):
         run(nn.Linear(64, 8), torch.randn(2, 64), Gptq(group_size=32), calibration=iter(()))
