@@ -66,7 +66,7 @@ def _stored_weight(node: Node) -> StoredWeight | None:
     zeros = zero_point.tensor.numpy()
     if not zeros.any():
         return replace(weight, scale=scale.tensor.numpy())
-    grouped = replace(weight, scale=scale.tensor.numpy(), zero_point=zeros)
+    grouped = replace(weight, scale=scale.tensor.numpy(), zero_point=np.broadcast_to(zeros, scale.tensor.shape))
     return grouped if grouped.grouped else None
 
 
