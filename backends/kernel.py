@@ -121,6 +121,12 @@ class StoredWeight:
         return self.scale is not None and self.scale.ndim == 2
 
     @property
+    def group_size(self) -> int:
+        """Inputs of a group, where the weight is grouped."""
+        assert self.scale is not None
+        return self.shape[1] // int(self.scale.shape[1])
+
+    @property
     def dtype(self) -> str:
         """Element type: float32 or int8."""
         stored = self.dense if self.dense is not None else self.sparse.values if self.sparse is not None else None
@@ -131,8 +137,8 @@ class StoredWeight:
     def text(self) -> str:
         """The format in words, for the report."""
         kind = self.dtype if self.bits == 8 else f"int{self.bits}"
-        if self.scale is not None and self.grouped:
-            kind += f" in groups of {self.shape[1] // self.scale.shape[1]}"
+        if self.grouped:
+            kind += f" in groups of {self.group_size}"
         return ("sparse " if self.sparse is not None else "") + kind
 
     @cached_property

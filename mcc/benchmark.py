@@ -92,9 +92,15 @@ def openvino_engine(model: ModelProto | bytes, threads: int) -> Callable[..., li
     import openvino  # an optional peer
 
     data = model if isinstance(model, bytes) else model.SerializeToString()
-    core = openvino.Core()
+    return compiled_openvino(openvino.Core().read_model(data, b""), threads)
+
+
+def compiled_openvino(model: Any, threads: int) -> Callable[..., list[NDArray[Any]]]:
+    """An OpenVINO model that is already in its own form, held to float32, as a function of numpy inputs."""
+    import openvino
+
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-    request = core.compile_model(core.read_model(data, b""), "CPU", settings).create_infer_request()
+    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
 
     def run(*inputs: NDArray[Any]) -> list[NDArray[Any]]:
         found = request.infer(list(inputs))

@@ -69,8 +69,13 @@ class WeightExpression:
             zero_point = self.quantizer.operand(2)
             assert zero_point is not None
             return int(torch.count_nonzero(codes - along_axis(zero_point.tensor, codes, self.quantizer.argument(3))))
+        return int(torch.count_nonzero(self.values))
+
+    @property
+    def values(self) -> Tensor:
+        """The stored tensor, masked elements zero."""
         values = self.root.tensor.detach()
-        return int(torch.count_nonzero(values if self.mask is None else values * self.mask))
+        return values if self.mask is None else values * self.mask
 
     @property
     def stored_bytes(self) -> int:

@@ -100,9 +100,7 @@ def _read_codes(rewriter: Rewriter, name: str, codes: Tensor, quantizer: Node) -
 
 
 def _stored_values(expression: WeightExpression) -> Tensor:
-    values = expression.root.tensor.detach()
-    if expression.mask is not None:
-        values = values * expression.mask
+    values = expression.values
     quantizer = expression.quantizer
     if quantizer is None:
         return values

@@ -36,6 +36,11 @@ def ragged(node: Node, group_size: int | None) -> str | None:
     return f"its {inputs} inputs are no multiple of {group_size}" if group_size and inputs % group_size else None
 
 
+def code_range(bits: int) -> tuple[int, int]:
+    """The least and the largest code of a weight in groups."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
 def channel_scales(weight: Tensor, axis: int, limit: int) -> Tensor:
     """Symmetric scales for codes of at most `limit`, float32 [weight.shape[axis]].
 
@@ -57,7 +62,7 @@ def group_parameters(weight: Tensor, groups: int, bits: int, *, symmetric: bool)
     Args:
         weight: [out, in].
         groups: of a row, all of one size.
-        bits: of a code: codes are -2^(bits - 1) to 2^(bits - 1) - 1.
+        bits: of a code; see `code_range`.
         symmetric: whether all zero points are zero.
 
     Returns:
@@ -65,7 +70,7 @@ def group_parameters(weight: Tensor, groups: int, bits: int, *, symmetric: bool)
         [out, groups], or [] where symmetric.
     """
     values = weight.detach().float().reshape(len(weight), groups, -1)
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    low, high = code_range(bits)
     least, most = values.amin(-1).clamp(max=0.0), values.amax(-1).clamp(min=0.0)
     full = torch.maximum(-least, most) / high if symmetric else (most - least) / (high - low)
     full = torch.where(full > torch.finfo(torch.float32).tiny, full, 1.0)
@@ -111,12 +116,11 @@ def layer_weight(node: Node) -> tuple[str, Tensor]:
     """
     expression = weight_expression(node.operand(1))
     assert expression is not None
-    weight = expression.root.tensor.detach()
-    if not weight.isfinite().all():
+    if not expression.root.tensor.isfinite().all():
         raise PassError(
             f"the weight of {node.layer} is infinite or not a number", remedy="check the checkpoint it was loaded from"
         )
-    return str(expression.root.fx.target), weight if expression.mask is None else weight * expression.mask
+    return str(expression.root.fx.target), expression.values
 
 
 def insert_quantizer(
@@ -139,6 +143,12 @@ def insert_quantizer(
     node.fx.replace_input_with(top.fx, made.fx)
 
 
+def new_quantizers(before: Graph, after: Graph) -> list[Node]:
+    """The fake_quantize nodes that a pass put into a graph."""
+    known = {node.name for node in before.nodes}
+    return [node for node in after.nodes if node.op is ops.FAKE_QUANTIZE and node.name not in known]
+
+
 def quantizer_tensors(node: Node) -> tuple[Tensor, Tensor, int, int]:
     """Scale, zero point, and the least and largest code of a fake_quantize node."""
     scale, zero_point = node.operand(1), node.operand(2)
@@ -153,9 +163,7 @@ def round_weight(graph: Graph, quantizer: Node) -> None:
     assert expression is not None
     assert top is not None
     scale, zero, low, high = quantizer_tensors(quantizer)
-    weight = expression.root.tensor.detach()
-    if expression.mask is not None:
-        weight = weight * expression.mask
+    weight = expression.values
     if scale.dim() == 2:  # groups of inputs
         cut, shape = weight.reshape(*scale.shape, -1), [*scale.shape, 1]
     else:

@@ -137,10 +137,7 @@ def observe(graph: Graph, names: Iterable[str], batches: Iterable[Batch | Tensor
                 raise _misfit(count, batch, error) from error
             count += 1
     if count == 0:
-        raise DataError(
-            "the calibration data is empty",
-            remedy="give at least one batch; a list lasts for all passes, a generator for one",
-        )
+        raise _empty()
     return histograms
 
 
@@ -163,10 +160,7 @@ def run_in_step(
     """
     kept = list(batches)
     if not kept:
-        raise DataError(
-            "the calibration data is empty",
-            remedy="give at least one batch; a list lasts for all passes, a generator for one",
-        )
+        raise _empty()
     runs = []
     for batch in kept:
         run = fx.Interpreter(graph.module)
@@ -212,6 +206,13 @@ def _stored_ancestors(node: fx.Node, stored: set[fx.Node]) -> list[fx.Node]:
 
 def _inputs(batch: Batch | Tensor) -> tuple[Tensor, ...]:
     return (batch,) if isinstance(batch, Tensor) else tuple(batch)
+
+
+def _empty() -> DataError:
+    return DataError(
+        "the calibration data is empty",
+        remedy="give at least one batch; a list lasts for all passes, a generator for one",
+    )
 
 
 def _misfit(count: int, batch: Batch | Tensor, error: Exception) -> DataError:

@@ -13,9 +13,11 @@ from mcc.cost import weight_expression
 from mcc.errors import DataError, PassError, SpecError
 from mcc.quantization import (
     check_group_size,
+    code_range,
     group_parameters,
     insert_quantizer,
     layer_weight,
+    new_quantizers,
     ragged,
     round_weight,
 )  # fmt: skip
@@ -90,10 +92,9 @@ class Gptq(Pass):
             return True
 
         run_in_step(graph, context.data.calibration, before)
-        low = -(1 << (self.bits - 1))
         for fx_node, node in layers.items():
             name, _ = layer_weight(node)
-            insert_quantizer(node, name, lambda n=fx_node: parameters[n], 0, (low, -low - 1))  # type: ignore[misc]
+            insert_quantizer(node, name, lambda n=fx_node: parameters[n], 0, code_range(self.bits))  # type: ignore[misc]
         if context.progress is not None and task is not None:
             context.progress.remove_task(task)
         return graph
@@ -101,10 +102,8 @@ class Gptq(Pass):
     def reference(self, before: Graph, after: Graph) -> Graph:
         """The graph before, reading the changed weights rounded in their tensors."""
         rounded = before.copy()
-        known = {n.name for n in before.nodes}
-        for node in after.nodes:
-            if node.op is ops.FAKE_QUANTIZE and node.name not in known:
-                round_weight(rounded, node)
+        for node in new_quantizers(before, after):
+            round_weight(rounded, node)
         return rounded.clean()
 
     def _layers(self, graph: Graph, context: Context) -> list[Node]:
@@ -168,7 +167,7 @@ class Gptq(Pass):
         step = scale.float().repeat_interleave(size, 1)[:, order]
         zeros = (zero.float().expand(scale.shape)).repeat_interleave(size, 1)[:, order]
         kept = torch.ones_like(weight) if expression.mask is None else expression.mask.float()
-        grid = _Grid(step, zeros, kept[:, order], -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1)
+        grid = _Grid(step, zeros, kept[:, order], *code_range(self.bits))
         try:
             inverse = _inverse_factor(curvature[order][:, order], self.damping)
         except RuntimeError as error:  # torch.linalg.LinAlgError, which its stubs do not export

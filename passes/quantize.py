@@ -16,9 +16,11 @@ from mcc.graph import Graph, Node
 from mcc.quantization import (
     channel_scales,
     check_group_size,
+    code_range,
     group_parameters,
     insert_quantizer,
     layer_weight,
+    new_quantizers,
     quantizer_tensors,
     ragged,
     round_weight,
@@ -124,11 +126,8 @@ class Quantize(Pass):
     def reference(self, before: Graph, after: Graph) -> Graph:
         """The graph before, with weights rounded in their tensors and activations rounded by plain ATen calls."""
         rounded = before.copy()
-        for node in after.nodes:
-            if node.op is not ops.FAKE_QUANTIZE or any(n.name == node.name for n in before.nodes):
-                continue
-            expression = weight_expression(node)
-            if expression is not None:
+        for node in new_quantizers(before, after):
+            if weight_expression(node) is not None:
                 round_weight(rounded, node)
             else:
                 _round_activation(rounded, node)
@@ -202,12 +201,11 @@ class Quantize(Pass):
 def _quantize_groups(node: Node, bits: int, group_size: int | None, *, symmetric: bool) -> None:
     name, weight = layer_weight(node)
     groups = 1 if group_size is None else weight.shape[1] // group_size
-    low = -(1 << (bits - 1))
 
     def parameters() -> tuple[Tensor, Tensor]:
         return group_parameters(weight, groups, bits, symmetric=symmetric)
 
-    insert_quantizer(node, name, parameters, 0, (low, -low - 1))
+    insert_quantizer(node, name, parameters, 0, code_range(bits))
 
 
 def _quantize_weight(node: Node, limit: int) -> None:

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-
-from mcc.benchmark import onnxruntime_engine, openvino_engine
+from mcc.benchmark import compiled_openvino, onnxruntime_engine, openvino_engine
 
 Engine: TypeAlias = Callable[..., Any]
 
@@ -68,20 +66,7 @@ def _nncf_engine(proto: Any, calibration: list[tuple[Any, ...]], threads: int) -
     model = core.read_model(proto.SerializeToString(), b"")
     batches = [b[0] if len(b) == 1 else list(b) for b in calibration]
     quantized = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches))
-    return _run(quantized, threads)
-
-
-def _run(model: Any, threads: int) -> Engine:
-    import openvino
-
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
-
-    def run(*inputs: Any) -> list[Any]:
-        found = request.infer(list(inputs))
-        return [np.asarray(found[i]) for i in range(len(found))]
-
-    return run
+    return compiled_openvino(quantized, threads)
 
 
 def _int4_onnx(proto: Any) -> bytes:
@@ -101,4 +86,6 @@ def _int4_openvino(proto: Any, threads: int) -> Engine:
 
     model = openvino.Core().read_model(proto.SerializeToString(), b"")
     mode = nncf.CompressWeightsMode.INT4_SYM
-    return _run(nncf.compress_weights(model, mode=mode, group_size=32, ratio=1.0, all_layers=True), threads)
+    return compiled_openvino(
+        nncf.compress_weights(model, mode=mode, group_size=32, ratio=1.0, all_layers=True), threads
+    )

@@ -22,7 +22,7 @@ from mcc import ops
 from mcc.backends.cpu.kernels.panels import PanelPlan
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, parse_tile
 from mcc.backends.cpu.microkernel import Expression, Register, Vectors, serial
-from mcc.backends.kernel import Lowered, Region, StoredWeight, apply_epilogue
+from mcc.backends.kernel import Lowered, Region, apply_epilogue
 from mcc.ops import extent
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class LowBitDense:
             return "the activations are quantized"
         if int(weight.decoded().max(initial=0)) >> (weight.bits - 1):
             return f"its codes are not signed ones of {weight.bits} bits"
-        size = _group_size(weight)
+        size = weight.group_size
         if weight.scale is not None and weight.scale.shape[1] > 1 and size % CODES[weight.bits]:
             return f"groups of {size} are no multiple of {CODES[weight.bits]}"
         return None
@@ -80,7 +80,7 @@ class LowBitDense:
         """Float64 sums over dequantized weights."""
         weight = region.weight
         assert weight.scale is not None
-        size = _group_size(weight)
+        size = weight.group_size
         zeros = 0 if weight.zero_point is None else weight.zero_point.repeat(size, 1)
         values = (weight.decoded() - np.float64(zeros)) * weight.scale.astype(np.float64).repeat(size, 1)
         bias = np.float32(0) if region.bias is None else region.bias
@@ -113,7 +113,7 @@ class _Body:
         assert weight.scale is not None
         self.plan, self.v = plan, plan.vectors
         self.bits, self.codes = weight.bits, CODES[weight.bits]
-        self.groups, self.group = weight.scale.shape[1], _group_size(weight)
+        self.groups, self.group = weight.scale.shape[1], weight.group_size
         self.blocks = -(-self.group // self.codes)
         self.words = self.codes * self.bits // 32  # of a block
         self.packed: dict[str, NDArray[Any]] = {
@@ -240,11 +240,6 @@ class _Body:
             return word
         by = self.v.constant(abs(left), "int32")
         return T.shift_left(word, by) if left > 0 else T.shift_right(word, by)
-
-
-def _group_size(weight: StoredWeight) -> int:
-    assert weight.scale is not None
-    return weight.shape[1] // int(weight.scale.shape[1])
 
 
 def _words(codes: NDArray[np.int8], bits: int, group: int) -> NDArray[np.int32]:
