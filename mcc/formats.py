@@ -2,8 +2,7 @@
 
 A compressed weight is an expression: `dequantize(codes, scale, …)`, `decode_sparse(values, …)`, or one inside the
 other; codes of a few bits stand packed, under `unpack`. Kernels read the operands of these ops as they are stored;
-everything else runs the ops themselves. During training a quantizer is `fake_quantize`, with a straight-through
-gradient.
+everything else runs the ops themselves. During training a quantizer is `fake_quantize`, which has gradients.
 """
 
 from __future__ import annotations
@@ -76,6 +75,8 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None
     """dequantize(quantize(x)), float in and out; the gradient passes straight through inside the range.
 
     Bengio, Léonard, Courville: Estimating or propagating gradients through stochastic neurons. arXiv 1308.3432, 2013.
+    The gradient of a scale that asks for one is that of Esser, McKinstry, Bablani, Appuswamy, Modha: Learned step size
+    quantization. ICLR 2020: code - zero_point - x / scale inside the range, code - zero_point at its ends.
     """
     step, zero = along_axis(scale, x, axis), along_axis(zero_point, x, axis)
     return (torch.clamp(torch.round(x / step) + zero, low, high) - zero) * step
@@ -87,25 +88,39 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low: int, 
     return torch.empty_like(x)
 
 
-def _save_inside(
+def _save_for_gradients(
     ctx: torch.autograd.function.FunctionCtx,
     inputs: tuple[Tensor, Tensor, Tensor, int | None, int, int],
     output: Tensor,
 ) -> None:
     del output
     x, scale, zero_point, axis, low, high = inputs
-    codes = torch.round(x / along_axis(scale, x, axis)) + along_axis(zero_point, x, axis)
-    ctx.save_for_backward((codes >= low) & (codes <= high))
+    in_steps, zero = x / along_axis(scale, x, axis), along_axis(zero_point, x, axis)
+    codes = torch.round(in_steps) + zero
+    inside = (codes >= low) & (codes <= high)
+    ctx.scale_shape, ctx.axis = scale.shape, axis  # type: ignore[attr-defined]  # torch's stub lacks what one sets
+    if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]  # and this
+        ctx.save_for_backward(inside, torch.clamp(codes, low, high) - zero - in_steps * inside)
+    else:
+        ctx.save_for_backward(inside)
 
 
-def _straight_through(
+def _gradients(
     ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
-) -> tuple[Tensor | None, None, None, None, None, None]:
-    (inside,) = ctx.saved_tensors  # type: ignore[attr-defined]  # torch's stub lacks it
-    return gradient * inside, None, None, None, None, None
+) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    inside, *slope = ctx.saved_tensors  # type: ignore[attr-defined]  # torch's stub lacks it
+    if not slope:
+        return gradient * inside, None, None, None, None, None
+    shape, axis = ctx.scale_shape, ctx.axis  # type: ignore[attr-defined]  # as above
+    by_element = gradient * slope[0]
+    if len(shape) == 2:  # groups of a row's inputs
+        to_scale = by_element.reshape(*shape, -1).sum(-1)
+    else:
+        to_scale = by_element.sum([i for i in range(by_element.dim()) if i != axis]).reshape(shape)
+    return gradient * inside, to_scale, None, None, None, None
 
 
-fake_quantize.register_autograd(_straight_through, setup_context=_save_inside)
+fake_quantize.register_autograd(_gradients, setup_context=_save_for_gradients)
 
 
 @torch.library.custom_op("mcc::decode_sparse", mutates_args=())

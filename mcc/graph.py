@@ -340,22 +340,22 @@ class Graph:
             if name in read:
                 yield name, parameter
 
-    def train(self) -> Self:
-        """Switch batch norm and dropout to training."""
-        return self._set_mode(training=True)
+    def train(self, *, batch_norm: bool = True) -> Self:
+        """Switch dropout and, unless told otherwise, batch norm to training."""
+        return self._set_mode(training=True, batch_norm=batch_norm)
 
     def eval(self) -> Self:
         """Switch batch norm and dropout to inference."""
-        return self._set_mode(training=False)
+        return self._set_mode(training=False, batch_norm=False)
 
-    def _set_mode(self, *, training: bool) -> Self:
+    def _set_mode(self, *, training: bool, batch_norm: bool) -> Self:
         for node in self.nodes:
             row = node.op
             if row is ops.BATCH_NORM and node.operand(3) is None:
                 continue  # without running statistics it normalizes by the batch in both modes
             if row is not None and row.train_flag is not None:
-                args = node.fx.args
-                node.fx.args = (*args[: row.train_flag], training, *args[row.train_flag + 1 :])
+                args, flag = node.fx.args, batch_norm if row is ops.BATCH_NORM else training
+                node.fx.args = (*args[: row.train_flag], flag, *args[row.train_flag + 1 :])
         self.module.train(training)
         self.module.recompile()
         return self

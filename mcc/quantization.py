@@ -41,18 +41,19 @@ def code_range(bits: int) -> tuple[int, int]:
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
-def channel_scales(weight: Tensor, axis: int, limit: int) -> Tensor:
-    """Symmetric scales for codes of at most `limit`, float32 [weight.shape[axis]].
+def channel_scales(weight: Tensor, axis: int, codes: tuple[int, int]) -> Tensor:
+    """Symmetric scales for codes from the least to the largest of `codes`, float32 [weight.shape[axis]].
 
-    With many codes the largest |w| of a channel gets `limit`; with few the scale has the least squared error.
+    With many codes the largest |w| of a channel gets the largest; with few the scale has the least squared error.
     """
+    limit = codes[1]
     rows = weight.detach().float().movedim(axis, 0).reshape(weight.shape[axis], 1, -1)
     largest = rows.abs().amax((1, 2))
     # a channel too small for a float32 scale counts as zero
     full = torch.where(largest > torch.finfo(torch.float32).tiny * limit, largest / limit, 1.0)
     if limit >= MANY_CODES:
         return full
-    scale, _ = _least_error(rows, full[:, None], (-limit, limit), None, torch.float32)
+    scale, _ = _least_error(rows, full[:, None], codes, None, torch.float32)
     return scale[:, 0]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from mcc.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
 
     from mcc.data import Batch
     from mcc.graph import Graph
@@ -103,20 +103,21 @@ def affine_parameters(low: float, high: float, low_code: int, high_code: int) ->
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and hands the values of chosen nodes to their histograms."""
+    """Runs a graph and hands the values of chosen nodes on, with their names."""
 
-    def __init__(self, module: fx.GraphModule, histograms: Mapping[str, Histogram]) -> None:
+    def __init__(self, module: fx.GraphModule, names: Iterable[str], take: Callable[[str, Tensor], None]) -> None:
         super().__init__(module)
-        self._histograms = histograms
+        self._names = frozenset(names)
+        self._take = take
 
     def run_node(self, n: fx.Node) -> object:
         result = super().run_node(n)
-        if n.name in self._histograms and isinstance(result, Tensor):
+        if n.name in self._names and isinstance(result, Tensor):
             if not result.isfinite().all():
                 raise DataError(
                     f"calibration: %{n.name} is infinite or not a number", remedy="check the batch and the weights"
                 )
-            self._histograms[n.name].add(result)
+            self._take(n.name, result)
         return result
 
 
@@ -127,7 +128,30 @@ def observe(graph: Graph, names: Iterable[str], batches: Iterable[Batch | Tensor
         DataError: there is no batch, or a batch does not fit the graph's inputs.
     """
     histograms = {name: Histogram() for name in names}
-    recorder = _Recorder(graph.module, histograms)
+    _record(graph, histograms, batches, lambda name, values: histograms[name].add(values))
+    return histograms
+
+
+def channel_peaks(graph: Graph, names: Iterable[str], batches: Iterable[Batch | Tensor]) -> dict[str, Tensor]:
+    """The largest absolute value that each channel of the named nodes, their last dim, has over calibration batches.
+
+    Raises:
+        DataError: there is no batch, or a batch does not fit the graph's inputs.
+    """
+    peaks = {name: torch.zeros(()) for name in names}
+
+    def take(name: str, values: Tensor) -> None:
+        if values.numel():
+            peaks[name] = torch.maximum(peaks[name], values.detach().abs().reshape(-1, values.shape[-1]).amax(0))
+
+    _record(graph, peaks, batches, take)
+    return peaks
+
+
+def _record(
+    graph: Graph, names: Iterable[str], batches: Iterable[Batch | Tensor], take: Callable[[str, Tensor], None]
+) -> None:
+    recorder = _Recorder(graph.module, names, take)
     count = 0
     with torch.no_grad():
         for batch in batches:
@@ -138,7 +162,6 @@ def observe(graph: Graph, names: Iterable[str], batches: Iterable[Batch | Tensor
             count += 1
     if count == 0:
         raise _empty()
-    return histograms
 
 
 def run_in_step(

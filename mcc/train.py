@@ -1,4 +1,4 @@
-"""The one training loop: fine-tuning, and later distillation and quantization-aware training, run through it."""
+"""The one training loop: fine-tuning, training with quantizers, and distillation run through it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mcc.errors import DataError
+from mcc.learned_scales import LearnedScales
 
 if TYPE_CHECKING:
     from mcc.data import Batch
@@ -35,6 +36,8 @@ class TrainingPlan:
         rate_schedule: "cosine" falls to zero at the end.
         weight_decay: decoupled for adamw.
         epochs: passes over the data.
+        freeze_batch_norm: share of the training after which batch norms keep their running statistics and use them.
+        distill: share of the loss that is the distance from the teacher's outputs.
         checkpoint: file written after every epoch and resumed from, or empty.
         fingerprint: text that says what is trained; a checkpoint of another text is refused.
     """
@@ -44,69 +47,128 @@ class TrainingPlan:
     rate_schedule: RateSchedule
     weight_decay: float
     epochs: int
+    freeze_batch_norm: float
+    distill: float
     checkpoint: str
     fingerprint: str
 
 
-def train(graph: Graph, plan: TrainingPlan, context: Context, label: str) -> list[float]:
-    """Train `graph` in place; returns the mean loss of each epoch run here.
+@dataclass(frozen=True)
+class _Run:
+    """What a training run holds.
+
+    Attributes:
+        graph: that is trained.
+        teacher: what it learns from beside the labels, or None.
+        plan: how.
+        optimizer: of the graph's parameters and scales.
+        scales: of its quantizers.
+        context: of the pass.
+        task: of the progress display, or None.
+    """
+
+    graph: Graph
+    teacher: Graph | None
+    plan: TrainingPlan
+    optimizer: torch.optim.Optimizer
+    scales: LearnedScales
+    context: Context
+    task: Any
+
+
+def train(graph: Graph, teacher: Graph | None, plan: TrainingPlan, context: Context, label: str) -> list[float]:
+    """Train `graph` in place, scales of its quantizers included; returns the mean loss of each epoch run here.
 
     The graph's schedules advance with it, step by step. The process's random state is left as it was.
+
+    Args:
+        graph: to train.
+        teacher: gives the outputs that `plan.distill` asks for; None where it is 0.
+        plan: how to train.
+        context: the pass's, with the data.
+        label: for the progress display.
 
     Raises:
         DataError: the training data is empty or its batches do not fit the graph.
     """
     assert context.data.train is not None
-    parameters = [p for _, p in graph.named_parameters() if p.is_floating_point()]
-    optimizer = _optimizer(plan, parameters)
+    scales = LearnedScales(graph)
+    optimizer = _optimizer(plan, [p for _, p in graph.named_parameters() if p.is_floating_point()], scales)
     start = _resume(graph, optimizer, plan)
+    scales.read()
     losses: list[float] = []
     task = None if context.progress is None else context.progress.add_task(label, total=None)
+    run = _Run(graph, teacher, plan, optimizer, scales, context, task)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed + start)
         for epoch in range(start, plan.epochs):
-            losses.append(_train_epoch(graph, optimizer, plan, epoch, context, task))
+            losses.append(_train_epoch(run, epoch))
             _save(graph, optimizer, plan, epoch + 1)
     graph.eval()
+    scales.finish()
     if context.progress is not None and task is not None:
         context.progress.remove_task(task)
     return losses
 
 
-def _optimizer(plan: TrainingPlan, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(
+    plan: TrainingPlan, parameters: list[torch.nn.Parameter], scales: LearnedScales
+) -> torch.optim.Optimizer:
+    groups = [{"params": parameters, "weight_decay": plan.weight_decay}]
+    if scales.parameters:
+        groups.append({"params": scales.parameters, "weight_decay": 0.0})
     if plan.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, plan.learning_rate, momentum=MOMENTUM, nesterov=True, weight_decay=plan.weight_decay
-        )
-    return torch.optim.AdamW(parameters, plan.learning_rate, weight_decay=plan.weight_decay)
+        return torch.optim.SGD(groups, plan.learning_rate, momentum=MOMENTUM, nesterov=True)
+    return torch.optim.AdamW(groups, plan.learning_rate)
 
 
-def _train_epoch(
-    graph: Graph, optimizer: torch.optim.Optimizer, plan: TrainingPlan, epoch: int, context: Context, task: Any
-) -> float:
-    loss_function = context.data.loss or torch.nn.functional.cross_entropy
-    graph.train()
+def _train_epoch(run: _Run, epoch: int) -> float:
+    plan, context = run.plan, run.context
+    run.graph.train(batch_norm=epoch < plan.freeze_batch_norm * plan.epochs)
     total, steps = 0.0, 0
     length = _epoch_length(context)
     for position, (*inputs, labels) in enumerate(_batches(context)):
         progress = (epoch + position / length) / plan.epochs
-        for schedule in graph.schedules:
-            schedule.advance(graph, progress)
-        _set_rate(optimizer, plan, progress)
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss_function(graph(*inputs), labels)
+        for schedule in run.graph.schedules:
+            schedule.advance(run.graph, progress)
+        _set_rate(run.optimizer, plan, progress)
+        run.optimizer.zero_grad(set_to_none=True)
+        loss = _loss(run, inputs, labels)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it so
-        optimizer.step()
+        run.scales.receive_gradients()
+        run.optimizer.step()
+        run.scales.write()
         total, steps = total + float(loss.detach()), steps + 1
-        if context.progress is not None and task is not None:
+        if context.progress is not None and run.task is not None:
             context.progress.update(
-                task, total=plan.epochs * length, completed=epoch * length + steps,
+                run.task, total=plan.epochs * length, completed=epoch * length + steps,
                 description=f"epoch {epoch + 1}/{plan.epochs}, loss {total / steps:.4f}",
             )  # fmt: skip
     if epoch + 1 == plan.epochs:
-        for schedule in graph.schedules:
-            schedule.advance(graph, 1.0)
+        for schedule in run.graph.schedules:
+            schedule.advance(run.graph, 1.0)
     return total / steps
+
+
+def _loss(run: _Run, inputs: list[Tensor], labels: Tensor) -> Tensor:
+    try:
+        output = run.graph(*inputs)
+    except (RuntimeError, TypeError) as error:
+        shapes = ", ".join(str(list(t.shape)) for t in inputs if isinstance(t, Tensor))
+        raise DataError(
+            f"a training batch with inputs {shapes} does not fit the graph: {str(error).splitlines()[0]}",
+            remedy="give each batch as (*inputs, labels)",
+        ) from error
+    loss: Tensor = (run.context.data.loss or torch.nn.functional.cross_entropy)(output, labels)
+    if run.teacher is None:
+        return loss
+    with torch.no_grad():
+        wanted = run.teacher(*inputs)
+    if not isinstance(output, Tensor) or output.dim() == 0:
+        raise DataError("distillation needs a model that returns one tensor of logits", remedy="leave `distill` out")
+    found, wanted = (t.reshape(-1, t.shape[-1]).log_softmax(-1) for t in (output, wanted))
+    distance = torch.nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+    return (1 - run.plan.distill) * loss + run.plan.distill * distance
 
 
 def _epoch_length(context: Context) -> int:

@@ -7,12 +7,14 @@ from mcc.passes.fold_constants import FoldConstants
 from mcc.passes.gptq import Gptq
 from mcc.passes.prune_weights import PruneWeights
 from mcc.passes.quantize import Quantize
+from mcc.passes.smooth_quant import SmoothQuant
 from mcc.rewrite import Pass
 
 PASSES: tuple[type[Pass], ...] = (
-    EliminateIdentity, FoldBatchNorm, FoldConstants, PruneWeights, FineTune, Gptq, Quantize,
+    EliminateIdentity, FoldBatchNorm, FoldConstants, PruneWeights, FineTune, SmoothQuant, Gptq, Quantize,
 )  # fmt: skip
 
 __all__ = [
     "PASSES", "EliminateIdentity", "FineTune", "FoldBatchNorm", "FoldConstants", "Gptq", "PruneWeights", "Quantize",
+    "SmoothQuant",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mcc import ops
 from mcc.errors import SpecError
 from mcc.rewrite import Context, Lossy, Pass
 from mcc.text import graph_text
@@ -22,15 +23,21 @@ class FineTune(Pass):
     """Train the graph's parameters on `data.train`.
 
     Masks stay: a pruned weight is multiplied by its mask, so it neither contributes nor learns. Fake-quantizers pass
-    gradients straight through. With a checkpoint file, an interrupted run goes on from its last whole epoch.
+    gradients straight through, and their scales are learned beside the weights: behind `quantize` this is
+    quantization-aware training. With a checkpoint file, an interrupted run goes on from its last whole epoch.
     Han, Pool, Tran, Dally: Learning both weights and connections for efficient neural networks. NeurIPS 2015.
+    Esser, McKinstry, Bablani, Appuswamy, Modha: Learned step size quantization. ICLR 2020.
+    Hinton, Vinyals, Dean: Distilling the knowledge in a neural network. arXiv 1503.02531, 2015.
 
     Attributes:
         epochs: passes over the data.
         optimizer: "adamw", or "sgd" with Nesterov momentum 0.9.
         learning_rate: at the start.
         rate_schedule: "cosine" falls to zero at the end, "constant" stays.
-        weight_decay: decoupled for adamw.
+        weight_decay: decoupled for adamw; never of scales.
+        distill: share of the loss that is the Kullback-Leibler divergence of the logits (last dim) from those that the
+            graph gives before training without its quantizers.
+        freeze_batch_norm: share of the training after which batch norms use their running statistics.
         checkpoint: file written after every epoch and resumed from; empty for none.
     """
 
@@ -39,6 +46,8 @@ class FineTune(Pass):
     learning_rate: float = 1e-3
     rate_schedule: RateSchedule = "cosine"
     weight_decay: float = 0.0
+    distill: float = 0.0
+    freeze_batch_norm: float = 1.0
     checkpoint: str = ""
 
     guarantee = Lossy()
@@ -47,6 +56,11 @@ class FineTune(Pass):
         if self.epochs < 1 or self.learning_rate <= 0:
             raise SpecError(
                 f"fine-tune: epochs={self.epochs}, learning_rate={self.learning_rate}", remedy="both are positive"
+            )
+        if not (0 <= self.distill <= 1 and 0 <= self.freeze_batch_norm <= 1):
+            raise SpecError(
+                f"fine-tune: distill={self.distill}, freeze_batch_norm={self.freeze_batch_norm}",
+                remedy="both are shares, from 0 to 1",
             )
         if self.optimizer not in ("sgd", "adamw") or self.rate_schedule not in ("cosine", "constant"):
             raise SpecError(
@@ -62,14 +76,25 @@ class FineTune(Pass):
     def run(self, graph: Graph, context: Context) -> Graph:
         """Train in place."""
         plan = TrainingPlan(
-            self.optimizer, self.learning_rate, self.rate_schedule, self.weight_decay, self.epochs, self.checkpoint,
+            self.optimizer, self.learning_rate, self.rate_schedule, self.weight_decay, self.epochs,
+            self.freeze_batch_norm, self.distill, self.checkpoint,
             fingerprint=f"{self.full_text()} seed={context.seed}\n{graph_text(graph)}{_digest(graph)}",
         )  # fmt: skip
-        losses = train(graph, plan, context, str(self))
+        teacher = _without_quantizers(graph) if self.distill else None
+        losses = train(graph, teacher, plan, context, str(self))
         if losses:
             context.note(f"mean loss {losses[0]:.4f} in the first epoch, {losses[-1]:.4f} in the last")
         context.edited(sum(1 for _ in graph.named_parameters()))
         return graph.with_schedules(())
+
+
+def _without_quantizers(graph: Graph) -> Graph:
+    teacher = graph.copy()
+    for node in teacher.nodes:
+        source = node.operand(0)
+        if node.op is ops.FAKE_QUANTIZE and source is not None:
+            node.fx.replace_all_uses_with(source.fx)
+    return teacher.clean().eval()
 
 
 def _digest(graph: Graph) -> str:

@@ -53,7 +53,7 @@ class FoldBatchNorm(Rewrite):
         if direct is not None and direct.op in (ops.DEQUANTIZE, ops.DECODE_SPARSE):
             return Reject(node, f"the weight of %{producer.name} is encoded: fold before that")
         quantizer = direct if direct is not None and direct.op is ops.FAKE_QUANTIZE else None
-        if quantizer is not None and not _scales_by_output(quantizer, producer):
+        if quantizer is not None and not _scales_by_output(quantizer, producer, _affine(node)[0]):
             return Reject(node, f"the weight of %{producer.name} is quantized, but not symmetrically by output channel")
         if len(producer.shape) != weight.tensor.dim():
             return Reject(node, f"the channels of %{producer.name} are not its dim 1: shape {list(producer.shape)}")
@@ -98,14 +98,14 @@ def _affine(node: Node) -> tuple[Tensor, Tensor, Tensor]:
     return gain, mean.tensor.double(), shift
 
 
-def _scales_by_output(quantizer: Node, producer: Node) -> bool:
-    """Whether a weight's quantizer has a scale of its own for each output, and codes that may change sign."""
+def _scales_by_output(quantizer: Node, producer: Node, gain: Tensor) -> bool:
+    """Whether a weight's quantizer has a scale for each output, and codes that may change sign where the gain is so."""
     scale, zero = quantizer.operand(1), quantizer.operand(2)
     if scale is None or zero is None or not scale.is_parameter or not zero.is_parameter:
         return False
     by_output = quantizer.argument(3) == 0 and producer.op is not ops.CONV_TRANSPOSE2D and len(scale.fx.users) == 1
-    symmetric = quantizer.argument(4) == -quantizer.argument(5) and not torch.count_nonzero(zero.tensor)
-    return bool(by_output and symmetric)
+    invertible = quantizer.argument(4) == -quantizer.argument(5) or bool((gain >= 0).all())
+    return bool(by_output and invertible and not torch.count_nonzero(zero.tensor))
 
 
 def _scale_codes(quantizer: Node, weight: Tensor, gain: Tensor) -> Tensor:

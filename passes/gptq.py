@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mcc import ops
+from mcc.channels import weight_is_shared
 from mcc.cost import weight_expression
 from mcc.errors import DataError, PassError, SpecError
 from mcc.quantization import (
@@ -134,7 +135,7 @@ class Gptq(Pass):
             return f"it computes in {str(node.dtype).removeprefix('torch.')}, not float32"
         if expression.quantizer is not None or expression.sparse is not None:
             return "its weight is already quantized or encoded"
-        if _shared(node):
+        if weight_is_shared(node):
             return "its weight is shared: other readers would see it change"
         return ragged(node, self.group_size)
 
@@ -175,16 +176,6 @@ class Gptq(Pass):
         done = compensated(weight[:, order].float(), inverse, grid)
         node.graph.set_tensor(name, done[:, order.argsort()].to(weight.dtype))
         return scale, zero
-
-
-def _shared(node: Node) -> bool:
-    """Whether anything else reads the layer's weight, in whatever form."""
-    top, expression = node.operand(1), weight_expression(node.operand(1))
-    assert top is not None
-    assert expression is not None
-    name = expression.root.fx.target
-    readers = [n for n in node.graph.module.graph.nodes if n.op == "get_attr" and n.target == name]
-    return len(readers) > 1 or len(expression.root.fx.users) > 1 or len(top.fx.users) > 1
 
 
 @dataclass(frozen=True)

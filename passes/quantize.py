@@ -1,4 +1,4 @@
-"""Post-training quantization: weights of 8, 4, 3 or 2 bits, and int8 activations with ranges from calibration data."""
+"""Quantization: weights and activations of 8, 4, 3 or 2 bits, with ranges of activations from calibration data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from mcc.rewrite import Context, Lossy, Pass, Rewriter
 from mcc.statistics import OBSERVERS, Observer, affine_parameters, observe
 
 BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
-ACTIVATION_CODES = (0, 255)
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,8 @@ class Quantize(Pass):
 
     Attributes:
         weights: "int8", "int4", "int3" or "int2", rounded to nearest.
-        activations: "int8" needs calibration data; None quantizes weights alone.
+        activations: "int8", "int4", "int3" or "int2" need calibration data; None quantizes weights alone. Codes of
+            fewer bits are bytes all the same: they cost accuracy, which training wins back, and save no time on CPUs.
         group_size: inputs of a linear layer that share a scale, a multiple of 32; None for all. Needs activations=None.
         symmetric: False gives each group of a linear layer a zero point. Needs activations=None.
         observer: how the range of an activation is chosen: "min-max"; "percentile-99.9", "-99.99", "-99.999" leave
@@ -62,7 +62,7 @@ class Quantize(Pass):
     """
 
     weights: Literal["int8", "int4", "int3", "int2"] = "int8"
-    activations: Literal["int8"] | None = "int8"
+    activations: Literal["int8", "int4", "int3", "int2"] | None = "int8"
     group_size: int | None = None
     symmetric: bool = True
     observer: Observer = "mse"
@@ -73,7 +73,7 @@ class Quantize(Pass):
 
     def __post_init__(self) -> None:
         for option, allowed in (
-            ("weights", tuple(BITS)), ("activations", ("int8", None)), ("observer", OBSERVERS),
+            ("weights", tuple(BITS)), ("activations", (*BITS, None)), ("observer", OBSERVERS),
             ("weight_range", ("target", "full")),
         ):  # fmt: skip
             if getattr(self, option) not in allowed:
@@ -96,12 +96,12 @@ class Quantize(Pass):
     def run(self, graph: Graph, context: Context) -> Graph:
         """Quantize weights, then observe the graph with quantized weights and quantize activations."""
         layers = self._layers(graph, context)
-        limit = self._limit(context)
+        codes = self._codes(context)
         for node in layers:
             if self._grouped and node.op is ops.LINEAR:
                 _quantize_groups(node, BITS[self.weights], self.group_size, symmetric=self.symmetric)
             else:
-                _quantize_weight(node, limit)
+                _quantize_weight(node, codes)
             context.edited()
         if self.activations is not None:
             self._quantize_activations(graph, layers, context)
@@ -113,15 +113,16 @@ class Quantize(Pass):
         alone = self.weights != "int8" or self.group_size is not None or not self.symmetric
         return self.activations is None and alone
 
-    def _limit(self, context: Context) -> int:
-        """The largest code of a weight with one scale for each output."""
-        largest = (1 << (BITS[self.weights] - 1)) - 1
+    def _codes(self, context: Context) -> tuple[int, int]:
+        """The least and the largest code of a weight with one scale for each output."""
+        low, high = code_range(BITS[self.weights])
         exact = context.target.int8_weight_limit
         # a weight-only kernel multiplies in float: any code is exact
-        if self.activations is None or self.weight_range == "full" or exact >= largest:
-            return largest
-        context.note(f"weight codes within ±{exact}: {context.target} has no instruction that adds ±127 exactly")
-        return exact
+        if self.activations is not None and self.weight_range == "target" and exact < high:
+            context.note(f"weight codes within ±{exact}: {context.target} has no instruction that adds ±127 exactly")
+            return -exact, exact
+        # of 8 bits the least code is left out, so that each code has its negative; of few bits each code counts
+        return (-high, high) if self.weights == "int8" else (low, high)
 
     def reference(self, before: Graph, after: Graph) -> Graph:
         """The graph before, with weights rounded in their tensors and activations rounded by plain ATen calls."""
@@ -179,12 +180,14 @@ class Quantize(Pass):
         values = {x.fx: x for x in inputs.values() if x is not None and x.op is not ops.FAKE_QUANTIZE}
         assert context.data.calibration is not None
         histograms = observe(graph, [x.name for x in values.values()], context.data.calibration)
-        low, high = ACTIVATION_CODES
+        assert self.activations is not None
+        low, high = 0, (1 << BITS[self.activations]) - 1
         for x in values.values():
             chosen = histograms[x.name].choose_range(self.observer, high - low + 1)
             scale, zero_point = affine_parameters(*chosen, low, high)
             readers = [node.fx for node in layers if node.operand(0) == x]
-            if all(ops.lookup(reader.target) in ops.CONVOLUTIONS for reader in readers):
+            convolutions = all(ops.lookup(reader.target) in ops.CONVOLUTIONS for reader in readers)
+            if convolutions and self.activations == "int8":
                 # the residual of a convolutional network is added in codes too: it need not be kept in float beside
                 readers += [user.fx for user in x.users if user.op is ops.ADD]
             first = next(n for n in graph.module.graph.nodes if n in readers)
@@ -208,15 +211,15 @@ def _quantize_groups(node: Node, bits: int, group_size: int | None, *, symmetric
     insert_quantizer(node, name, parameters, 0, code_range(bits))
 
 
-def _quantize_weight(node: Node, limit: int) -> None:
+def _quantize_weight(node: Node, codes: tuple[int, int]) -> None:
     name, weight = layer_weight(node)
     axis = 1 if node.op is ops.CONV_TRANSPOSE2D else 0
 
     def parameters() -> tuple[Tensor, Tensor]:
-        scales = channel_scales(weight, axis, limit)
+        scales = channel_scales(weight, axis, codes)
         return scales, torch.zeros(scales.shape, dtype=torch.int32)
 
-    insert_quantizer(node, name, parameters, axis, (-limit, limit))
+    insert_quantizer(node, name, parameters, axis, codes)
 
 
 def _round_activation(graph: Graph, quantizer: Node) -> None:

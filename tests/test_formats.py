@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from networks import TiedLanguageModel, mlp
 from torch import nn
 
@@ -14,7 +15,7 @@ import mcc
 from mcc.backends.cpu.select import prefer_dense
 from mcc.data import Data
 from mcc.encode import encode
-from mcc.formats import encode_sparse, pack, packed_bytes, sparse_bytes
+from mcc.formats import along_axis, encode_sparse, pack, packed_bytes, sparse_bytes
 from mcc.passes import PruneWeights, Quantize
 from mcc.pipeline import Pipeline
 from mcc.target import parse_target
@@ -129,3 +130,31 @@ def test_a_pruned_weight_in_groups_is_stored_dense_with_the_reason_and_stays_zer
     torch.testing.assert_close(graph(x), before(x))
     weight = graph(torch.eye(64)) - graph(torch.zeros(1, 64))
     assert int((weight.abs() < 1e-6).sum()) >= int(0.95 * 64 * 24)
+
+
+@given(
+    values=arrays(np.float32, (4, 6), elements=st.floats(-3, 3, width=32)),
+    kind=st.sampled_from(["one", "rows", "columns", "groups"]),
+    zero=st.integers(-3, 3),
+    seed=st.integers(0, 99),
+)
+def test_the_gradients_of_a_quantizer_are_those_of_rounding_taken_as_the_identity(values, kind, zero, seed):
+    """The reference lets autograd differentiate scale * (x / scale + what rounding adds), or scale * the last code."""
+    generator = torch.Generator().manual_seed(seed)
+    shape, axis = {"one": ((), None), "rows": ((4,), 0), "columns": ((6,), 1), "groups": ((4, 2), 0)}[kind]
+    x, scale = (
+        torch.from_numpy(values).requires_grad_(),
+        (torch.rand(shape, generator=generator) + 0.2).requires_grad_(),
+    )
+    zero_point, weights = torch.full(shape, zero, dtype=torch.int32), torch.randn(4, 6, generator=generator)
+    made = torch.ops.mcc.fake_quantize(x, scale, zero_point, axis, -4, 3)
+    found = torch.autograd.grad((made * weights).sum(), (x, scale))
+    step = along_axis(scale, x, axis)
+    in_steps = x / step
+    rounded = in_steps.detach().round()
+    last = rounded.clamp(-4 - zero, 3 - zero)
+    reference = torch.where(last == rounded, in_steps + (rounded - in_steps.detach()), last) * step
+    torch.testing.assert_close(made, reference)
+    torch.testing.assert_close(
+        found, torch.autograd.grad((reference * weights).sum(), (x, scale)), rtol=1e-4, atol=1e-4
+    )

@@ -99,6 +99,18 @@ def test_a_shared_convolution_keeps_its_batch_norm():
     assert rows[1].declined[0].reason == "the weight or bias of %conv_conv2d is shared with another layer"
 
 
+@pytest.mark.parametrize(("gain", "edits"), [(0.7, 1), (-0.7, 0)])
+def test_codes_of_four_bits_have_no_negative_of_the_least_one(gain, edits):
+    x, model = torch.randn(2, 3, 6, 6), ConvBatchNorm()
+    with torch.no_grad():
+        model.bn.weight[:2] = torch.tensor([gain, 0.0])
+    _, rows = run(model, x, Quantize(weights="int4"), FoldBatchNorm(), data=Data(calibration=[x]))
+    assert rows[2].edits == edits
+    assert {d.reason for d in rows[2].declined} == (
+        set() if edits else {"the weight of %conv is quantized, but not symmetrically by output channel"}
+    )
+
+
 def test_folding_after_quantization_scales_the_scales_and_keeps_the_codes():
     x = torch.randn(2, 3, 6, 6)
     model = ConvBatchNorm()

@@ -54,7 +54,7 @@ float32_weights = arrays(
 @given(weight=float32_weights, limit=st.sampled_from([63, 127]))
 def test_a_symmetric_code_is_within_half_a_step_and_in_range(weight, limit):
     tensor = torch.from_numpy(weight)
-    scale = channel_scales(tensor, 0, limit).numpy()[:, None]
+    scale = channel_scales(tensor, 0, (-limit, limit)).numpy()[:, None]
     codes = torch.ops.mcc.quantize(
         tensor, torch.from_numpy(scale[:, 0]), torch.zeros(len(weight), dtype=torch.int32), 0, -limit, limit, torch.int8
     ).numpy()  # fmt: skip
@@ -186,6 +186,18 @@ def test_a_residual_of_convolutions_is_added_as_the_codes_that_the_next_layer_re
     assert rows[1].edits == 3
 
 
+def test_activations_of_few_bits_have_few_codes_and_the_residual_keeps_its_float():
+    graph, _ = run(Residual(), torch.randn(2, 3, 8, 8), Quantize(weights="int4", activations="int3"))
+    ranges = {(q.argument(4), q.argument(5)) for q in graph.nodes if q.op.name == "mcc.fake_quantize"}
+    assert ranges == {(-8, 7), (0, 7)}
+    assert {u.op.name for u in graph.node("relu").users} == {"mcc.fake_quantize", "add.Tensor"}
+    artifact = mcc.compile(
+        Residual(), (torch.randn(2, 3, 8, 8),), passes=[Quantize(weights="int4", activations="int3")],
+        data=Data(calibration=[torch.randn(2, 3, 8, 8)]), measure="never", tuning="model",
+    )  # fmt: skip
+    assert artifact.report.passes[-1].largest_error < 1e-5
+
+
 class ResidualOfLinears(nn.Module):
     def __init__(self):
         super().__init__()
@@ -235,6 +247,7 @@ def test_the_custom_ops_are_sound():
     x, scale = torch.randn(4, 3, requires_grad=True), torch.rand(3) + 0.1
     zero = torch.zeros(3, dtype=torch.int32)
     torch.library.opcheck(torch.ops.mcc.fake_quantize.default, (x, scale, zero, 1, -8, 7))
+    torch.library.opcheck(torch.ops.mcc.fake_quantize.default, (x, scale.clone().requires_grad_(), zero, 1, -8, 7))
     torch.library.opcheck(torch.ops.mcc.quantize.default, (x.detach(), scale, zero, 1, -8, 7, torch.int8))
     groups, zeros = torch.rand(4, 3).half() + 0.1, torch.zeros((), dtype=torch.int8)
     torch.library.opcheck(torch.ops.mcc.fake_quantize.default, (torch.randn(4, 6), groups, zeros, 0, -8, 7))
