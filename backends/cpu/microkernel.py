@@ -352,20 +352,21 @@ class Vectors:
         (a0, a1), (b0, b1) = self._even_odd_unsigned(unsigned), self._even_odd_signed(signed)
         return accumulator + self._pairs_of_words(a0, b0) + self._pairs_of_words(a1, b1)
 
-    def pack_to_codes(self, values: list[Expression]) -> Expression:
-        """Four vectors of int32 as one of uint8, saturated; of each 128 bits the four parts follow one another."""
+    def pack_to_words(self, low: Expression, high: Expression) -> Expression:
+        """Two vectors of int32 as one of int16, saturated; of each 128 bits the two parts follow one another."""
         if self.neon:
-            return self._narrowed(values)
-        n = self.lanes
-        words, codes = _PACKS[n]
-        pairs = [tirx.call_llvm_pure_intrin(f"int16x{2 * n}", words, *values[i : i + 2]) for i in (0, 2)]
-        return T.reinterpret(f"uint8x{4 * n}", tirx.call_llvm_pure_intrin(f"int8x{4 * n}", codes, *pairs))
+            halves = [tirx.call_llvm_pure_intrin("int16x4", "llvm.aarch64.neon.sqxtn.v4i16", x) for x in (low, high)]
+            return shuffle(*halves, list(range(8)))
+        return tirx.call_llvm_pure_intrin(f"int16x{2 * self.lanes}", _PACKS[self.lanes][0], low, high)
 
-    def _narrowed(self, values: list[Expression]) -> Expression:
-        halves = [tirx.call_llvm_pure_intrin("int16x4", "llvm.aarch64.neon.sqxtn.v4i16", v) for v in values]
-        words = [shuffle(halves[i], halves[i + 1], list(range(8))) for i in (0, 2)]
-        low, high = (tirx.call_llvm_pure_intrin("uint8x8", "llvm.aarch64.neon.sqxtun.v8i8", w) for w in words)
-        return shuffle(low, high, list(range(16)))
+    def pack_to_codes(self, low: Expression, high: Expression) -> Expression:
+        """Two vectors of int16 as one of uint8, saturated; of each 128 bits the two parts follow one another."""
+        n = self.lanes
+        if self.neon:
+            halves = (tirx.call_llvm_pure_intrin("uint8x8", "llvm.aarch64.neon.sqxtun.v8i8", x) for x in (low, high))
+            return shuffle(*halves, list(range(16)))
+        codes = tirx.call_llvm_pure_intrin(f"int8x{4 * n}", _PACKS[n][1], low, high)
+        return T.reinterpret(f"uint8x{4 * n}", codes)
 
     def _pairs_of_bytes(self, unsigned: Expression, signed: Expression) -> Expression:
         n = self.lanes

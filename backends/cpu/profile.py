@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from tvm import relax
 from mcc.backends.cpu.build import compile_module
 from mcc.backends.cpu.microkernel import Expression, Parameter, Vectors, kernel_function, tvm_target
 from mcc.runtime import use_threads
+from mcc.target import host_target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,30 +70,57 @@ class Profiler:
     def measure(self, runs: int, threads: int = 1) -> list[KernelTime]:
         """The least time of `runs` of every call, kernels using `threads`."""
         use_threads(threads)
-        calls: list[tuple[str, float]] = []
-        started, own_time = 0.0, math.inf
-
-        def instrument(function: object, name: str, before: bool, result: object, *rest: object) -> None:  # noqa: FBT001
-            nonlocal started, own_time
-            del function, result, rest
-            if before:
-                started = time.perf_counter()
-                return
-            passed = (time.perf_counter() - started) * 1e3
-            if name.startswith(_BOOKKEEPING):
-                own_time = min(own_time, passed)  # what being asked costs: the call itself does next to nothing
-            else:
-                calls.append((name, passed))
-
-        self._machine.set_instrument(instrument)
-        best: list[tuple[str, float]] = []
-        for _ in range(runs):
-            calls.clear()
-            self._machine["main"](*self._arguments)
-            best = [(n, min(t, o)) for (n, t), (_, o) in zip(calls, best or calls, strict=True)]
-        asking = own_time if math.isfinite(own_time) else 0.0
+        calls = _timed(self._machine, self._arguments, runs)
+        asking = _cost_of_asking({call.arguments for call in calls}, runs)
+        times = [(call.name, max(call.milliseconds - asking[call.arguments], 0.0)) for call in calls]
         peaks = {kind: threads * reached for kind, reached in self._peaks.items()}
-        return _rows([(name, max(t - asking, 0.0)) for name, t in best], self._lowering, peaks)
+        return _rows(times, self._lowering, peaks)
+
+
+@dataclass(frozen=True)
+class _Call:
+    name: str
+    arguments: int
+    milliseconds: float
+
+
+def _timed(machine: relax.VirtualMachine, inputs: Sequence[Any], runs: int) -> list[_Call]:
+    """The least time of `runs` of every call of a kernel, that of being asked included."""
+    calls: list[_Call] = []
+    started = 0.0
+
+    def instrument(function: object, name: str, before: bool, result: object, *rest: object) -> None:  # noqa: FBT001
+        nonlocal started
+        del function, result
+        if before:
+            started = time.perf_counter()
+        elif not name.startswith(_BOOKKEEPING):
+            calls.append(_Call(name, len(rest), (time.perf_counter() - started) * 1e3))
+
+    machine.set_instrument(instrument)
+    best: list[_Call] = []
+    for _ in range(runs):
+        calls.clear()
+        machine["main"](*inputs)
+        best = [min(pair, key=lambda c: c.milliseconds) for pair in zip(calls, best or calls, strict=True)]
+    return best
+
+
+def _cost_of_asking(counts: set[int], runs: int) -> dict[int, float]:
+    """Milliseconds that a call of a kernel with so many arguments takes to time if the kernel does nothing."""
+    builder = relax.BlockBuilder()
+    value = relax.Var("x", relax.TensorType((1,), "float32"))
+    with builder.function("main", [value]):
+        result: Any = value
+        for count in sorted(counts):
+            name = f"nothing{count}"
+            parameters = [Parameter(f"p{i}", (1,), "float32") for i in range(count)]
+            function = builder.add_func(kernel_function(name, parameters, lambda *_: B.evaluate(0)), name)
+            result = builder.emit(relax.call_tir(function, [value] * (count - 1), relax.TensorType((1,), "float32")))
+        builder.emit_func_output(result)
+    executable = relax.build(builder.get(), tvm_target(host_target()), exec_mode="bytecode")
+    machine = relax.VirtualMachine(executable, tvm.cpu())
+    return {c.arguments: c.milliseconds for c in _timed(machine, [tvm.runtime.tensor(np.zeros(1, "float32"))], runs)}
 
 
 def _rows(calls: list[tuple[str, float]], lowering: Lowering, peaks: dict[str, float]) -> list[KernelTime]:

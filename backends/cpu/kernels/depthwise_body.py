@@ -1,0 +1,212 @@
+"""What both forms of the depthwise kernel for codes share: packing, and what becomes of sums.
+
+Neighbouring pixels of a row are interleaved bytewise, so that each 32-bit lane holds one channel's (x0, x1, x2, x3), a
+quad; one `dot4` with weights such as (w0, w1, w2, 0) or (0, w0, w1, w2) does a row of taps of one output pixel. Quads
+begin at even pixels of a tile. A block of channels is one register of bytes wide, the last blocks narrower; its sums
+are four vectors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tvm.tirx.script.builder.ir as B
+from tvm import tirx
+from tvm.script import tirx as T
+
+from mcc.backends.cpu.epilogue import ToCodes, channel_vectors, steps_after_scale
+from mcc.backends.cpu.integer_sums import LARGEST_CODE, zero_sum_factor
+from mcc.backends.cpu.kernels.convolution_body import ConvolutionBody
+from mcc.backends.cpu.kernels.quads import QUAD, interleaved
+from mcc.backends.cpu.microkernel import Expression, Register, Vectors, flat, serial
+from mcc.backends.cpu.requantize import direct_requantize
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from numpy.typing import NDArray
+
+    from mcc.backends.kernel import Region
+
+FEWEST_MACS = 500_000  # for two threads: about 7 us of one
+
+
+@dataclass(frozen=True)
+class Block:
+    """Channels taken together.
+
+    Attributes:
+        first: channel.
+        vectors: their lanes are a quarter of the block's channels.
+        slot: of its first channel in the packed arrays.
+    """
+
+    first: Expression
+    vectors: Vectors
+    slot: Expression
+
+
+@dataclass(frozen=True)
+class Use:
+    """One product of a quad and a vector of weights.
+
+    Attributes:
+        row: of the image, from the tile's first.
+        quad: its first image column, from the tile's first.
+        word: number of the vector of weights.
+        pixel: number of the output pixel, row by row of a tile, that it is added to.
+    """
+
+    row: int
+    quad: int
+    word: int
+    pixel: int
+
+
+class DepthwiseBody(ConvolutionBody):
+    """Packed weights: [block][kernel row][variant][quad][channel of the block][4].
+
+    Args:
+        region: the convolution.
+        vectors: of the target.
+        tile: rows and columns of output pixels.
+    """
+
+    def __init__(self, region: Region, vectors: Vectors, tile: tuple[int, int]) -> None:
+        super().__init__(region, vectors)
+        shape = self.shape
+        assert region.activation is not None
+        self.rows, self.columns = tile
+        self.zero = region.activation.zero_point
+        # of each column of a tile: its first tap within its first quad, and how many quads it reads
+        firsts = [c * shape.stride[1] % 2 for c in range(self.columns)]
+        self.quads = [(f, -(-(f + shape.kernel[1]) // QUAD)) for f in firsts]
+        self.variants = sorted(set(self.quads))
+        self.variant_words = sum(count for _, count in self.variants)
+        self.full, self.rest = _blocks(shape.inputs, vectors.lanes)
+        steps = steps_after_scale(region)
+        step = steps[0] if len(steps) == 1 else None
+        self.to_codes = step if isinstance(step, ToCodes) and step.fits else None
+        self.direct = None if self.to_codes is None else direct_requantize(region, self.to_codes)
+        self.packed = self._packed()
+
+    def _packed(self) -> dict[str, NDArray[Any]]:
+        weight = self.region.weight.decoded()[:, 0]  # [channel][kernel row][kernel column]
+        start = zero_sum_factor(self.region, self.v.target) * weight.sum((1, 2), dtype=np.int64)
+        by_channel: dict[str, NDArray[Any]] = dict(channel_vectors(self.region))
+        if self.direct is not None:
+            start, by_channel = start + self.direct.start, {"scale": self.direct.scale, "bias": self.direct.shift}
+        by_channel["start"] = start.astype(np.int32)
+        return {"weight": self._pack(weight)} | {
+            key: np.concatenate([a[c] for c in self._channels()]) for key, a in by_channel.items()
+        }
+
+    def _channels(self) -> list[NDArray[np.int64]]:
+        """Of every block, the channel of each slot."""
+        wide = self.v.lanes * QUAD
+        blocks = [(i * wide, self.v.lanes) for i in range(self.full)] + self.rest
+        return [first + (interleaved(lanes) if self.to_codes else np.arange(lanes * QUAD)) for first, lanes in blocks]
+
+    def _pack(self, weight: NDArray[np.int8]) -> NDArray[np.int8]:
+        """[block][kernel row][variant][quad][channel of the block][4]."""
+        parts = []
+        for channels in self._channels():
+            for row in weight[channels].transpose(1, 0, 2):  # [kernel row][channel][kernel column]
+                for offset, count in self.variants:
+                    room = np.zeros((len(channels), count * QUAD), np.int8)
+                    room[:, offset : offset + row.shape[1]] = row
+                    parts.append(room.reshape(-1, count, QUAD).transpose(1, 0, 2).reshape(-1))
+        return np.concatenate(parts)
+
+    def loops(self) -> None:
+        """See `ConvolutionBody`."""
+        self.words = flat(self.arrays["weight"], self.packed["weight"].size // 4, "int32")
+
+    def each_block(self, emit: Callable[[Block], None]) -> None:
+        """All channels."""
+        wide = self.v.lanes * QUAD
+        serial(self.full, lambda b: emit(Block(b * wide, self.v, b * wide)))
+        slot = self.full * wide
+        for first, lanes in self.rest:
+            emit(Block(first, Vectors(self.v.target, lanes), slot))
+            slot += lanes * QUAD
+
+    def uses(self, rows: int, columns: int) -> list[Use]:
+        """Every product that a tile adds up."""
+        shape, found = self.shape, []
+        for p, (i, c) in enumerate((i, c) for i in range(rows) for c in range(columns)):
+            offset, count = variant = self.quads[c]
+            first = sum(n for _, n in self.variants[: self.variants.index(variant)])
+            for k in range(shape.kernel[0]):
+                row, quad = i * shape.stride[0] + k * shape.dilation[0], c * shape.stride[1] - offset
+                word = k * self.variant_words + first
+                found += [Use(row, quad + QUAD * n, word + n, p) for n in range(count)]
+        return found
+
+    def zeros(self, v: Vectors) -> Expression:
+        """Pixels beyond the border."""
+        return T.broadcast(tirx.const(self.zero, "uint8"), v.lanes * QUAD)
+
+    def weight(self, block: Block, word: int, q: int) -> Expression:
+        """Vector of weights number `word`, for vector `q` of a block."""
+        first = block.slot * (self.shape.kernel[0] * self.variant_words)
+        return block.vectors.load(self.words, first + (word * QUAD + q) * block.vectors.lanes)
+
+    def new_sums(self, block: Block, q: int, pixels: int) -> list[Register]:
+        """What the sums of vector `q` of a block begin with, for some pixels."""
+        v = block.vectors
+        (sums,) = v.registers(1, pixels, "int32")
+        start = B.Bind(v.load(self.arrays["start"], block.slot + q * v.lanes))
+        for total in sums:
+            total.set(start)
+        return sums
+
+    def finish(self, block: Block, sums: Iterable[list[Register]], targets: list[Expression]) -> None:
+        """Write the values that sums give: those of the four vectors of a block in turn, for pixels at `targets`."""
+        v = block.vectors
+        values: list[list[Expression]] = [[] for _ in targets]
+        for q, totals in enumerate(sums):
+            scale, bias = (B.Bind(v.load(self.arrays[k], block.slot + q * v.lanes)) for k in ("scale", "bias"))
+            for done, total, index in zip(values, totals, targets, strict=True):
+                value = B.Bind(self._value(v, total.get(), scale, bias))
+                if self.to_codes is None:
+                    self.epilogue.narrowed(v).store(value, index + q * v.lanes, v.lanes)
+                elif q % 2:
+                    done.append(B.Bind(v.pack_to_words(done.pop(), value)))
+                else:
+                    done.append(value)
+        if self.to_codes is not None:
+            for words, index in zip(values, targets, strict=True):
+                v.store(self.epilogue.out, index, self._codes(v, self.to_codes, words), v.lanes * QUAD)
+
+    def _value(self, v: Vectors, total: Expression, scale: Expression, bias: Expression) -> Expression:
+        """A sum as a value, or as the integer that is a code before it is held to its range."""
+        if self.direct is not None:
+            made = v.fma(T.reinterpret(f"float32x{v.lanes}", total), scale, bias)
+            return T.reinterpret(f"int32x{v.lanes}", made) - v.constant(self.direct.offset, "int32")
+        value = v.fma(v.to_float(total), scale, bias)
+        if self.to_codes is None:
+            return value
+        return v.to_nearest_integer(value) + v.constant(self.to_codes.zero_point, "int32")
+
+    def _codes(self, v: Vectors, step: ToCodes, words: list[Expression]) -> Expression:
+        codes = v.pack_to_codes(*words)
+        if step.low > 0:
+            codes = T.max(codes, T.broadcast(tirx.const(step.low, "uint8"), v.lanes * QUAD))
+        if step.high < LARGEST_CODE:
+            codes = T.min(codes, T.broadcast(tirx.const(step.high, "uint8"), v.lanes * QUAD))
+        return codes
+
+
+def _blocks(channels: int, lanes: int) -> tuple[int, list[tuple[int, int]]]:
+    """Whole blocks of channels, and (first channel, lanes) of the narrower ones; the last may overlap."""
+    full, left = divmod(channels, lanes * QUAD)
+    rest = []
+    fitting = [n for n in (4, 8, 16) if n <= lanes and n * QUAD <= channels]
+    while left > 0:
+        width = next((n for n in fitting if n * QUAD >= left), fitting[-1])
+        rest.append((min(channels - left, channels - width * QUAD), width))
+        left -= width * QUAD
+    return full, rest

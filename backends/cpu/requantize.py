@@ -1,0 +1,62 @@
+"""Sums of codes to codes with one multiply-add a vector: no conversion to float32 and none back.
+
+An int32 added to the bits of 1.5 * 2^23 is, read as float32, that number plus the integer, exactly, while the integer
+has fewer than 23 bits; and a float32 of that size holds the nearest integer in its low bits. So sums that begin at
+those bits are multiplied and added to as they are, and of what that gives the low 16 bits are the code before it is
+held to its range. The bias is in the integer that sums begin at: of a few thousand such integers for each channel one
+is taken whose product with the scale has nearly the fraction that is wanted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mcc.backends.cpu.epilogue import channel_vectors
+from mcc.backends.cpu.integer_sums import LARGEST_CODE, largest_sum
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from mcc.backends.cpu.epilogue import ToCodes
+    from mcc.backends.kernel import Region
+
+ROUNDER = 1.5 * 2**23
+ROUNDER_BITS = 0x4B400000
+LARGEST_ADDED = 2**22  # what leaves the sum in [2^23, 2^24), where float32 holds the integers
+CANDIDATES = 4096
+LARGEST_WORD = 2**15 - 1
+
+
+@dataclass(frozen=True)
+class DirectRequantize:
+    """What turns sums into codes, a value for each channel.
+
+    Attributes:
+        start: int32 that sums begin at, besides what stands for the zero point of activations.
+        scale: float32.
+        shift: float32 added to the product.
+        offset: to be taken from the bits of what that gives; the codes are left.
+    """
+
+    start: NDArray[np.int64]
+    scale: NDArray[np.float32]
+    shift: NDArray[np.float32]
+    offset: int
+
+
+def direct_requantize(region: Region, step: ToCodes) -> DirectRequantize | None:
+    """The constants for a region that does nothing but requantize; None where sums or codes are too large for it."""
+    vectors, most = channel_vectors(region), largest_sum(region)
+    scale, bias = vectors["scale"].astype(np.float64), vectors["bias"].astype(np.float64)
+    reached = most * np.abs(scale).max(initial=0.0) + np.abs(bias).max(initial=0.0)
+    if most + CANDIDATES >= LARGEST_ADDED or not reached + LARGEST_CODE < LARGEST_WORD or np.abs(scale).max() >= 1:
+        return None
+    added = np.arange(-CANDIDATES // 2, CANDIDATES // 2)
+    value = (ROUNDER + added) * scale[:, None] - bias[:, None]
+    best = np.abs(value - np.rint(value)).argmin(1)
+    shift = ROUNDER - np.rint(value[np.arange(len(scale)), best])
+    offset = ROUNDER_BITS - step.zero_point  # the zero point comes after rounding, which takes halves to even
+    return DirectRequantize(ROUNDER_BITS + added[best], vectors["scale"], shift.astype(np.float32), offset)
