@@ -150,6 +150,16 @@ def new_quantizers(before: Graph, after: Graph) -> list[Node]:
     return [node for node in after.nodes if node.op is ops.FAKE_QUANTIZE and node.name not in known]
 
 
+def without_quantizers(graph: Graph) -> Graph:
+    """A copy in which what read a fake-quantizer reads what that reads."""
+    plain = graph.copy()
+    for node in plain.nodes:
+        source = node.operand(0)
+        if node.op is ops.FAKE_QUANTIZE and source is not None:
+            node.fx.replace_all_uses_with(source.fx)
+    return plain.clean()
+
+
 def quantizer_tensors(node: Node) -> tuple[Tensor, Tensor, int, int]:
     """Scale, zero point, and the least and largest code of a fake_quantize node."""
     scale, zero_point = node.operand(1), node.operand(2)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, fx
 
-from mcc.errors import DataError
+from mcc.errors import DataError, MccError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -164,13 +164,63 @@ def _record(
         raise _empty()
 
 
+class StepwiseRuns:
+    """A graph that runs over all calibration batches at once, node by node; values live until their last reader.
+
+    Args:
+        graph: as it is now.
+        batches: kept in memory together.
+
+    Raises:
+        DataError: there is no batch.
+    """
+
+    def __init__(self, graph: Graph, batches: Iterable[Batch | Tensor]) -> None:
+        self.batches = list(batches)
+        if not self.batches:
+            raise _empty()
+        self._runs = [fx.Interpreter(graph.module) for _ in self.batches]
+        for run, batch in zip(self._runs, self.batches, strict=True):
+            run.args_iter = iter(_inputs(batch))
+        self._nodes = iter(graph.module.graph.nodes)
+
+    def arguments(self, node: fx.Node) -> list[list[Any]]:
+        """What the next node is called with, for each batch."""
+        return [[run.map_nodes_to_values(a, node) for a in node.args] for run in self._runs]
+
+    def step(self, node: fx.Node, changed: Iterable[fx.Node] = ()) -> None:
+        """Run the next node, and before it those of `changed`, whose tensors are no longer what they were.
+
+        Raises:
+            DataError: a batch does not fit the graph's inputs.
+        """
+        for i, run in enumerate(self._runs):
+            extra = [n for n in changed if n not in run.env]
+            for ancestor in changed:
+                run.env[ancestor] = run.run_node(ancestor)
+            try:
+                run.env[node] = run.run_node(node)
+            except (RuntimeError, TypeError, StopIteration) as error:
+                raise _misfit(i, self.batches[i], error) from error
+            for last in {*run.user_to_last_uses.get(node, []), *extra}:
+                del run.env[last]
+
+    def run_to(self, name: str) -> list[Tensor]:
+        """Run up to the node called `name`; returns its value for each batch."""
+        for node in self._nodes:
+            self.step(node)
+            if node.name == name:
+                return [run.env[node] for run in self._runs]
+        raise MccError(f"the graph has no further node %{name}", remedy="ask for nodes in their order")
+
+
 def run_in_step(
     graph: Graph, batches: Iterable[Batch | Tensor], before: Callable[[fx.Node, list[list[Any]]], bool]
 ) -> None:
     """Run `graph` over all calibration batches at once, node by node.
 
     What `before` changes in the graph's tensors counts from that node on: layers behind a compressed one see what it
-    gives. Values live until their last reader, for every batch.
+    gives.
 
     Args:
         graph: as it is now.
@@ -181,31 +231,12 @@ def run_in_step(
     Raises:
         DataError: there is no batch, or a batch does not fit the graph's inputs.
     """
-    kept = list(batches)
-    if not kept:
-        raise _empty()
-    runs = []
-    for batch in kept:
-        run = fx.Interpreter(graph.module)
-        run.args_iter = iter(_inputs(batch))
-        runs.append(run)
+    runs = StepwiseRuns(graph, batches)
     stored = _made_of_stored(graph)
     with torch.no_grad():
         for node in graph.module.graph.nodes:
-            changed: list[fx.Node] = []
-            if node.op == "call_function":
-                arguments = [[run.map_nodes_to_values(a, node) for a in node.args] for run in runs]
-                changed = _stored_ancestors(node, stored) if before(node, arguments) else []
-            for i, run in enumerate(runs):
-                extra = [n for n in changed if n not in run.env]
-                for ancestor in changed:
-                    run.env[ancestor] = run.run_node(ancestor)
-                try:
-                    run.env[node] = run.run_node(node)
-                except (RuntimeError, TypeError, StopIteration) as error:
-                    raise _misfit(i, kept[i], error) from error
-                for last in {*run.user_to_last_uses.get(node, []), *extra}:
-                    del run.env[last]
+            changed = node.op == "call_function" and before(node, runs.arguments(node))
+            runs.step(node, _stored_ancestors(node, stored) if changed else ())
 
 
 def _made_of_stored(graph: Graph) -> set[fx.Node]:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mcc.errors import DataError
+from mcc.errors import DataError, PassError
 from mcc.learned_scales import LearnedScales
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class _Run:
         optimizer: of the graph's parameters and scales.
         scales: of its quantizers.
         context: of the pass.
+        label: the pass as text.
         task: of the progress display, or None.
     """
 
@@ -73,6 +74,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     scales: LearnedScales
     context: Context
+    label: str
     task: Any
 
 
@@ -86,10 +88,11 @@ def train(graph: Graph, teacher: Graph | None, plan: TrainingPlan, context: Cont
         teacher: gives the outputs that `plan.distill` asks for; None where it is 0.
         plan: how to train.
         context: the pass's, with the data.
-        label: for the progress display.
+        label: the pass as text, for the progress display and errors.
 
     Raises:
         DataError: the training data is empty or its batches do not fit the graph.
+        PassError: the loss is infinite or not a number.
     """
     assert context.data.train is not None
     scales = LearnedScales(graph)
@@ -98,7 +101,7 @@ def train(graph: Graph, teacher: Graph | None, plan: TrainingPlan, context: Cont
     scales.read()
     losses: list[float] = []
     task = None if context.progress is None else context.progress.add_task(label, total=None)
-    run = _Run(graph, teacher, plan, optimizer, scales, context, task)
+    run = _Run(graph, teacher, plan, optimizer, scales, context, label, task)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed + start)
         for epoch in range(start, plan.epochs):
@@ -134,6 +137,11 @@ def _train_epoch(run: _Run, epoch: int) -> float:
         _set_rate(run.optimizer, plan, progress)
         run.optimizer.zero_grad(set_to_none=True)
         loss = _loss(run, inputs, labels)
+        if not loss.isfinite():
+            raise PassError(
+                f"{run.label}: the loss is {float(loss.detach())} in epoch {epoch + 1}, step {steps + 1}",
+                remedy="lower learning_rate, or quantize before folding batch norms, which keep training stable",
+            )
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it so
         run.scales.receive_gradients()
         run.optimizer.step()

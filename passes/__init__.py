@@ -1,5 +1,7 @@
 """The techniques: one file each, listed in PASSES."""
 
+from mcc.passes.ada_round import AdaRound
+from mcc.passes.correct_bias import CorrectBias
 from mcc.passes.eliminate_identity import EliminateIdentity
 from mcc.passes.fine_tune import FineTune
 from mcc.passes.fold_batch_norm import FoldBatchNorm
@@ -12,9 +14,10 @@ from mcc.rewrite import Pass
 
 PASSES: tuple[type[Pass], ...] = (
     EliminateIdentity, FoldBatchNorm, FoldConstants, PruneWeights, FineTune, SmoothQuant, Gptq, Quantize,
+    AdaRound, CorrectBias,
 )  # fmt: skip
 
 __all__ = [
-    "PASSES", "EliminateIdentity", "FineTune", "FoldBatchNorm", "FoldConstants", "Gptq", "PruneWeights", "Quantize",
-    "SmoothQuant",
+    "PASSES", "AdaRound", "CorrectBias", "EliminateIdentity", "FineTune", "FoldBatchNorm", "FoldConstants", "Gptq",
+    "PruneWeights", "Quantize", "SmoothQuant",
 ]  # fmt: skip

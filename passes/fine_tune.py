@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mcc import ops
 from mcc.errors import SpecError
+from mcc.quantization import without_quantizers
 from mcc.rewrite import Context, Lossy, Pass
 from mcc.text import graph_text
 from mcc.train import OptimizerName, RateSchedule, TrainingPlan, train
@@ -80,21 +80,12 @@ class FineTune(Pass):
             self.freeze_batch_norm, self.distill, self.checkpoint,
             fingerprint=f"{self.full_text()} seed={context.seed}\n{graph_text(graph)}{_digest(graph)}",
         )  # fmt: skip
-        teacher = _without_quantizers(graph) if self.distill else None
+        teacher = without_quantizers(graph).eval() if self.distill else None
         losses = train(graph, teacher, plan, context, str(self))
         if losses:
             context.note(f"mean loss {losses[0]:.4f} in the first epoch, {losses[-1]:.4f} in the last")
         context.edited(sum(1 for _ in graph.named_parameters()))
         return graph.with_schedules(())
-
-
-def _without_quantizers(graph: Graph) -> Graph:
-    teacher = graph.copy()
-    for node in teacher.nodes:
-        source = node.operand(0)
-        if node.op is ops.FAKE_QUANTIZE and source is not None:
-            node.fx.replace_all_uses_with(source.fx)
-    return teacher.clean().eval()
 
 
 def _digest(graph: Graph) -> str:

@@ -355,16 +355,16 @@ class Vectors:
     def pack_to_words(self, low: Expression, high: Expression) -> Expression:
         """Two vectors of int32 as one of int16, saturated; of each 128 bits the two parts follow one another."""
         if self.neon:
-            halves = [tirx.call_llvm_pure_intrin("int16x4", "llvm.aarch64.neon.sqxtn.v4i16", x) for x in (low, high)]
-            return shuffle(*halves, list(range(8)))
+            a, b = (tirx.call_llvm_pure_intrin("int16x4", "llvm.aarch64.neon.sqxtn.v4i16", x) for x in (low, high))
+            return shuffle(a, b, list(range(8)))
         return tirx.call_llvm_pure_intrin(f"int16x{2 * self.lanes}", _PACKS[self.lanes][0], low, high)
 
     def pack_to_codes(self, low: Expression, high: Expression) -> Expression:
         """Two vectors of int16 as one of uint8, saturated; of each 128 bits the two parts follow one another."""
         n = self.lanes
         if self.neon:
-            halves = (tirx.call_llvm_pure_intrin("uint8x8", "llvm.aarch64.neon.sqxtun.v8i8", x) for x in (low, high))
-            return shuffle(*halves, list(range(16)))
+            a, b = (tirx.call_llvm_pure_intrin("uint8x8", "llvm.aarch64.neon.sqxtun.v8i8", x) for x in (low, high))
+            return shuffle(a, b, list(range(16)))
         codes = tirx.call_llvm_pure_intrin(f"int8x{4 * n}", _PACKS[n][1], low, high)
         return T.reinterpret(f"uint8x{4 * n}", codes)
 

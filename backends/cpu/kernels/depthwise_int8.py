@@ -57,7 +57,8 @@ class DepthwiseInt8:
         """Rows times columns of output that a tile holds, in either form."""
         shape = conv_shape(region)
         assert isinstance(shape, ConvShape)
-        direct, padded = ("2x2", "1x2"), ("padded 2x2", "padded 1x2")
+        direct: tuple[str, ...] = ("2x2", "1x2")
+        padded: tuple[str, ...] = ("padded 2x2", "padded 1x2")
         if target.vector_registers == 32:
             direct = ("1x4", "1x2") if shape.kernel[1] >= QUAD else ("2x2", "1x4")
             padded = ("padded 3x2", "padded 4x2", "padded 2x2")

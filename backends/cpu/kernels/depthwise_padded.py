@@ -164,8 +164,8 @@ class PaddedBody(DepthwiseBody):
                 weights[use.word] = B.Bind(self.weight(block, use.word, q))
             if (use.row, use.quad) not in quads:
                 index = corner + ((use.row * self.line + use.quad // 2) * 2 + q // 2) * v.lanes
-                pairs = (v.load(room, index + i * 2 * v.lanes) for i in range(2))
-                quads[use.row, use.quad] = interleave(v, *pairs, q % 2)
+                first, second = (v.load(room, index + i * 2 * v.lanes) for i in range(2))
+                quads[use.row, use.quad] = interleave(v, first, second, q % 2)
             total = sums[use.pixel]
             total.set(v.dot4(total.get(), quads[use.row, use.quad], weights[use.word], bounded=True))
         return sums

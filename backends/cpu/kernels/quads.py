@@ -45,8 +45,8 @@ def pair(v: Vectors, a: Expression, b: Expression, halves: Sequence[int]) -> lis
 def interleave(v: Vectors, first: Expression, second: Expression, half: int) -> Expression:
     """Two pairs as 32-bit lanes of four pixels: of every 128 bits the low half of the pairs, 0, or the high one, 1."""
     count = v.lanes * 2
-    words = [T.reinterpret(f"int16x{count}", pairs) for pairs in (first, second)]
-    return B.Bind(T.reinterpret(f"int32x{v.lanes}", _unpack(*words, count, 8, high=bool(half))))
+    a, b = (T.reinterpret(f"int16x{count}", pairs) for pairs in (first, second))
+    return B.Bind(T.reinterpret(f"int32x{v.lanes}", _unpack(a, b, count, 8, high=bool(half))))
 
 
 def _unpack(a: Expression, b: Expression, count: int, part: int, *, high: bool) -> Expression:

@@ -1,0 +1,141 @@
+"""Bias correction: the mean that quantization moved is put back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mcc import ops
+from mcc.cost import weight_expression
+from mcc.errors import PassError
+from mcc.quantization import without_quantizers
+from mcc.rewrite import Context, Lossy, Pass, Rewriter
+from mcc.statistics import StepwiseRuns, run_in_step
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from mcc.graph import Graph, Node
+
+
+@dataclass(frozen=True)
+class CorrectBias(Pass):
+    """Add to the bias of each quantized layer what its outputs lack in the mean, channel by channel.
+
+        %conv: f32[8, 16, 32, 32] = conv2d(%x_quantized, %conv_weight_quantized, @conv.bias)
+    gets other values in @conv.bias, or that bias where it had none. Means are those of calibration data, in the float
+    graph and behind the quantized layers before, which are corrected already. Give this after `quantize`.
+    Nagel, van Baalen, Blankevoort, Welling: Data-free quantization through weight equalization and bias correction.
+    ICCV 2019, the empirical form.
+    """
+
+    guarantee = Lossy()
+
+    @property
+    def needs_data(self) -> tuple[str, ...]:
+        """Means are those of calibration data."""
+        return ("calibration",)
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        """Correct layer by layer while the calibration data runs through the graph and its float form."""
+        exact_graph = without_quantizers(graph)
+        layers = {node.fx: node for node in self._layers(graph, context)}
+        for node in layers.values():
+            _give_bias(node)
+        assert context.data.calibration is not None
+        batches = list(context.data.calibration)
+        exact = StepwiseRuns(exact_graph, batches)
+
+        def before(node: fx.Node, arguments: list[list[Any]]) -> bool:
+            if node not in layers:
+                return False
+            wanted = _channel_means(layers[node], exact.run_to(node.name))
+            found = _channel_means(layers[node], [node.target(*a, **node.kwargs) for a in arguments])  # type: ignore[operator]
+            bias = layers[node].operand(2)
+            assert bias is not None
+            graph.set_tensor(str(bias.fx.target), (bias.tensor.detach() + (wanted - found)).to(bias.dtype))
+            context.edited()
+            return True
+
+        run_in_step(graph, batches, before)
+        return graph
+
+    def reference(self, before: Graph, after: Graph) -> Graph:
+        """The graph before, with the corrections added behind its layers."""
+        corrected = before.copy()
+        for node in corrected.nodes:
+            if node.op not in ops.LAYERS:
+                continue
+            old, new = node.operand(2), after.node(node.name).operand(2)
+            if new is None or not new.is_parameter:
+                continue
+            added = new.tensor.detach() - (0 if old is None else old.tensor.detach())
+            _add_behind(node, added)
+        return corrected.clean()
+
+    def _layers(self, graph: Graph, context: Context) -> list[Node]:
+        found = []
+        for node in graph.nodes:
+            if node.op not in ops.LAYERS:
+                continue
+            reason = _refusal(node)
+            if reason is None:
+                found.append(node)
+            else:
+                context.decline(node, reason)
+        if not found:
+            why = "; ".join(f"{d.layer}: {d.reason}" for d in context.declined) or "there is none"
+            raise PassError(f"{self}: no layer's bias can be corrected: {why}", remedy="give it after quantize")
+        return found
+
+
+def _refusal(node: Node) -> str | None:
+    expression, source, bias = weight_expression(node.operand(1)), node.operand(0), node.operand(2)
+    by_weight = expression is not None and expression.quantizer is not None
+    if not by_weight and (source is None or source.op is not ops.FAKE_QUANTIZE):
+        return "it is not quantized"
+    if bias is None:
+        return None
+    if not bias.is_parameter:
+        return "its bias is computed"
+    reads = [n for n in node.graph.module.graph.nodes if n.op == "get_attr" and n.target == bias.fx.target]
+    return "its bias is shared" if sum(len(n.users) for n in reads) > 1 else None
+
+
+def _channel_axis(node: Node) -> int:
+    return -1 if node.op is ops.LINEAR else 1
+
+
+def _channels(node: Node) -> int:
+    return int(node.shape[_channel_axis(node)])
+
+
+def _give_bias(node: Node) -> None:
+    """A bias of zeros for a layer that has none."""
+    if node.operand(2) is not None:
+        return
+    expression = weight_expression(node.operand(1))
+    owner = "" if expression is None else str(expression.root.fx.target).rpartition(".")[0]
+    name = node.graph.free_name(f"{owner}.bias" if owner else "bias")
+    node.graph.add_parameter(name, torch.zeros(_channels(node), dtype=node.dtype))
+    node.fx.args = (*node.fx.args[:2], node.graph.read(name, node).fx, *node.fx.args[3:])
+
+
+def _channel_means(node: Node, outputs: list[Tensor]) -> Tensor:
+    """Over all rows of all batches, float64 [channels]."""
+    flat = [y.movedim(_channel_axis(node), -1).reshape(-1, _channels(node)).double() for y in outputs]
+    rows = sum(len(y) for y in flat)
+    return torch.stack([y.sum(0) for y in flat]).sum(0) / max(rows, 1)
+
+
+def _add_behind(node: Node, added: Tensor) -> None:
+    """Let what reads a layer read its output plus a stored tensor."""
+    graph, following = node.graph, type(node)(node.fx.next, node.graph)
+    axes = 1 if node.op is ops.LINEAR else len(node.shape) - 1  # after the rows
+    name = graph.free_name(f"{node.name}_correction")
+    graph.set_tensor(name, added.reshape(-1, *[1] * (axes - 1)))
+    made = Rewriter(graph, following).call(ops.ADD, node, graph.read(name, following))
+    node.fx.replace_all_uses_with(made.fx, delete_user_cb=lambda user: user is not made.fx)
