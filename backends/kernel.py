@@ -21,10 +21,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QuantizedInput:
-    """Scale and zero point of unsigned 8-bit activation codes."""
+    """How a kernel has its activations as unsigned 8-bit codes.
+
+    Attributes:
+        scale: of the codes.
+        zero_point: of the codes.
+        per_token: the kernel reads float32 and makes the codes itself: the largest |x| of a row gets the code
+            zero_point + PER_TOKEN_LIMIT. `scale` is 1: that of each row comes on top of it.
+    """
 
     scale: float
     zero_point: int
+    per_token: bool = False
+
+
+PER_TOKEN_LIMIT = 127
+PER_TOKEN = QuantizedInput(1.0, PER_TOKEN_LIMIT + 1, per_token=True)
 
 
 @dataclass(frozen=True)
@@ -164,7 +176,7 @@ class Region:
 
     Attributes:
         anchor: the linear or convolution node.
-        source: the node whose value the kernel reads: float32, or uint8 codes where `activation` is set.
+        source: the node whose value the kernel reads: float32, or uint8 codes where `activation` has one scale.
         output: the node whose value the kernel gives.
         weight: as stored.
         bias: float32 [out], or None.
@@ -198,6 +210,11 @@ class Region:
         return tuple("float32" if step.activation is None else "uint8" for step in self.additions)
 
     @property
+    def source_dtype(self) -> str:
+        """Of the value the kernel reads."""
+        return "float32" if self.activation is None or self.activation.per_token else "uint8"
+
+    @property
     def output_dtype(self) -> str:
         """Of the value the kernel gives."""
         return "uint8" if self.epilogue and isinstance(self.epilogue[-1], Requantize) else "float32"
@@ -206,7 +223,8 @@ class Region:
     def text(self) -> str:
         """The op with its epilogue, for the report."""
         assert self.anchor.op is not None
-        return " + ".join((self.anchor.op.name, *map(str, self.epilogue)))
+        first = ("quantize per token",) if self.activation is not None and self.activation.per_token else ()
+        return " + ".join((*first, self.anchor.op.name, *map(str, self.epilogue)))
 
 
 @dataclass(frozen=True)

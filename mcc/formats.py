@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SMALLEST_ROW = 1e-35  # a row's largest value, so that its scale and its inverse are normal float32 numbers
+
 
 def along_axis(vector: Tensor, like: Tensor, axis: int | None) -> Tensor:
     """Scales or zero points shaped to broadcast against `like`.
@@ -121,6 +123,33 @@ def _gradients(
 
 
 fake_quantize.register_autograd(_gradients, setup_context=_save_for_gradients)
+
+
+@torch.library.custom_op("mcc::fake_quantize_per_token", mutates_args=())
+def fake_quantize_per_token(x: Tensor, limit: int) -> Tensor:
+    """Round each row of x to codes with a scale of its own, chosen when it comes; the gradient passes straight through.
+
+    The largest |x| of a row, its last dim, gets the code `limit`: codes are round(x * (limit / largest)), half to even,
+    and values codes * (largest / limit). A row with nothing above `SMALLEST_ROW` becomes zeros. Yao, Yazdani Aminabadi,
+    Zhang, Wu, Li, He: ZeroQuant: efficient and affordable post-training quantization for large-scale transformers.
+    NeurIPS 2022.
+
+    Args:
+        x: float32, [..., elements].
+        limit: the largest code; the least is its negative.
+    """
+    largest = x.abs().amax(-1, keepdim=True)
+    codes = torch.round(x * torch.where(largest > SMALLEST_ROW, limit / largest, 0.0))
+    return codes * (largest / limit)
+
+
+@fake_quantize_per_token.register_fake
+def _(x: Tensor, limit: int) -> Tensor:
+    del limit
+    return torch.empty_like(x)
+
+
+fake_quantize_per_token.register_autograd(lambda _ctx, gradient: (gradient, None))
 
 
 @torch.library.custom_op("mcc::decode_sparse", mutates_args=())

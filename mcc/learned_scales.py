@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from mcc import ops
 
 if TYPE_CHECKING:
-    from mcc.graph import Graph, Node
+    from mcc.graph import Graph
 
 
 @dataclass(frozen=True)
@@ -22,22 +21,20 @@ class _Scale:
     Attributes:
         name: in the graph.
         logarithm: what the optimizer changes: a scale stays positive, and a step is relative to it.
-        share: sqrt(elements * codes) of what is quantized; with it a step changes the scale as much, relatively, as
-            the gradient changes what is quantized.
         stored_dtype: outside of training.
     """
 
     name: str
     logarithm: torch.nn.Parameter
-    share: float
     stored_dtype: torch.dtype
 
 
 class LearnedScales:
     """The scales of a graph's fake-quantizers, learned beside its weights.
 
-    Esser, McKinstry, Bablani, Appuswamy, Modha: Learned step size quantization. ICLR 2020; logarithms as in Jain,
-    Gural, Wu, Dick: Trained quantization thresholds. MLSys 2020.
+    Esser, McKinstry, Bablani, Appuswamy, Modha: Learned step size quantization. ICLR 2020; logarithms, and an optimizer
+    whose steps do not depend on how large gradients are, as in Jain, Gural, Wu, Dick: Trained quantization thresholds
+    for accurate and efficient fixed-point inference of deep neural networks. MLSys 2020.
 
     Args:
         graph: its scales become float32 leaves that gradients arrive at, until `finish`.
@@ -53,7 +50,7 @@ class LearnedScales:
             name, stored = str(scale.fx.target), scale.tensor
             graph.set_tensor(name, stored.detach().float().requires_grad_())
             logarithm = torch.nn.Parameter(graph.tensor(name).detach().log())
-            self._scales[name] = _Scale(name, logarithm, _share(node, stored), stored.dtype)
+            self._scales[name] = _Scale(name, logarithm, stored.dtype)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -69,7 +66,7 @@ class LearnedScales:
         """Hand the gradients that arrived at the scales on to their logarithms."""
         for scale in self._scales.values():
             value = self._graph.tensor(scale.name)
-            scale.logarithm.grad = None if value.grad is None else value.grad / (value.detach() * scale.share)
+            scale.logarithm.grad = None if value.grad is None else value.grad * value.detach()
             value.grad = None
 
     def write(self) -> None:
@@ -89,12 +86,3 @@ def _narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
     normal = torch.finfo(dtype)
     fits = bool((value >= normal.tiny).all() and (value <= normal.max).all())
     return value.to(dtype) if fits else value
-
-
-def _share(node: Node, scale: Tensor) -> float:
-    x = node.operand(0)
-    assert x is not None
-    shape = ops.shape_of(x.fx)
-    of_weight = scale.numel() > 1 or x.is_parameter
-    elements = math.prod(shape) / max(scale.numel(), 1) if of_weight else math.prod(shape[1:])
-    return math.sqrt(max(elements, 1) * max(abs(node.argument(4)), abs(node.argument(5))))

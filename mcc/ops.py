@@ -205,7 +205,10 @@ _TABLE = (
     Op("mcc.conv2d_nhwc", "weights", weights=(1, 2), macs=_conv_macs),
     Op("mcc.attention", "contraction", macs=_tokens_attention_macs),
     *_rows("window", "mcc.max_pool2d_nhwc mcc.avg_pool2d_nhwc mcc.upsample_nhwc"),
-    *_rows("compression", "mcc.fake_quantize mcc.quantize mcc.dequantize mcc.decode_sparse mcc.unpack"),
+    *_rows(
+        "compression",
+        "mcc.fake_quantize mcc.fake_quantize_per_token mcc.quantize mcc.dequantize mcc.decode_sparse mcc.unpack",
+    ),
 )
 
 OPS: dict[str, Op] = {row.name: row for row in _TABLE}
@@ -221,6 +224,7 @@ ADD, MUL, RELU, RESHAPE = OPS["add.Tensor"], OPS["mul.Tensor"], OPS["relu"], OPS
 RELU6, HARDTANH, CLAMP, CLAMP_MIN = OPS["relu6"], OPS["hardtanh"], OPS["clamp"], OPS["clamp_min"]
 GETITEM, SYM_SIZE = OPS["getitem"], OPS["sym_size.int"]
 FAKE_QUANTIZE, QUANTIZE = OPS["mcc.fake_quantize"], OPS["mcc.quantize"]
+FAKE_QUANTIZE_PER_TOKEN = OPS["mcc.fake_quantize_per_token"]
 DEQUANTIZE, DECODE_SPARSE, UNPACK = OPS["mcc.dequantize"], OPS["mcc.decode_sparse"], OPS["mcc.unpack"]
 
 

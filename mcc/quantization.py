@@ -16,6 +16,7 @@ from mcc.rewrite import Rewriter
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+QUANTIZERS = (ops.FAKE_QUANTIZE, ops.FAKE_QUANTIZE_PER_TOKEN)
 GROUP_STEP = 32  # whole words of every width
 MANY_CODES = 63
 SHRINKS = 21
@@ -145,9 +146,9 @@ def insert_quantizer(
 
 
 def new_quantizers(before: Graph, after: Graph) -> list[Node]:
-    """The fake_quantize nodes that a pass put into a graph."""
+    """The fake-quantizers that a pass put into a graph."""
     known = {node.name for node in before.nodes}
-    return [node for node in after.nodes if node.op is ops.FAKE_QUANTIZE and node.name not in known]
+    return [node for node in after.nodes if node.op in QUANTIZERS and node.name not in known]
 
 
 def without_quantizers(graph: Graph) -> Graph:
@@ -155,7 +156,7 @@ def without_quantizers(graph: Graph) -> Graph:
     plain = graph.copy()
     for node in plain.nodes:
         source = node.operand(0)
-        if node.op is ops.FAKE_QUANTIZE and source is not None:
+        if node.op in QUANTIZERS and source is not None:
             node.fx.replace_all_uses_with(source.fx)
     return plain.clean()
 

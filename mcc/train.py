@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 OptimizerName = Literal["sgd", "adamw"]
 RateSchedule = Literal["cosine", "constant"]
 MOMENTUM = 0.9
+LARGEST_SCALE_RATE = 1e-2  # of change of a scale in a step, relative: gradients of scales vary by orders of magnitude
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class _Run:
         graph: that is trained.
         teacher: what it learns from beside the labels, or None.
         plan: how.
-        optimizer: of the graph's parameters and scales.
+        optimizers: of the graph's parameters, and of its scales if it has any.
         scales: of its quantizers.
         context: of the pass.
         label: the pass as text.
@@ -71,7 +72,7 @@ class _Run:
     graph: Graph
     teacher: Graph | None
     plan: TrainingPlan
-    optimizer: torch.optim.Optimizer
+    optimizers: tuple[torch.optim.Optimizer, ...]
     scales: LearnedScales
     context: Context
     label: str
@@ -96,17 +97,17 @@ def train(graph: Graph, teacher: Graph | None, plan: TrainingPlan, context: Cont
     """
     assert context.data.train is not None
     scales = LearnedScales(graph)
-    optimizer = _optimizer(plan, [p for _, p in graph.named_parameters() if p.is_floating_point()], scales)
-    start = _resume(graph, optimizer, plan)
+    optimizers = _optimizers(plan, [p for _, p in graph.named_parameters() if p.is_floating_point()], scales)
+    start = _resume(graph, optimizers, plan)
     scales.read()
     losses: list[float] = []
     task = None if context.progress is None else context.progress.add_task(label, total=None)
-    run = _Run(graph, teacher, plan, optimizer, scales, context, label, task)
+    run = _Run(graph, teacher, plan, optimizers, scales, context, label, task)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed + start)
         for epoch in range(start, plan.epochs):
             losses.append(_train_epoch(run, epoch))
-            _save(graph, optimizer, plan, epoch + 1)
+            _save(graph, optimizers, plan, epoch + 1)
     graph.eval()
     scales.finish()
     if context.progress is not None and task is not None:
@@ -114,15 +115,18 @@ def train(graph: Graph, teacher: Graph | None, plan: TrainingPlan, context: Cont
     return losses
 
 
-def _optimizer(
+def _optimizers(
     plan: TrainingPlan, parameters: list[torch.nn.Parameter], scales: LearnedScales
-) -> torch.optim.Optimizer:
-    groups = [{"params": parameters, "weight_decay": plan.weight_decay}]
-    if scales.parameters:
-        groups.append({"params": scales.parameters, "weight_decay": 0.0})
+) -> tuple[torch.optim.Optimizer, ...]:
+    rate, decay = plan.learning_rate, plan.weight_decay
+    weights: torch.optim.Optimizer
     if plan.optimizer == "sgd":
-        return torch.optim.SGD(groups, plan.learning_rate, momentum=MOMENTUM, nesterov=True)
-    return torch.optim.AdamW(groups, plan.learning_rate)
+        weights = torch.optim.SGD(parameters, rate, momentum=MOMENTUM, nesterov=True, weight_decay=decay)
+    else:
+        weights = torch.optim.AdamW(parameters, rate, weight_decay=decay)
+    if not scales.parameters:
+        return (weights,)
+    return weights, torch.optim.Adam(scales.parameters, min(rate, LARGEST_SCALE_RATE))
 
 
 def _train_epoch(run: _Run, epoch: int) -> float:
@@ -134,8 +138,9 @@ def _train_epoch(run: _Run, epoch: int) -> float:
         progress = (epoch + position / length) / plan.epochs
         for schedule in run.graph.schedules:
             schedule.advance(run.graph, progress)
-        _set_rate(run.optimizer, plan, progress)
-        run.optimizer.zero_grad(set_to_none=True)
+        for optimizer in run.optimizers:
+            _set_rate(optimizer, plan, progress)
+            optimizer.zero_grad(set_to_none=True)
         loss = _loss(run, inputs, labels)
         if not loss.isfinite():
             raise PassError(
@@ -144,7 +149,8 @@ def _train_epoch(run: _Run, epoch: int) -> float:
             )
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it so
         run.scales.receive_gradients()
-        run.optimizer.step()
+        for optimizer in run.optimizers:
+            optimizer.step()
         run.scales.write()
         total, steps = total + float(loss.detach()), steps + 1
         if context.progress is not None and run.task is not None:
@@ -197,21 +203,20 @@ def _batches(context: Context) -> Iterator[Batch]:
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, plan: TrainingPlan, progress: float) -> None:
-    rate = plan.learning_rate
-    if plan.rate_schedule == "cosine":
-        rate *= 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress))))
+    share = 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress)))) if plan.rate_schedule == "cosine" else 1.0
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = share * optimizer.defaults["lr"]
 
 
-def _save(graph: Graph, optimizer: torch.optim.Optimizer, plan: TrainingPlan, epoch: int) -> None:
+def _save(graph: Graph, optimizers: tuple[torch.optim.Optimizer, ...], plan: TrainingPlan, epoch: int) -> None:
     """Write tensors and optimizer state to a temporary file and rename it: an interrupt leaves the old one whole."""
     if not plan.checkpoint:
         return
     tensors = {f"graph.{k}": v.detach().clone().contiguous() for k, v in graph.module.state_dict().items()}
-    for index, slots in optimizer.state_dict()["state"].items():
-        for slot, value in slots.items():
-            tensors[f"optimizer.{index}.{slot}"] = torch.as_tensor(value).clone().contiguous()
+    for number, optimizer in enumerate(optimizers):
+        for index, slots in optimizer.state_dict()["state"].items():
+            for slot, value in slots.items():
+                tensors[f"optimizer.{number}.{index}.{slot}"] = torch.as_tensor(value).clone().contiguous()
     metadata = {"epoch": json.dumps(epoch), "fingerprint": plan.fingerprint}
     path = Path(plan.checkpoint)
     temporary = path.with_name(path.name + ".partial")
@@ -219,7 +224,7 @@ def _save(graph: Graph, optimizer: torch.optim.Optimizer, plan: TrainingPlan, ep
     temporary.replace(path)
 
 
-def _resume(graph: Graph, optimizer: torch.optim.Optimizer, plan: TrainingPlan) -> int:
+def _resume(graph: Graph, optimizers: tuple[torch.optim.Optimizer, ...], plan: TrainingPlan) -> int:
     """Load the checkpoint if there is one; returns the epoch to start from."""
     path = Path(plan.checkpoint)
     if not plan.checkpoint or not path.exists():
@@ -236,13 +241,12 @@ def _resume(graph: Graph, optimizer: torch.optim.Optimizer, plan: TrainingPlan) 
             remedy="delete it, or name another checkpoint file",
         )
     graph.module.load_state_dict({k.removeprefix("graph."): v for k, v in tensors.items() if k.startswith("graph.")})
-    state = optimizer.state_dict()
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, slot = name.split(".", 2)
-            slots.setdefault(int(index), {})[slot] = tensor
-    state["state"] = slots
-    optimizer.load_state_dict(state)
+    for number, optimizer in enumerate(optimizers):
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(f"optimizer.{number}."):
+                _, _, index, slot = name.split(".", 3)
+                slots.setdefault(int(index), {})[slot] = tensor
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
     epoch: int = json.loads(metadata["epoch"])
     return epoch

@@ -12,6 +12,7 @@ from torch import Tensor
 from mcc import ops
 from mcc.cost import weight_expression
 from mcc.errors import PassError, SpecError
+from mcc.formats import SMALLEST_ROW
 from mcc.graph import Graph, Node
 from mcc.quantization import (
     channel_scales,
@@ -29,6 +30,7 @@ from mcc.rewrite import Context, Lossy, Pass, Rewriter
 from mcc.statistics import OBSERVERS, Observer, affine_parameters, observe
 
 BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+TOKEN_LIMIT = 127  # the largest code of a token, as `mcc.fake_quantize_per_token` and its kernels have it
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,19 @@ class Quantize(Pass):
     Jacob et al.: Quantization and training of neural networks for efficient integer-arithmetic-only inference. CVPR
     2018. Where weights alone are quantized, those of linear layers may have a scale for each group of inputs,
         @fc.weight_scale: f16[10, 64 / group_size]
-    chosen, as are all scales of fewer than 8 bits, for the least squared error of the weights.
+    chosen, as are all scales of fewer than 8 bits, for the least squared error of the weights. So may they where
+    activations get a scale for each token when it comes, which linear layers alone can read:
+        %x_quantized: f32[8, 64] = mcc.fake_quantize_per_token(%x, limit=127)
 
     Attributes:
         weights: "int8", "int4", "int3" or "int2", rounded to nearest.
         activations: "int8", "int4", "int3" or "int2" need calibration data; None quantizes weights alone. Codes of
             fewer bits are bytes all the same: they cost accuracy, which training wins back, and save no time on CPUs.
-        group_size: inputs of a linear layer that share a scale, a multiple of 32; None for all. Needs activations=None.
-        symmetric: False gives each group of a linear layer a zero point. Needs activations=None.
+            "dynamic" has int8 codes with a scale for each token (row), chosen when it comes; layers whose weights a
+            pass before has quantized get such too.
+        group_size: inputs of a linear layer that share a scale, a multiple of 32; None for all. Needs activations that
+            are None or "dynamic".
+        symmetric: False gives each group of a linear layer a zero point. Needs the same.
         observer: how the range of an activation is chosen: "min-max"; "percentile-99.9", "-99.99", "-99.999" leave
             outliers out; "mse" has the least squared error.
         weight_range: "target" keeps codes within what the target's fast int8 kernel adds exactly (±63 on AVX2, ±127
@@ -62,7 +69,7 @@ class Quantize(Pass):
     """
 
     weights: Literal["int8", "int4", "int3", "int2"] = "int8"
-    activations: Literal["int8", "int4", "int3", "int2"] | None = "int8"
+    activations: Literal["int8", "int4", "int3", "int2", "dynamic"] | None = "int8"
     group_size: int | None = None
     symmetric: bool = True
     observer: Observer = "mse"
@@ -73,7 +80,7 @@ class Quantize(Pass):
 
     def __post_init__(self) -> None:
         for option, allowed in (
-            ("weights", tuple(BITS)), ("activations", (*BITS, None)), ("observer", OBSERVERS),
+            ("weights", tuple(BITS)), ("activations", (*BITS, "dynamic", None)), ("observer", OBSERVERS),
             ("weight_range", ("target", "full")),
         ):  # fmt: skip
             if getattr(self, option) not in allowed:
@@ -82,36 +89,45 @@ class Quantize(Pass):
                     remedy=f"use one of {', '.join(map(repr, allowed))}",
                 )
         check_group_size("quantize", self.group_size)
-        if self.activations is not None and (self.group_size is not None or not self.symmetric):
+        if self._static and (self.group_size is not None or not self.symmetric):
             raise SpecError(
                 "quantize: integer sums need one scale and no zero point for each output",
-                remedy="leave group_size and symmetric out, or quantize weights alone: activations=None",
+                remedy="leave group_size and symmetric out, or use activations=None or 'dynamic'",
             )
 
     @property
     def needs_data(self) -> tuple[str, ...]:
         """Activation ranges come from calibration data."""
-        return ("calibration",) if self.activations is not None else ()
+        return ("calibration",) if self._static else ()
 
     def run(self, graph: Graph, context: Context) -> Graph:
         """Quantize weights, then observe the graph with quantized weights and quantize activations."""
         layers = self._layers(graph, context)
         codes = self._codes(context)
         for node in layers:
-            if self._grouped and node.op is ops.LINEAR:
+            if _has_quantizer(node):
+                context.note(f"{node.layer}: its weight is quantized already, its activations are now")
+            elif self._grouped and node.op is ops.LINEAR:
                 _quantize_groups(node, BITS[self.weights], self.group_size, symmetric=self.symmetric)
             else:
                 _quantize_weight(node, codes)
             context.edited()
-        if self.activations is not None:
-            self._quantize_activations(graph, layers, context)
+        if self.activations == "dynamic":
+            _quantize_tokens(graph, layers)
+        elif self.activations is not None:
+            self._quantize_activations(graph, layers, BITS[self.activations], context)
         return graph
+
+    @property
+    def _static(self) -> bool:
+        """Whether activations have stored scales."""
+        return self.activations not in (None, "dynamic")
 
     @property
     def _grouped(self) -> bool:
         """Whether linear layers get scales for groups, one group where no size is given."""
         alone = self.weights != "int8" or self.group_size is not None or not self.symmetric
-        return self.activations is None and alone
+        return not self._static and alone
 
     def _codes(self, context: Context) -> tuple[int, int]:
         """The least and the largest code of a weight with one scale for each output."""
@@ -128,7 +144,9 @@ class Quantize(Pass):
         """The graph before, with weights rounded in their tensors and activations rounded by plain ATen calls."""
         rounded = before.copy()
         for node in new_quantizers(before, after):
-            if weight_expression(node) is not None:
+            if node.op is ops.FAKE_QUANTIZE_PER_TOKEN:
+                _round_tokens(rounded, node)
+            elif weight_expression(node) is not None:
                 round_weight(rounded, node)
             else:
                 _round_activation(rounded, node)
@@ -151,14 +169,29 @@ class Quantize(Pass):
                 context.decline(node, "its weight is computed")
             elif node.dtype is not torch.float32:
                 context.decline(node, f"it computes in {str(node.dtype).removeprefix('torch.')}, not float32")
-            elif expression.quantizer is not None:
+            elif self.activations == "dynamic" and node.op is not ops.LINEAR:
+                context.decline(node, f"{node.op.name} reads no activations with a scale for each token")
+            elif expression.quantizer is not None and not self._only_activations(node):
                 context.decline(node, "its weight is already quantized")
-            elif self._grouped and node.op is ops.LINEAR and (reason := ragged(node, self.group_size)):
+            elif (
+                self._grouped
+                and not _has_quantizer(node)
+                and node.op is ops.LINEAR
+                and (reason := ragged(node, self.group_size))
+            ):
                 context.decline(node, reason)
             else:
                 layers.append(node)
         self._check_any(graph, layers, matched, context)
         return layers
+
+    def _only_activations(self, node: Node) -> bool:
+        """Whether a layer's weight is quantized by a pass before, and its activations are not."""
+        source, expression = node.operand(0), weight_expression(node.operand(1))
+        assert expression is not None
+        by_pass = expression.quantizer is not None and expression.quantizer.op is ops.FAKE_QUANTIZE
+        in_float = source is not None and source.op not in (ops.FAKE_QUANTIZE, ops.FAKE_QUANTIZE_PER_TOKEN)
+        return self.activations == "dynamic" and by_pass and in_float
 
     def _check_any(self, graph: Graph, layers: list[Node], matched: set[str], context: Context) -> None:
         """Raise a PassError where a pattern matches nothing or no layer is left."""
@@ -174,20 +207,19 @@ class Quantize(Pass):
                 f"{self}: there is no layer to quantize: {why}", remedy="change the options, or leave it out"
             )
 
-    def _quantize_activations(self, graph: Graph, layers: list[Node], context: Context) -> None:
+    def _quantize_activations(self, graph: Graph, layers: list[Node], bits: int, context: Context) -> None:
         graph.clean()
         inputs = {node: node.operand(0) for node in layers}
         values = {x.fx: x for x in inputs.values() if x is not None and x.op is not ops.FAKE_QUANTIZE}
         assert context.data.calibration is not None
         histograms = observe(graph, [x.name for x in values.values()], context.data.calibration)
-        assert self.activations is not None
-        low, high = 0, (1 << BITS[self.activations]) - 1
+        low, high = 0, (1 << bits) - 1
         for x in values.values():
             chosen = histograms[x.name].choose_range(self.observer, high - low + 1)
             scale, zero_point = affine_parameters(*chosen, low, high)
             readers = [node.fx for node in layers if node.operand(0) == x]
             convolutions = all(ops.lookup(reader.target) in ops.CONVOLUTIONS for reader in readers)
-            if convolutions and self.activations == "int8":
+            if convolutions and bits == BITS["int8"]:
                 # the residual of a convolutional network is added in codes too: it need not be kept in float beside
                 readers += [user.fx for user in x.users if user.op is ops.ADD]
             first = next(n for n in graph.module.graph.nodes if n in readers)
@@ -199,6 +231,41 @@ class Quantize(Pass):
             made.rename(f"{x.name}_quantized")
             for reader in readers:
                 reader.replace_input_with(x.fx, made.fx)
+
+
+def _has_quantizer(node: Node) -> bool:
+    expression = weight_expression(node.operand(1))
+    return expression is not None and expression.quantizer is not None
+
+
+def _quantize_tokens(graph: Graph, layers: list[Node]) -> None:
+    """Let layers read their input rounded row by row; those that read one value share it."""
+    made: dict[str, Node] = {}
+    for node in layers:
+        x = node.operand(0)
+        assert x is not None
+        if x.name not in made:
+            made[x.name] = Rewriter(graph, node).call(ops.FAKE_QUANTIZE_PER_TOKEN, x, TOKEN_LIMIT)
+            made[x.name].rename(f"{x.name}_quantized")
+        node.fx.replace_input_with(x.fx, made[x.name].fx)
+
+
+def _round_tokens(graph: Graph, quantizer: Node) -> None:
+    """Send the readers of the quantized value through the same arithmetic in plain ATen calls."""
+    source = quantizer.operand(0)
+    assert source is not None
+    readers = [graph.node(user.name) for user in quantizer.users]
+    value = graph.node(source.name)
+    order = {n: i for i, n in enumerate(graph.module.graph.nodes)}
+
+    def plain(x: Tensor) -> Tensor:
+        largest = x.abs().amax(-1, keepdim=True)
+        codes = torch.round(x * torch.where(largest > SMALLEST_ROW, TOKEN_LIMIT / largest, 0.0))
+        return codes * (largest / TOKEN_LIMIT)
+
+    made = Rewriter(graph, min(readers, key=lambda n: order[n.fx])).insert(plain, value)
+    for reader in readers:
+        reader.fx.replace_input_with(value.fx, made.fx)
 
 
 def _quantize_groups(node: Node, bits: int, group_size: int | None, *, symmetric: bool) -> None:

@@ -71,7 +71,7 @@ def steps_after_scale(region: Region) -> tuple[Step, ...]:
     if step is None:
         return merged(region.epilogue)
     fits = False
-    if region.activation is not None:
+    if region.activation is not None and not region.activation.per_token:
         vectors = channel_vectors(region)
         largest = largest_sum(region) * np.abs(vectors["scale"]).max(initial=0) + np.abs(vectors["bias"]).max(initial=0)
         fits = bool(largest < LARGEST_CONVERTED)

@@ -11,7 +11,7 @@ from torch import fx
 
 from mcc import ops
 from mcc.backends.cpu.tokens import refusal as attention_refusal
-from mcc.backends.kernel import QuantizedInput, Region, SparseArrays, StoredWeight
+from mcc.backends.kernel import PER_TOKEN, PER_TOKEN_LIMIT, QuantizedInput, Region, SparseArrays, StoredWeight
 from mcc.formats import unpack
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ ANCHORS = (ops.LINEAR, ops.CONV2D_NHWC)
 def integerize(lowering: Lowering) -> Lowering:
     """Make a region of every linear and conv2d whose weight is stored.
 
-    Where the weight is int8 codes and the input is `dequantize` of unsigned 8-bit codes, the region reads the codes.
+    Where the weight is int8 codes and the input is `dequantize` of unsigned 8-bit codes, the region reads the codes;
+    where it is `fake_quantize_per_token`, what that reads.
     """
     regions: dict[fx.Node, Region] = {}
     refused: dict[fx.Node, str] = {}
@@ -41,7 +42,7 @@ def integerize(lowering: Lowering) -> Lowering:
             continue
         source = node.operand(0)
         assert source is not None
-        activation, codes = quantized_source(source)
+        activation, codes = _activation(node, source)
         if activation is not None and weight.dtype == "int8" and codes is not None:
             source = codes
         else:
@@ -89,6 +90,13 @@ def _stored_codes(inner: Node | None, shape: tuple[int, ...]) -> StoredWeight | 
         return None
     name = str(inner.fx.target).removesuffix("_codes").removesuffix("_dense")
     return StoredWeight(name, shape, inner.tensor.detach().contiguous().numpy(), None, None)
+
+
+def _activation(node: Node, source: Node) -> tuple[QuantizedInput | None, Node | None]:
+    """How a layer has its activations as codes, and what it reads then; None twice where it takes float values."""
+    if node.op is ops.LINEAR and source.op is ops.FAKE_QUANTIZE_PER_TOKEN and source.argument(1) == PER_TOKEN_LIMIT:
+        return PER_TOKEN, source.operand(0)
+    return quantized_source(source)
 
 
 def quantized_source(source: Node) -> tuple[QuantizedInput | None, Node | None]:

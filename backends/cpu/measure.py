@@ -22,7 +22,7 @@ def measure(lowered: Lowered, region: Region, target: Target) -> float:
     module = tvm.tirx.build(tvm.IRModule.from_expr(lowered.function), target=tvm_target(target))
     random = np.random.default_rng(0)
     source_shape = tuple(extent(s) for s in region.source.shape)
-    if region.activation is None:
+    if region.source_dtype == "float32":
         source = random.standard_normal(source_shape).astype(np.float32)
     else:
         source = random.integers(0, 256, source_shape).astype(np.uint8)

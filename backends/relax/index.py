@@ -24,6 +24,7 @@ from mcc.backends.relax.emitter import (
     wrap_index,
 )  # fmt: skip
 from mcc.errors import BackendError
+from mcc.formats import SMALLEST_ROW
 
 R = relax.op
 Rule = Callable[..., Any]
@@ -235,6 +236,14 @@ def _fake_quantize(
     return e(R.multiply(e(R.subtract(codes, zero)), _along(e, scale, x, dim)))
 
 
+def _fake_quantize_per_token(e: Emitter, x: Expression, limit: int) -> Expression:
+    largest = e(R.max(e(R.abs(x)), axis=-1, keepdims=True))
+    large = e(R.greater(largest, e.scalar(SMALLEST_ROW, "float32")))
+    inverse = e(R.where(large, e(R.divide(e.scalar(limit, "float32"), largest)), e.scalar(0.0, "float32")))
+    codes = e(R.round(e(R.multiply(x, inverse))))
+    return e(R.multiply(codes, e(R.divide(largest, e.scalar(limit, "float32")))))
+
+
 RULES: dict[str, Rule] = {
     "index.Tensor": index, "index_select": _index_select, "gather": _gather,
     "slice_scatter": _slice_scatter, "select_scatter": _select_scatter,
@@ -244,4 +253,5 @@ RULES: dict[str, Rule] = {
     "ones_like": _like(1), "full_like": _full_like, "new_zeros": _new(0), "new_ones": _new(1), "new_full": _new_full,
     "eye": _eye, "scalar_tensor": _scalar_tensor,
     "mcc.quantize": quantize, "mcc.dequantize": dequantize, "mcc.fake_quantize": _fake_quantize,
+    "mcc.fake_quantize_per_token": _fake_quantize_per_token,
 }  # fmt: skip

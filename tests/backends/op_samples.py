@@ -303,6 +303,7 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     "mcc.fake_quantize": (
         S(lambda n: (f(n, 6), torch.tensor(0.05), torch.tensor(3, dtype=torch.int32), None, 0, 255)),
     ),
+    "mcc.fake_quantize_per_token": (S(lambda n: (torch.cat((f(n, 3, 6), torch.zeros(n, 1, 6)), 1), 127)),),
     "mcc.quantize": (
         S(lambda n: (f(n, 6), torch.tensor(0.05), torch.tensor(3, dtype=torch.int32), None, 0, 255, torch.uint8)),
         S(lambda n: (f(n, 6, 2), positive(6) / 20, torch.zeros(6, dtype=torch.int32), 1, -127, 127, torch.int8)),

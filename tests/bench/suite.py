@@ -2,9 +2,9 @@
 
     python tests/bench/suite.py [--models ResNet-50,BERT-base] [--threads 1,2] [--precision fp32,int8] [--runs 15]
 
-`--precision int4` quantizes the weights of linear layers alone, in groups of 32. Prints a Markdown table; `--json FILE`
-and `--plot FILE` keep the figures and draw them. An engine that cannot run a model is named with the reason. Beside each
-int8 time stands how far the engine's output is from eager float32.
+`--precision int4` quantizes the weights of linear layers, in groups of 32, and activations per token, as the peers do.
+Prints a Markdown table; `--json FILE` and `--plot FILE` keep the figures and draw them. An engine that cannot run a model
+is named with the reason. Beside each int8 time stands how far the engine's output is from eager float32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CALIBRATION_BATCHES = 4
 PASSES = {
     "fp32": "fold-batch-norm",
     "int8": "fold-batch-norm; quantize",
-    "int4": "fold-batch-norm; quantize{weights='int4', activations=None, group_size=32}",
+    "int4": "fold-batch-norm; quantize{weights='int4', activations='dynamic', group_size=32}",
 }
 WITHOUT_BATCH_NORM = ("BERT", "MiniLM", "ViT", "GPT", "MLP", "ConvNeXt", "LSTM")
 

@@ -2,12 +2,15 @@
 
 from mcc.backends.cpu.kernels.conv2d import Conv2dFloat, Conv2dInt8
 from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8
+from mcc.backends.cpu.kernels.dense_per_token import DensePerToken
 from mcc.backends.cpu.kernels.depthwise import Depthwise
 from mcc.backends.cpu.kernels.depthwise_int8 import DepthwiseInt8
 from mcc.backends.cpu.kernels.low_bit import LowBitDense
+from mcc.backends.cpu.kernels.low_bit_per_token import LowBitPerToken
 from mcc.backends.cpu.kernels.sparse import SparseDense
 from mcc.backends.kernel import Kernel
 
 KERNELS: tuple[Kernel, ...] = (
-    SparseDense(), LowBitDense(), DenseInt8(), DenseFloat(), DepthwiseInt8(), Depthwise(), Conv2dInt8(), Conv2dFloat(),
+    SparseDense(), LowBitDense(), LowBitPerToken(), DenseInt8(), DensePerToken(), DenseFloat(), DepthwiseInt8(),
+    Depthwise(), Conv2dInt8(), Conv2dFloat(),
 )  # fmt: skip

@@ -43,7 +43,7 @@ class DenseFloat:
         del target
         if region.activation is not None:
             return "the activations are quantized"
-        return _not_plain(region.weight)
+        return not_plain(region.weight)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """Largest tiles that keep accumulators, weights and one broadcast in registers."""
@@ -74,9 +74,9 @@ class DenseInt8:
     def refuses(self, region: Region, target: Target) -> str | None:
         """Takes linear with a dense int8 weight and quantized activations."""
         del target
-        if region.activation is None or region.weight.scale is None:
-            return "weight and activations are not both int8"
-        return _not_plain(region.weight) or sums_overflow(region)
+        if region.activation is None or region.activation.per_token or region.weight.scale is None:
+            return "weight and activations are not both int8 with stored scales"
+        return not_plain(region.weight) or sums_overflow(region)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """As for float, with registers left for what replaces `vpdpbusd`."""
@@ -90,7 +90,7 @@ class DenseInt8:
         assert activation is not None
         packed = {"weight": pack_panels_of_four(weight.dense, plan.width, target.vector_lanes)}
         packed |= integer_vectors(region, plan.padded_outputs, target)
-        body = _IntegerBody(plan, bounded=pairs_fit(weight.dense))
+        body = IntegerBody(plan, bounded=pairs_fit(weight.dense))
         return Lowered(plan.function(self.name, packed, body.emit), packed)
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
@@ -98,7 +98,8 @@ class DenseInt8:
         return dense_reference(region, source, operands)
 
 
-def _not_plain(weight: StoredWeight) -> str | None:
+def not_plain(weight: StoredWeight) -> str | None:
+    """Why a weight is not dense with one scale for each output, or None if it is."""
     if weight.sparse is not None:
         return "the weight is sparse"
     return "groups of the weight's inputs have scales of their own" if weight.grouped else None
@@ -220,7 +221,7 @@ class _FloatBody:
                 plan.store(first + i, column, value, width.used_lanes(j, v.lanes))
 
 
-class _IntegerBody:
+class IntegerBody:
     """Inner loops over uint8 activation codes."""
 
     def __init__(self, plan: PanelPlan, *, bounded: bool) -> None:
@@ -260,8 +261,13 @@ class _IntegerBody:
             column = panel * plan.width + j * v.lanes
             gain, offset = B.Bind(v.load(self.scale, column)), B.Bind(v.load(self.bias, column))
             for i in range(count):
-                value = v.fma(v.to_float(sums[i][j].get()), gain, offset)
+                value = v.fma(self.scaled(first + i, v.to_float(sums[i][j].get())), gain, offset)
                 plan.store(first + i, column, value, width.used_lanes(j, v.lanes))
+
+    def scaled(self, row: Expression, total: Expression) -> Expression:
+        """Sums of a row before the scale of outputs."""
+        del row
+        return total
 
     def _padded_rows(self, first: Expression, count: int) -> Expression:
         """A copy of `count` rows, each padded to whole words; the padding meets zero weights."""

@@ -36,7 +36,7 @@ def region_function(
     """
     source, result = dims
     parameters = [
-        Parameter("X", source, "float32" if region.activation is None else "uint8"),
+        Parameter("X", source, region.source_dtype),
         *(Parameter(f"A{i}", result, kind) for i, kind in enumerate(region.operand_dtypes)),
         *(Parameter(key, array.shape, array.dtype.name) for key, array in packed.items()),
         Parameter("Y", result, region.output_dtype),

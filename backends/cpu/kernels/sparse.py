@@ -68,8 +68,8 @@ class SparseDense:
         if region.operands:
             return "its epilogue reads another value"
         if region.activation is not None:
-            if region.weight.scale is None:
-                return "the activations are quantized and the weight is not"
+            if region.weight.scale is None or region.activation.per_token:
+                return "activations are quantized per token, or the weight is not quantized"
             return float_sums_inexact(region)
         return None
 

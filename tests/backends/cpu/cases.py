@@ -11,18 +11,30 @@ from regions import Symbolic, Value, make_grouped_weight, make_region, make_weig
 from mcc import ops
 from mcc.backends.cpu.kernels.conv2d import Conv2dFloat, Conv2dInt8
 from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8
+from mcc.backends.cpu.kernels.dense_per_token import DensePerToken
 from mcc.backends.cpu.kernels.depthwise import Depthwise
 from mcc.backends.cpu.kernels.depthwise_int8 import DepthwiseInt8
 from mcc.backends.cpu.kernels.low_bit import LowBitDense
+from mcc.backends.cpu.kernels.low_bit_per_token import LowBitPerToken
 from mcc.backends.cpu.kernels.sparse import SparseDense
-from mcc.backends.kernel import Activation, Add, Clamp, Kernel, QuantizedInput, Region, Relu, Requantize
+from mcc.backends.kernel import PER_TOKEN, Activation, Add, Clamp, Kernel, QuantizedInput, Region, Relu, Requantize
 from mcc.target import Target
 
 ROWS = [1, 2, 3, 5, 7, 16, 33, 64, 65, 131]
 OTHER = Value()
 FORMATS = ("float32", "int8", "codes")  # "int8": the weight alone, "codes": weight and activations
 ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "gelu_tanh", "hardsigmoid", "hardswish")
-FAMILIES = ("dense_float", "dense_int8", "low_bit", "sparse", "conv2d", "depthwise", "depthwise_int8")
+FAMILIES = (
+    "dense_float",
+    "dense_int8",
+    "dense_per_token",
+    "low_bit",
+    "low_bit_per_token",
+    "sparse",
+    "conv2d",
+    "depthwise",
+    "depthwise_int8",
+)
 
 
 @dataclass(frozen=True)
@@ -66,13 +78,14 @@ zero_points = st.one_of(st.just(0), st.integers(0, 255))
 
 
 @st.composite
-def _dense(draw: Any, target: Target, codes: bool) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
+def _dense(draw: Any, target: Target, form: str) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
     inputs, outputs = draw(channels), draw(channels)
     bias = draw(st.booleans())
-    if codes:
+    if form != "float":
         limit = draw(st.sampled_from([target.int8_weight_limit, 127]))
-        weight, activation = make_weight((outputs, inputs), "int8", 2, limit), QuantizedInput(0.02, draw(zero_points))
-        kernel: Kernel = DenseInt8()
+        weight = make_weight((outputs, inputs), "int8", 2, limit)
+        activation = PER_TOKEN if form == "per token" else QuantizedInput(0.02, draw(zero_points))
+        kernel: Kernel = DensePerToken() if form == "per token" else DenseInt8()
     else:
         weight, activation = make_weight((outputs, inputs), draw(st.sampled_from(FORMATS[:2])), 1), None
         kernel = DenseFloat()
@@ -81,15 +94,15 @@ def _dense(draw: Any, target: Target, codes: bool) -> tuple[Kernel, Region, list
 
 
 @st.composite
-def _low_bit(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
-    del target
-    bits, outputs, affine = draw(st.sampled_from([2, 3, 4])), draw(channels), draw(st.booleans())
+def _low_bit(draw: Any, per_token: bool) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
+    bits, outputs, affine = draw(st.sampled_from([2, 3, 4, 8])), draw(channels), draw(st.booleans())
     groups = draw(st.integers(1, 4))
     inputs = draw(channels) if groups == 1 else groups * draw(st.sampled_from([32, 64]))
     weight = make_grouped_weight((outputs, inputs), bits, groups, 5, affine=affine)
     rows = Symbolic(draw(st.sampled_from([1, 64])))
-    region = make_region(ops.LINEAR, (rows, inputs), weight, draw(epilogues()), bias=draw(st.booleans()))
-    return LowBitDense(), region, [(m, inputs) for m in (*ROWS, 0)]
+    activation = PER_TOKEN if per_token else None
+    region = make_region(ops.LINEAR, (rows, inputs), weight, draw(epilogues()), activation, bias=draw(st.booleans()))
+    return LowBitPerToken() if per_token else LowBitDense(), region, [(m, inputs) for m in (*ROWS, 0)]
 
 
 @st.composite
@@ -150,9 +163,11 @@ def _conv2d(draw: Any, target: Target, family: str) -> tuple[Kernel, Region, lis
 
 
 _DRAWN = {
-    "dense_float": lambda t: _dense(t, codes=False),
-    "dense_int8": lambda t: _dense(t, codes=True),
-    "low_bit": _low_bit,
+    "dense_float": lambda t: _dense(t, "float"),
+    "dense_int8": lambda t: _dense(t, "one scale"),
+    "dense_per_token": lambda t: _dense(t, "per token"),
+    "low_bit": lambda _: _low_bit(per_token=False),
+    "low_bit_per_token": lambda _: _low_bit(per_token=True),
     "sparse": _sparse,
     "conv2d": lambda t: _conv2d(t, "conv2d"),
     "depthwise": lambda t: _conv2d(t, "depthwise"),

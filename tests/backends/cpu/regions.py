@@ -108,7 +108,7 @@ def make_operands(kernel: Kernel, region: Region, source: np.ndarray) -> list[np
 
 def make_source(shape: tuple[int, ...], region: Region, seed: int) -> np.ndarray:
     random = np.random.default_rng(seed)
-    if region.activation is None:
+    if region.source_dtype == "float32":
         return random.standard_normal(shape).astype(np.float32)
     return random.integers(0, 256, shape).astype(np.uint8)
 
