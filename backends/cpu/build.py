@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tvm
-from tvm import relax, tirx
+from tvm import relax, s_tir, tirx
 
-from mcc.backends.cpu.microkernel import tvm_target
+from mcc.backends.cpu.microkernel import NOT_FOR_KERNELS, OPAQUE, tvm_target
 from mcc.backends.relax.schedule import schedule_module
 from mcc.errors import BackendError
 
@@ -31,6 +31,10 @@ _AFTER_SCHEDULE = (
     _R.RewriteDataflowReshape, _R.ToNonDataflow, _R.RemovePurityChecking, _R.CallTIRRewrite,
     _R.StaticPlanBlockMemory, _R.LowerAllocTensor, _R.KillAfterLastUse, _R.LowerRuntimeBuiltin, _R.ComputePrimValue,
     _R.VMShapeLower,
+)  # fmt: skip
+_BEFORE_COMPACTION = (
+    s_tir.transform.LowerInitBlock, s_tir.transform.PlanAndUpdateBufferAllocationLocation,
+    s_tir.transform.ConvertBlocksToOpaque,
 )  # fmt: skip
 # Kernels are called by the compiled main function alone, which checks what it is given: their own checks of every
 # argument would be half of a small artifact.
@@ -68,16 +72,33 @@ def compile_module(lowering: Lowering, mode: Literal["compiled", "bytecode"]) ->
         with target:
             for stage in _BEFORE_SCHEDULE:
                 module = stage()(module)
-            module = schedule_module(module)
+            module = _compacted(schedule_module(module))
             for stage in _AFTER_SCHEDULE:
                 module = stage()(module)
             return _R.AttachGlobalSymbol()(_mend_shape_functions(module))
 
     try:
-        with tvm.transform.PassContext(config=_CONFIG):
+        with tvm.transform.PassContext(config=_CONFIG, disabled_pass=NOT_FOR_KERNELS):
             return relax.build(lowering.module, target, relax_pipeline=lower, exec_mode=mode)
     except (RuntimeError, ValueError, TypeError) as error:
         raise _failure(error) from error
+
+
+def _compacted(module: tvm.IRModule) -> tvm.IRModule:
+    """Cut the buffers of the op library's functions to what is used; kernels are left alone."""
+    library = {
+        name: function
+        for name, function in module.functions.items()
+        if isinstance(function, tirx.PrimFunc) and int(function.attrs.get("op_pattern", 0)) != OPAQUE
+    }
+    compacted = tvm.IRModule(library)
+    for step in _BEFORE_COMPACTION:
+        compacted = step()(compacted)
+    # called by itself a pass runs also where it is disabled
+    compacted = s_tir.transform.CompactBufferAllocation()(compacted)
+    for name, function in compacted.functions.items():
+        module[module.get_global_var(name.name_hint)] = function
+    return module
 
 
 def _failure(error: Exception) -> BackendError:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tvm
 
-from mcc.backends.cpu.microkernel import tvm_target
+from mcc.backends.cpu.microkernel import compiled_kernel
 from mcc.ops import extent
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ REPEATS = 8
 
 def measure(lowered: Lowered, region: Region, target: Target) -> float:
     """Least seconds of one call, on random data of the example's shapes."""
-    module = tvm.tirx.build(tvm.IRModule.from_expr(lowered.function), target=tvm_target(target))
+    module = compiled_kernel(lowered.function, target)
     random = np.random.default_rng(0)
     source_shape = tuple(extent(s) for s in region.source.shape)
     if region.source_dtype == "float32":

@@ -25,6 +25,8 @@ Expression: TypeAlias = Any
 """A TIR expression, buffer or variable: TVM's Python has no types for them."""
 
 OPAQUE = 8
+# looks for parts of buffers that are not used: kernels have none, and with many accesses it takes most of compilation
+NOT_FOR_KERNELS = ["s_tir.CompactBufferAllocation"]
 LARGEST_ON_STACK = 1023  # bytes of a buffer; TVM wants them below 1024, and of global scope
 # by 32-bit lanes
 _RECIPROCALS = {4: "llvm.x86.sse.rcp.ps", 8: "llvm.x86.avx.rcp.ps.256", 16: "llvm.x86.avx512.rcp14.ps.512"}
@@ -80,6 +82,12 @@ def kernel_function(name: str, parameters: Sequence[Parameter], body: Callable[.
             B.writes([])
             body(*buffers)
     return builder.get()
+
+
+def compiled_kernel(function: tirx.PrimFunc, target: Target) -> Any:
+    """A kernel as a module of its own, to be timed."""
+    with tvm.transform.PassContext(disabled_pass=NOT_FOR_KERNELS):
+        return tvm.tirx.build(tvm.IRModule.from_expr(function), target=tvm_target(target))
 
 
 def product(dims: Sequence[Any]) -> Expression:

@@ -12,7 +12,14 @@ import tvm.tirx.script.builder.ir as B
 from tvm import relax
 
 from mcc.backends.cpu.build import compile_module
-from mcc.backends.cpu.microkernel import Expression, Parameter, Vectors, kernel_function, tvm_target
+from mcc.backends.cpu.microkernel import (
+    Expression,
+    Parameter,
+    Vectors,
+    compiled_kernel,
+    kernel_function,
+    tvm_target,
+)
 from mcc.runtime import use_threads
 from mcc.target import host_target
 
@@ -164,7 +171,7 @@ def peak(target: Target, kind: str) -> float:
     function = kernel_function(
         "peak", [Parameter("X", (3 * v.lanes,), dtype), Parameter("Y", (CHAINS * v.lanes,), dtype)], body
     )
-    module = tvm.tirx.build(tvm.IRModule.from_expr(function), target=tvm_target(target))
+    module = compiled_kernel(function, target)
     arrays = [tvm.runtime.tensor(np.zeros(n * v.lanes, dtype), tvm.cpu()) for n in (3, CHAINS)]
     seconds = min(module.time_evaluator("peak", tvm.cpu(), number=3, repeat=5)(*arrays).results)
     return STEPS * CHAINS * v.lanes * (1 if kind == "float32" else 4) / float(seconds)

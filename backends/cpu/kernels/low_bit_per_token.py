@@ -98,12 +98,14 @@ class _Tile:
         vectors: of outputs.
         first: row.
         values: float32 sums over groups, by row and vector.
+        totals: integer sums of a group.
     """
 
     panel: Expression
     vectors: int
     first: Expression
     values: list[list[Register]]
+    totals: list[list[Register]]
 
 
 class _Body:
@@ -150,7 +152,8 @@ class _Body:
         for row in values:
             for register in row:
                 register.set(v.constant(0.0))
-        serial(self.groups, lambda g: self._group(_Tile(panel, vectors, first, values), g))
+        totals = v.registers(count, vectors, "int32")
+        serial(self.groups, lambda g: self._group(_Tile(panel, vectors, first, values, totals), g))
         for j in range(vectors):
             column = panel * plan.width + j * v.lanes
             start = v.constant(0.0) if bias is None else B.Bind(v.load(bias, column))
@@ -161,8 +164,7 @@ class _Body:
     def _group(self, tile: _Tile, g: Expression) -> None:
         """Add group `g` of inputs to the tile's values."""
         v, rows = self.v, len(tile.values)
-        totals = v.registers(rows, tile.vectors, "int32")
-        counted = float(self.low + v.target.code_offset)
+        totals, counted = tile.totals, float(self.low + v.target.code_offset)
         sums = [B.Bind(self.code_sums[(tile.first + i) * self.groups + g]) for i in range(rows)]
         for total, row in zip(sums, totals, strict=True):
             start = B.Bind(v.splat(T.cast(total * T.float32(counted), "int32")))
@@ -186,11 +188,11 @@ class _Body:
         """Add the products of a block of codes, its first `operands` words of activations."""
         v, (g, b) = self.v, place
         words = self._weight_words(tile, g * self.blocks + b)
+        at = B.Bind(tile.first * self.row_words + g * (self.group // WORD) + b * (BLOCK // WORD))
         for k in range(operands):
-            weights = [B.Bind(self._operand(w, k)) for w in words]
+            weights = [v.hold(self._operand(w, k)) for w in words]
             for i, row in enumerate(totals):
-                index = (tile.first + i) * self.row_words + g * (self.group // WORD) + b * (BLOCK // WORD) + k
-                code = B.Bind(v.splat(self.codes[index]))
+                code = B.Bind(v.splat(self.codes[at + (i * self.row_words + k)]))
                 for weight, register in zip(weights, row, strict=True):
                     # of at most four bits: no pair of products leaves 16 bits
                     register.set(v.dot4(register.get(), weight, code, bounded=self.bits < BYTE))
@@ -201,7 +203,7 @@ class _Body:
         base = tile.panel * (self.plan.width * self.groups * self.blocks * self.words)
         base = B.Bind(base + number * (self.words * vectors * v.lanes))
         return [
-            [B.Bind(v.load(self.arrays["weight"], base + (n * vectors + j) * v.lanes)) for n in range(self.words)]
+            [v.hold(v.load(self.arrays["weight"], base + (n * vectors + j) * v.lanes)) for n in range(self.words)]
             for j in range(vectors)
         ]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import tvm
 
-from mcc.backends.cpu.microkernel import tvm_target
+from mcc.backends.cpu.microkernel import compiled_kernel
 from mcc.target import Target
 
 COMPILER = shutil.which("aarch64-linux-gnu-gcc")
@@ -24,7 +24,7 @@ def run_emulated(function: tvm.tirx.PrimFunc, target: Target, calls: list[list[n
     """Compile a kernel and call it with each list of arguments; the last of them is the output, returned."""
     assert COMPILER is not None
     assert EMULATOR is not None
-    module = tvm.tirx.build(tvm.IRModule.from_expr(function), target=tvm_target(target))
+    module = compiled_kernel(function, target)
     symbol = f"-DKERNEL=__tvm_ffi_{function.attrs['global_symbol']}"
     with tempfile.TemporaryDirectory(prefix="mcc-emulated-") as name:
         folder = Path(name)

@@ -12,7 +12,7 @@ import tvm
 from emulated import run_emulated
 
 from mcc import ops
-from mcc.backends.cpu.microkernel import tvm_target
+from mcc.backends.cpu.microkernel import compiled_kernel
 from mcc.backends.kernel import EpilogueStep, Kernel, QuantizedInput, Region, SparseArrays, StoredWeight
 from mcc.target import Target, missing_features, parse_target
 
@@ -87,7 +87,7 @@ def run_kernel(
         calls.append([np.ascontiguousarray(a) for a in (source, *operands, *lowered.packed.values(), out)])
     if missing_features(target):
         return run_emulated(lowered.function, target, calls)
-    module = tvm.tirx.build(tvm.IRModule.from_expr(lowered.function), target=tvm_target(target))
+    module = compiled_kernel(lowered.function, target)
     results = []
     for call in calls:
         arguments = [tvm.runtime.tensor(a, tvm.cpu()) for a in call]

@@ -28,7 +28,7 @@ from mcc.backends.cpu.kernels.depthwise import Depthwise
 from mcc.backends.cpu.kernels.low_bit import LowBitDense
 from mcc.backends.cpu.kernels.sparse import SparseDense, pack_groups
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, panel_widths, parse_tile
-from mcc.backends.cpu.microkernel import Parameter, Vectors, kernel_function, tvm_target
+from mcc.backends.cpu.microkernel import Parameter, Vectors, compiled_kernel, kernel_function
 from mcc.backends.kernel import Activation, Add, QuantizedInput, Relu, Requantize, SparseArrays, apply_epilogue
 
 
@@ -124,7 +124,7 @@ def test_kernels_say_why_they_refuse():
     assert DenseFloat().refuses(sparse, target) == "the weight is sparse"
     dense = make_region(ops.LINEAR, (4, 8), make_weight((8, 8), "float32", 1))
     assert SparseDense().refuses(dense, target) == "the weight is dense"
-    assert DenseInt8().refuses(dense, target) == "weight and activations are not both int8"
+    assert DenseInt8().refuses(dense, target) == "weight and activations are not both int8 with stored scales"
     grouped = make_region(ops.LINEAR, (4, 64), make_grouped_weight((8, 64), 4, 2, 1, affine=False))
     assert DenseFloat().refuses(grouped, target) == "groups of the weight's inputs have scales of their own"
     assert LowBitDense().refuses(grouped, target) is None
@@ -200,7 +200,7 @@ def test_vector_functions_keep_to_their_stated_error(target, name, bound):
             v.store(out, i * v.lanes, emit_epilogue(v, v.load(source, i * v.lanes), (Activation(name),)))
 
     function = kernel_function("f", [Parameter("X", x.shape, "float32"), Parameter("Y", x.shape, "float32")], body)
-    module = tvm.tirx.build(tvm.IRModule.from_expr(function), target=tvm_target(target))
+    module = compiled_kernel(function, target)
     out = tvm.runtime.tensor(np.zeros_like(x), tvm.cpu())
     module["f"](tvm.runtime.tensor(x, tvm.cpu()), out)
     with np.errstate(over="ignore"):
