@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -146,6 +147,41 @@ def channel_peaks(graph: Graph, names: Iterable[str], batches: Iterable[Batch | 
 
     _record(graph, peaks, batches, take)
     return peaks
+
+
+@dataclass(frozen=True)
+class ChannelMoments:
+    """How large the channels of a value are, and how they go together, over calibration data.
+
+    Attributes:
+        sizes: mean of |x|, float64 [channels].
+        products: mean of x x^T, float64 [channels, channels].
+    """
+
+    sizes: Tensor
+    products: Tensor
+
+
+def channel_moments(graph: Graph, names: Iterable[str], batches: Iterable[Batch | Tensor]) -> dict[str, ChannelMoments]:
+    """Moments of the channels, their last dim, of the named nodes.
+
+    Raises:
+        DataError: there is no batch, or a batch does not fit the graph's inputs.
+    """
+    zero = ChannelMoments(torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+    sums, counts = dict.fromkeys(names, zero), dict.fromkeys(names, 0)
+
+    def take(name: str, values: Tensor) -> None:
+        rows = values.detach().reshape(-1, values.shape[-1]).double()
+        old = sums[name]
+        sums[name] = ChannelMoments(old.sizes + rows.abs().sum(0), old.products + rows.T @ rows)
+        counts[name] += len(rows)
+
+    _record(graph, sums, batches, take)
+    return {
+        name: ChannelMoments(total.sizes / max(counts[name], 1), total.products / max(counts[name], 1))
+        for name, total in sums.items()
+    }
 
 
 def _record(

@@ -1,6 +1,7 @@
 """The techniques: one file each, listed in PASSES."""
 
 from mcc.passes.ada_round import AdaRound
+from mcc.passes.awq import Awq
 from mcc.passes.correct_bias import CorrectBias
 from mcc.passes.eliminate_identity import EliminateIdentity
 from mcc.passes.fine_tune import FineTune
@@ -13,11 +14,11 @@ from mcc.passes.smooth_quant import SmoothQuant
 from mcc.rewrite import Pass
 
 PASSES: tuple[type[Pass], ...] = (
-    EliminateIdentity, FoldBatchNorm, FoldConstants, PruneWeights, FineTune, SmoothQuant, Gptq, Quantize,
+    EliminateIdentity, FoldBatchNorm, FoldConstants, PruneWeights, FineTune, SmoothQuant, Awq, Gptq, Quantize,
     AdaRound, CorrectBias,
 )  # fmt: skip
 
 __all__ = [
-    "PASSES", "AdaRound", "CorrectBias", "EliminateIdentity", "FineTune", "FoldBatchNorm", "FoldConstants", "Gptq",
-    "PruneWeights", "Quantize", "SmoothQuant",
+    "PASSES", "AdaRound", "Awq", "CorrectBias", "EliminateIdentity", "FineTune", "FoldBatchNorm", "FoldConstants",
+    "Gptq", "PruneWeights", "Quantize", "SmoothQuant",
 ]  # fmt: skip

