@@ -64,8 +64,10 @@ def _gain(source: Node) -> Node | None:
 
 
 def _is_vector(node: Node | None, source: Node) -> bool:
-    """Whether this is a stored tensor with an element for each channel of `source`, its last dim."""
-    return node is not None and node.is_parameter and tuple(node.shape) == (source.shape[-1],)
+    """Whether this is a stored float32 tensor with an element for each channel of `source`, its last dim."""
+    if node is None or not node.is_parameter or node.dtype is not torch.float32:
+        return False
+    return tuple(node.shape) == (source.shape[-1],)
 
 
 def weight_is_shared(node: Node) -> bool:

@@ -109,6 +109,8 @@ def train(graph: Graph, teacher: Graph | None, plan: TrainingPlan, context: Cont
             losses.append(_train_epoch(run, epoch))
             _save(graph, optimizers, plan, epoch + 1)
     graph.eval()
+    if not all(p.isfinite().all() for p in (*(p for _, p in graph.named_parameters()), *scales.parameters)):
+        raise PassError(f"{label}: a weight or scale is no longer finite", remedy="lower learning_rate")
     scales.finish()
     if context.progress is not None and task is not None:
         context.progress.remove_task(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,11 @@ class AdaRound(Pass):
                 return False
             problem = _Problem(layers[node], arguments, exact.run_to(node.name))
             nearest, learned, weight = self._learn(problem, generator)
+            if not math.isfinite(nearest):
+                raise DataError(
+                    f"ada-round: what {layers[node].layer} reads or gives is not finite",
+                    remedy="check the batches and the weights",
+                )
             errors.append((nearest, min(nearest, learned)))
             if learned < nearest:
                 problem.store(weight)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mcc import ops
 from mcc.cost import weight_expression
-from mcc.errors import PassError
+from mcc.errors import DataError, PassError
 from mcc.quantization import without_quantizers
 from mcc.rewrite import Context, Lossy, Pass, Rewriter
 from mcc.statistics import StepwiseRuns, run_in_step
@@ -54,9 +54,15 @@ class CorrectBias(Pass):
                 return False
             wanted = _channel_means(layers[node], exact.run_to(node.name))
             found = _channel_means(layers[node], [node.target(*a, **node.kwargs) for a in arguments])  # type: ignore[operator]
+            lacking = wanted - found
+            if not lacking.isfinite().all():
+                raise DataError(
+                    f"correct-bias: the calibration data has no rows for {layers[node].layer}, or they are not finite",
+                    remedy="check the batches and the weights",
+                )
             bias = layers[node].operand(2)
             assert bias is not None
-            graph.set_tensor(str(bias.fx.target), (bias.tensor.detach() + (wanted - found)).to(bias.dtype))
+            graph.set_tensor(str(bias.fx.target), (bias.tensor.detach() + lacking).to(bias.dtype))
             context.edited()
             return True
 
@@ -106,7 +112,10 @@ def _refusal(node: Node) -> str | None:
 
 
 def _channel_axis(node: Node) -> int:
-    return -1 if node.op is ops.LINEAR else 1
+    """Behind the dims of rows, of which an image or sequence by itself has none."""
+    weight = node.operand(1)
+    assert weight is not None
+    return len(node.shape) - (len(weight.shape) - 1)
 
 
 def _channels(node: Node) -> int:
@@ -125,16 +134,16 @@ def _give_bias(node: Node) -> None:
 
 
 def _channel_means(node: Node, outputs: list[Tensor]) -> Tensor:
-    """Over all rows of all batches, float64 [channels]."""
+    """Over all rows of all batches, float64 [channels]; not a number where there is no row."""
     flat = [y.movedim(_channel_axis(node), -1).reshape(-1, _channels(node)).double() for y in outputs]
     rows = sum(len(y) for y in flat)
-    return torch.stack([y.sum(0) for y in flat]).sum(0) / max(rows, 1)
+    return torch.stack([y.sum(0) for y in flat]).sum(0) / rows
 
 
 def _add_behind(node: Node, added: Tensor) -> None:
     """Let what reads a layer read its output plus a stored tensor."""
     graph, following = node.graph, type(node)(node.fx.next, node.graph)
-    axes = 1 if node.op is ops.LINEAR else len(node.shape) - 1  # after the rows
+    axes = len(node.shape) - _channel_axis(node)  # from the channels on
     name = graph.free_name(f"{node.name}_correction")
     graph.set_tensor(name, added.reshape(-1, *[1] * (axes - 1)))
     made = Rewriter(graph, following).call(ops.ADD, node, graph.read(name, following))

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from mcc.graph import Graph
 
 
+FORM = 2  # of checkpoints: scales have an optimizer of their own
+
+
 @dataclass(frozen=True)
 class FineTune(Pass):
     """Train the graph's parameters on `data.train`.
@@ -78,7 +81,7 @@ class FineTune(Pass):
         plan = TrainingPlan(
             self.optimizer, self.learning_rate, self.rate_schedule, self.weight_decay, self.epochs,
             self.freeze_batch_norm, self.distill, self.checkpoint,
-            fingerprint=f"{self.full_text()} seed={context.seed}\n{graph_text(graph)}{_digest(graph)}",
+            fingerprint=f"{FORM} {self.full_text()} seed={context.seed}\n{graph_text(graph)}{_digest(graph)}",
         )  # fmt: skip
         teacher = without_quantizers(graph).eval() if self.distill else None
         losses = train(graph, teacher, plan, context, str(self))

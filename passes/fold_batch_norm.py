@@ -103,7 +103,12 @@ def _scales_by_output(quantizer: Node, producer: Node, gain: Tensor) -> bool:
     scale, zero = quantizer.operand(1), quantizer.operand(2)
     if scale is None or zero is None or not scale.is_parameter or not zero.is_parameter:
         return False
-    by_output = quantizer.argument(3) == 0 and producer.op is not ops.CONV_TRANSPOSE2D and len(scale.fx.users) == 1
+    by_output = (
+        quantizer.argument(3) == 0
+        and scale.tensor.dim() == 1
+        and producer.op is not ops.CONV_TRANSPOSE2D
+        and len(scale.fx.users) == 1
+    )
     invertible = quantizer.argument(4) == -quantizer.argument(5) or bool((gain >= 0).all())
     return bool(by_output and invertible and not torch.count_nonzero(zero.tensor))
 

@@ -103,7 +103,8 @@ class Quantize(Pass):
     def run(self, graph: Graph, context: Context) -> Graph:
         """Quantize weights, then observe the graph with quantized weights and quantize activations."""
         layers = self._layers(graph, context)
-        codes = self._codes(context)
+        plain = [n for n in layers if not _has_quantizer(n) and not (self._grouped and n.op is ops.LINEAR)]
+        codes = self._codes(context) if plain else (0, 0)
         for node in layers:
             if _has_quantizer(node):
                 context.note(f"{node.layer}: its weight is quantized already, its activations are now")

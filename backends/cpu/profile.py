@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 CHAINS = 12  # accumulators that hide the latency of a multiply-add on every CPU we know
 STEPS = 20_000
+LEAST_MILLISECONDS = 1e-6  # of a call that takes no longer than a kernel that does nothing
+INTEGER_KERNELS = ("dense_int8", "dense_per_token", "low_bit_per_token", "conv2d_int8", "depthwise_int8")
 _BOOKKEEPING = "vm.builtin."
 
 
@@ -79,7 +81,7 @@ class Profiler:
         use_threads(threads)
         calls = _timed(self._machine, self._arguments, runs)
         asking = _cost_of_asking({call.arguments for call in calls}, runs)
-        times = [(call.name, max(call.milliseconds - asking[call.arguments], 0.0)) for call in calls]
+        times = [(call.name, max(call.milliseconds - asking[call.arguments], LEAST_MILLISECONDS)) for call in calls]
         peaks = {kind: threads * reached for kind, reached in self._peaks.items()}
         return _rows(times, self._lowering, peaks)
 
@@ -145,7 +147,7 @@ def _row(layer: LayerRow | None, name: str, milliseconds: float, peaks: dict[str
     if layer is None:
         return KernelTime("", name, "op library", milliseconds, 0, None)
     # sparse codes are summed in float, and those of depthwise layers where only that is exact
-    kind = "int8" if layer.kernel.startswith(("dense_int8", "conv2d_int8", "depthwise_int8")) else "float32"
+    kind = "int8" if layer.kernel.startswith(INTEGER_KERNELS) else "float32"
     percent = 100 * layer.macs / (milliseconds * 1e-3) / peaks[kind] if layer.macs and milliseconds else None
     return KernelTime(layer.layer, layer.op, layer.kernel, milliseconds, layer.macs, percent)
 

@@ -3,8 +3,8 @@
 An int32 added to the bits of 1.5 * 2^23 is, read as float32, that number plus the integer, exactly, while the integer
 has fewer than 23 bits; and a float32 of that size holds the nearest integer in its low bits. So sums that begin at
 those bits are multiplied and added to as they are, and of what that gives the low 16 bits are the code before it is
-held to its range. The bias is in the integer that sums begin at: of a few thousand such integers for each channel one
-is taken whose product with the scale has nearly the fraction that is wanted.
+held to its range. The bias is in the integer that sums begin at: of a few thousand such integers for each channel,
+spread over the room that sums leave, one is taken whose product with the scale has nearly the fraction that is wanted.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ ROUNDER_BITS = 0x4B400000
 LARGEST_ADDED = 2**22  # what leaves the sum in [2^23, 2^24), where float32 holds the integers
 CANDIDATES = 4096
 LARGEST_WORD = 2**15 - 1
+LARGEST_REMAINDER = 2e-3  # of a code, that no such integer makes up for
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,23 @@ class DirectRequantize:
 
 
 def direct_requantize(region: Region, step: ToCodes) -> DirectRequantize | None:
-    """The constants for a region that does nothing but requantize; None where sums or codes are too large for it."""
+    """The constants for a region that does nothing but requantize.
+
+    None where sums or codes are too large for it, or where a bias cannot be had as an integer of sums exactly enough.
+    """
     vectors, most = channel_vectors(region), largest_sum(region)
     scale, bias = vectors["scale"].astype(np.float64), vectors["bias"].astype(np.float64)
     reached = most * np.abs(scale).max(initial=0.0) + np.abs(bias).max(initial=0.0)
-    if most + CANDIDATES >= LARGEST_ADDED or not reached + LARGEST_CODE < LARGEST_WORD or np.abs(scale).max() >= 1:
+    room = LARGEST_ADDED - 1 - most
+    if room < CANDIDATES or not reached + LARGEST_CODE < LARGEST_WORD or np.abs(scale).max() >= 1:
         return None
-    added = np.arange(-CANDIDATES // 2, CANDIDATES // 2)
+    # drawn: of integers at equal distances, products with some scales have few fractions
+    added = np.random.default_rng(0).integers(-room, room, CANDIDATES)
     value = (ROUNDER + added) * scale[:, None] - bias[:, None]
-    best = np.abs(value - np.rint(value)).argmin(1)
+    remainders = np.abs(value - np.rint(value))
+    best = remainders.argmin(1)
+    if remainders.min(1).max(initial=0.0) > LARGEST_REMAINDER:
+        return None
     shift = ROUNDER - np.rint(value[np.arange(len(scale)), best])
     offset = ROUNDER_BITS - step.zero_point  # the zero point comes after rounding, which takes halves to even
     return DirectRequantize(ROUNDER_BITS + added[best], vectors["scale"], shift.astype(np.float32), offset)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import mcc
 from mcc.data import Data
-from mcc.errors import PassError
+from mcc.errors import DataError, PassError
 from mcc.passes import CorrectBias, Quantize
 from mcc.pipeline import Pipeline
 from mcc.statistics import StepwiseRuns
@@ -93,3 +93,19 @@ def test_a_bias_that_others_read_or_that_is_computed_stays():
 def test_a_float_network_is_refused():
     with pytest.raises(PassError, match="no layer's bias can be corrected: .*it is not quantized"):
         run(nn.Linear(8, 3), torch.rand(5, 8), CorrectBias())
+
+
+def test_an_image_by_itself_has_its_channels_first():
+    model, x = nn.Conv2d(3, 4, 3, padding=1), torch.rand(3, 4, 8)
+    graph, _ = run(model, x, INT2, CorrectBias())
+    with torch.no_grad():
+        torch.testing.assert_close(means(graph(x), 0), means(model(x), 0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [torch.full((5, 8), float("nan")), torch.rand(0, 8)])
+def test_data_that_has_no_mean_is_refused(batch):
+    x = torch.rand(5, 8)
+    graph = mcc.capture(nn.Linear(8, 3), (x,), dynamic_shapes=({0: "batch"},))
+    steps = (Quantize(activations="dynamic"), CorrectBias())
+    with pytest.raises(DataError, match="correct-bias: the calibration data has no rows for linear, or they are not"):
+        Pipeline(steps, parse_target("cpu:avx2"), Data(calibration=[batch])).run(graph, (x,))

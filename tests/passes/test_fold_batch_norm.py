@@ -133,3 +133,17 @@ def test_a_folded_graph_trains():
     graph, _ = run(ConvBatchNorm(), x)
     graph.train()(x).sum().backward()
     assert {n for n, p in graph.named_parameters() if p.grad is not None} == {"conv.weight", "conv.bias"}
+
+
+def test_scales_of_groups_are_declined_by_name():
+    model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16)).eval()
+    x = torch.randn(8, 64)
+    for step in (
+        Quantize(weights="int4", activations=None, group_size=32),
+        Quantize(weights="int4", activations="dynamic"),
+    ):
+        graph = mcc.capture(model, (x,))
+        _, rows = Pipeline((step, FoldBatchNorm()), parse_target("cpu:avx2"), Data()).run(graph, (x,))
+        assert [d.reason for d in rows[-1].declined] == [
+            "the weight of %linear_0 is quantized, but not symmetrically by output channel"
+        ]

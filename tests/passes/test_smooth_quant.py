@@ -187,3 +187,18 @@ def test_wrong_options_and_data_are_refused_in_words():
     model = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 3))
     with pytest.raises(DataError, match="the calibration data is empty"):
         run(model, torch.randn(2, 12), SmoothQuant(), calibration=iter(()))
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float16])
+def test_a_vector_of_another_type_is_no_gain(kind):
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(12, 3)
+            self.register_buffer("keep", torch.arange(12).remainder(3).to(kind))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc((x * self.keep).float())
+
+    with pytest.raises(PassError, match="no linear layer can be smoothed: fc: "):
+        run(Kept(), torch.randn(4, 12), SmoothQuant())

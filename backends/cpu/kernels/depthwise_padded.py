@@ -61,7 +61,7 @@ class PaddedBody(DepthwiseBody):
     def _rows_of_a_band(self) -> int:
         """All rows, or a part for threads to share: not so few that rows read by two bands count much."""
         shape = self.shape
-        height, fewest = shape.result[0], FEWEST_KERNELS * shape.rows_read(1) // shape.stride[0]
+        height, fewest = shape.result[0], max(1, FEWEST_KERNELS * shape.rows_read(1) // shape.stride[0])
         bands = min(BANDS, max(2, height // fewest)) if shape.macs >= FEWEST_MACS and height > 1 else 1
         return -(-height // max(bands, 1))
 

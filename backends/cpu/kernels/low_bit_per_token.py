@@ -17,11 +17,12 @@ import tvm.tirx.script.builder.ir as B
 from tvm.script import tirx as T
 
 from mcc import ops
+from mcc.backends.cpu.integer_sums import LARGEST_INT32
 from mcc.backends.cpu.kernels.panels import PanelPlan
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, parse_tile
 from mcc.backends.cpu.kernels.token_codes import CodeForm, emit_token_codes, token_codes
 from mcc.backends.cpu.microkernel import Expression, Register, Vectors, product, serial
-from mcc.backends.kernel import Lowered, Region, apply_epilogue
+from mcc.backends.kernel import PER_TOKEN_LIMIT, Lowered, Region, apply_epilogue
 from mcc.ops import extent
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class LowBitPerToken:
             return f"its codes are not signed ones of {weight.bits} bits"
         if weight.scale is not None and weight.scale.shape[1] > 1 and weight.group_size % BLOCK:
             return f"groups of {weight.group_size} are no multiple of {BLOCK}"
+        if weight.group_size * PER_TOKEN_LIMIT << weight.bits > LARGEST_INT32:
+            return f"the integer sums of groups of {weight.group_size} may leave int32"
         return None
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
@@ -142,8 +145,8 @@ class _Body:
         self.arrays = dict(zip(self.packed, arrays, strict=True))
         self.row_words = -(-plan.inputs // WORD)
         made = emit_token_codes(self.v, x, product(plan.leading), CodeForm(plan.inputs, self.groups, 0))
-        assert made.sums is not None
-        self.codes, self.row_scales, self.code_sums = made.words, made.scales, made.sums
+        self.codes, self.row_scales = made.words, made.scales
+        self.code_sums: Expression = made.sums
         plan.loops(self._tile)
 
     def _tile(self, panel: Expression, width: PanelWidth, first: Expression, count: int) -> None:
@@ -164,10 +167,10 @@ class _Body:
     def _group(self, tile: _Tile, g: Expression) -> None:
         """Add group `g` of inputs to the tile's values."""
         v, rows = self.v, len(tile.values)
-        totals, counted = tile.totals, float(self.low + v.target.code_offset)
+        totals, counted = tile.totals, self.low + v.target.code_offset
         sums = [B.Bind(self.code_sums[(tile.first + i) * self.groups + g]) for i in range(rows)]
         for total, row in zip(sums, totals, strict=True):
-            start = B.Bind(v.splat(T.cast(total * T.float32(counted), "int32")))
+            start = B.Bind(v.splat(total * T.int32(counted)))
             for register in row:
                 register.set(start)
         whole, left = divmod(self.group, BLOCK)
@@ -179,7 +182,7 @@ class _Body:
             for j, register in enumerate(row):
                 value = v.fma(v.to_float(register.get()), scales[j], tile.values[i][j].get())
                 if zeros:
-                    value = v.fma(zeros[j], v.splat(sums[i]), value)
+                    value = v.fma(zeros[j], v.splat(T.cast(sums[i], "float32")), value)
                 tile.values[i][j].set(value)
 
     def _block(

@@ -49,7 +49,7 @@ class TokenCodes:
     Attributes:
         words: four codes each, [rows * form.words]; codes beyond a row's inputs are `offset`, zero.
         scales: [rows].
-        sums: of the codes of each group, without the offset, float32 [rows * groups]; None without groups.
+        sums: of the codes of each group, without the offset, int32 [rows * groups]; None without groups.
     """
 
     words: Expression
@@ -61,9 +61,11 @@ def emit_token_codes(v: Vectors, source: Expression, rows: Expression, form: Cod
     """Emit the loop that makes the codes of `source`, float32 [rows * form.inputs]."""
     kind = "uint8" if form.offset else "int8"
     width = form.words * WORD
+    if isinstance(rows, int) and rows == 0:
+        return TokenCodes(None, None, None)  # nothing reads them, and TVM has no buffer of nothing
     codes = B.alloc_buffer((rows * width,), kind, layout=None)
     scales = B.alloc_buffer((rows,), "float32", layout=None)
-    sums = B.alloc_buffer((rows * form.groups,), "float32", layout=None) if form.groups else None
+    sums = B.alloc_buffer((rows * form.groups,), "int32", layout=None) if form.groups else None
     writer = _Writer(v, source, form, (codes, scales, sums))
     shared_rows(rows, max(1, BLOCK_ELEMENTS // form.inputs), writer.row)
     return TokenCodes(flat(codes, rows * form.words, "int32"), scales, sums)
@@ -80,7 +82,9 @@ class _Writer:
         row = B.Bind(T.cast(r, "int64"))
         start, target = B.Bind(row * form.inputs), B.Bind(row * (form.words * WORD))
         largest = self._largest(start)
-        B.buffer_store(self.scales, largest / T.float32(PER_TOKEN_LIMIT), [row])
+        # of a row that holds an infinity or a NaN every result is a NaN, as in the graph
+        scale = tirx.Select(largest < T.float32(np.inf), largest / T.float32(PER_TOKEN_LIMIT), T.float32(np.nan))
+        B.buffer_store(self.scales, scale, [row])
         # what is smaller gives codes of zero with any inverse that is not huge
         positive = tirx.Select(largest > T.float32(SMALLEST_ROW), largest, T.float32(1))
         inverse = B.Bind(v.splat(T.float32(PER_TOKEN_LIMIT) / positive))
@@ -106,7 +110,7 @@ class _Writer:
                 self._store(target + at, code, 1)
             if self.sums is not None:
                 added = v.across([total.get()], lambda a, b: a + b)
-                B.buffer_store(self.sums, T.cast(added, "float32"), [row * groups + g])
+                B.buffer_store(self.sums, added, [row * groups + g])
 
         serial(groups, group)
         for beyond in range(form.inputs, form.words * WORD):
@@ -114,13 +118,16 @@ class _Writer:
 
     def _largest(self, start: Expression) -> Expression:
         v, inputs = self.v, self.form.inputs
-        zero = v.constant(0.0)
-        (most,) = v.registers(1, 1, "float32")[0]
-        most.set(zero)
+        (most,) = v.registers(1, 1, "int32")[0]
+        most.set(v.constant(0, "int32"))
+
+        def take(x: Expression) -> None:
+            # without its sign a float32 has the order of its bits, a NaN above all
+            bits = T.bitwise_and(T.reinterpret(f"int32x{v.lanes}", x), v.constant(0x7FFFFFFF, "int32"))
+            most.set(T.max(most.get(), bits))
 
         def vector(i: Expression) -> None:
-            x = B.Bind(v.load(self.source, start + i))
-            most.set(T.max(most.get(), T.max(x, zero - x)))
+            take(v.load(self.source, start + i))
 
         serial(inputs // v.lanes, lambda i: vector(i * v.lanes))
         left = inputs % v.lanes
@@ -128,9 +135,8 @@ class _Writer:
             vector(inputs - v.lanes)  # overlaps the vector before it
         elif left:
             for i in range(inputs):
-                x = B.Bind(v.splat(self.source[start + i]))
-                most.set(T.max(most.get(), T.max(x, zero - x)))
-        return B.Bind(v.across([most.get()], T.max))
+                take(v.splat(self.source[start + i]))
+        return B.Bind(T.reinterpret("float32", v.across([most.get()], T.max)))
 
     def _store(self, index: Expression, code: Expression, used: int) -> None:
         v, kind = self.v, self.codes.dtype

@@ -163,3 +163,29 @@ def test_rows_too_small_for_a_scale_are_zeros():
     model = nn.Linear(2, 3)
     artifact = mcc.compile(model, (torch.randn(3, 2),), passes=[DYNAMIC], **QUICK)
     torch.testing.assert_close(artifact(x), F.linear(found, model.weight, model.bias).detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_with_what_is_no_number_gives_none(weights, value):
+    """As in the graph; other rows are not touched."""
+    model, x = nn.Linear(64, 5), torch.randn(4, 64)
+    step = Quantize(weights=weights, activations="dynamic", group_size=None if weights == "int8" else 32)
+    artifact = mcc.compile(model, (x,), passes=[step], **QUICK)
+    before = artifact(x)
+    x[1, 5] = value
+    found = artifact(x)
+    assert found[1].isnan().all()
+    assert torch.equal(found[[0, 2, 3]], before[[0, 2, 3]])
+
+
+def test_a_batch_of_none_compiles():
+    model, x = nn.Linear(64, 5), torch.randn(0, 64)
+    assert mcc.compile(model, (x,), passes=[DYNAMIC], **QUICK)(x).shape == (0, 5)
+
+
+def test_no_note_on_codes_that_no_weight_has():
+    step = Quantize(weights="int8", activations="dynamic", symmetric=False)
+    graph = mcc.capture(nn.Linear(32, 4), (torch.randn(2, 32),))
+    _, rows = Pipeline((step,), parse_target("cpu:avx2"), Data()).run(graph, (torch.randn(2, 32),))
+    assert rows[-1].notes == ()

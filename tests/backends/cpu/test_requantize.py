@@ -57,3 +57,20 @@ def test_halves_go_to_even_before_the_zero_point_is_added(zero_point):
 def test_sums_that_leave_the_range_are_left_to_conversion():
     assert direct_requantize(region(4, taps=200), ToCodes(7, 0, 255, fits=True)) is None
     assert direct_requantize(region(4, scale=0.9), ToCodes(7, 0, 255, fits=True)) is None
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-5, 1e-6, 1e-7, 1e-9])
+def test_small_channels_are_rounded_as_exactly_or_left_to_conversion(size):
+    """A channel that gives next to nothing still has a bias with any fraction."""
+    r = region(16, step=0.05)
+    weight = dataclasses.replace(r.weight, scale=(r.weight.scale * size).astype(np.float32))
+    r = dataclasses.replace(r, weight=weight)
+    made = direct_requantize(r, ToCodes(7, 0, 255, fits=True))
+    if made is None:
+        assert size < 1e-4
+        return
+    sums = np.random.default_rng(0).integers(-largest_sum(r), largest_sum(r), (16, 5_000))
+    vectors = channel_vectors(r)
+    exact = sums * vectors["scale"].astype(np.float64)[:, None] + vectors["bias"].astype(np.float64)[:, None]
+    wrong = codes(made, sums) != np.rint(exact) + 7
+    assert np.abs(np.abs(exact - np.floor(exact)) - 0.5)[wrong].max(initial=0) < 3e-3
