@@ -11,10 +11,10 @@ from mcc import ops
 from mcc.cost import weight_expression
 from mcc.errors import PassError, SpecError
 from mcc.graph import Graph, Node, identifier
-from mcc.rewrite import Rewriter
+from mcc.rewrite import Context, Rewriter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 QUANTIZERS = (ops.FAKE_QUANTIZE, ops.FAKE_QUANTIZE_PER_TOKEN)
 GROUP_STEP = 32  # whole words of every width
@@ -108,6 +108,27 @@ def _least_error(
         best_error = torch.where(better, error, best_error)
         best, zeros = torch.where(better, scale, best), torch.where(better, zero, zeros)
     return best, zeros
+
+
+def layers_taken(
+    nodes: Iterable[Node], context: Context, refusal: Callable[[Node], str | None], failure: PassError
+) -> list[Node]:
+    """The nodes that `refusal` gives no reason against; the others are declined with theirs.
+
+    Raises:
+        PassError: `failure` with all reasons behind its text, where none is left.
+    """
+    taken = []
+    for node in nodes:
+        reason = refusal(node)
+        if reason is None:
+            taken.append(node)
+        else:
+            context.decline(node, reason)
+    if not taken:
+        why = "; ".join(f"{d.layer}: {d.reason}" for d in context.declined) or "there is none"
+        raise PassError(f"{failure.message}: {why}", remedy=failure.remedy)
+    return taken
 
 
 def layer_weight(node: Node) -> tuple[str, Tensor]:

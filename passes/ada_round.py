@@ -14,7 +14,7 @@ from mcc.channels import weight_is_shared
 from mcc.cost import weight_expression
 from mcc.errors import DataError, PassError, SpecError
 from mcc.formats import along_axis
-from mcc.quantization import quantizer_tensors, without_quantizers
+from mcc.quantization import layers_taken, quantizer_tensors, without_quantizers
 from mcc.rewrite import Context, Lossy, Pass, Rewriter
 from mcc.statistics import StepwiseRuns, run_in_step
 
@@ -122,19 +122,8 @@ class AdaRound(Pass):
         return plain.clean()
 
     def _layers(self, graph: Graph, context: Context) -> list[Node]:
-        found = []
-        for node in graph.nodes:
-            if node.op not in ops.LAYERS:
-                continue
-            reason = _refusal(node)
-            if reason is None:
-                found.append(node)
-            else:
-                context.decline(node, reason)
-        if not found:
-            why = "; ".join(f"{d.layer}: {d.reason}" for d in context.declined) or "there is none"
-            raise PassError(f"{self}: no layer's weight can be rounded: {why}", remedy="give it after quantize")
-        return found
+        failure = PassError(f"{self}: no layer's weight can be rounded", remedy="give it after quantize")
+        return layers_taken((n for n in graph.nodes if n.op in ops.LAYERS), context, _refusal, failure)
 
     def _learn(self, problem: _Problem, generator: torch.Generator) -> tuple[float, float, Tensor]:
         """The relative error of nearest rounding, that of learned rounding, and the learned weight."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from mcc import ops
 from mcc.cost import weight_expression
 from mcc.errors import DataError, PassError
-from mcc.quantization import without_quantizers
+from mcc.quantization import layers_taken, without_quantizers
 from mcc.rewrite import Context, Lossy, Pass, Rewriter
 from mcc.statistics import StepwiseRuns, run_in_step
 
@@ -83,19 +83,8 @@ class CorrectBias(Pass):
         return corrected.clean()
 
     def _layers(self, graph: Graph, context: Context) -> list[Node]:
-        found = []
-        for node in graph.nodes:
-            if node.op not in ops.LAYERS:
-                continue
-            reason = _refusal(node)
-            if reason is None:
-                found.append(node)
-            else:
-                context.decline(node, reason)
-        if not found:
-            why = "; ".join(f"{d.layer}: {d.reason}" for d in context.declined) or "there is none"
-            raise PassError(f"{self}: no layer's bias can be corrected: {why}", remedy="give it after quantize")
-        return found
+        failure = PassError(f"{self}: no layer's bias can be corrected", remedy="give it after quantize")
+        return layers_taken((n for n in graph.nodes if n.op in ops.LAYERS), context, _refusal, failure)
 
 
 def _refusal(node: Node) -> str | None:

@@ -18,6 +18,7 @@ from mcc.quantization import (
     group_parameters,
     insert_quantizer,
     layer_weight,
+    layers_taken,
     new_quantizers,
     ragged,
     round_weight,
@@ -108,22 +109,12 @@ class Gptq(Pass):
         return rounded.clean()
 
     def _layers(self, graph: Graph, context: Context) -> list[Node]:
-        found = []
-        for node in graph.nodes:
-            if node.op is None or not (node.op in ops.LAYERS or node.op.macs(node.fx)):
-                continue
-            reason = self._refusal(node)
-            if reason is None:
-                found.append(node)
-            else:
-                context.decline(node, reason)
-        if not found:
-            why = "; ".join(f"{d.layer}: {d.reason}" for d in context.declined) or "there is none"
-            raise PassError(
-                f"{self}: no layer can be quantized: {why}",
-                remedy="give a group_size that divides their inputs, or None for one group; or leave the pass out",
-            )
-        return found
+        failure = PassError(
+            f"{self}: no layer can be quantized",
+            remedy="give a group_size that divides their inputs, or None for one group; or leave the pass out",
+        )
+        multiplying = (n for n in graph.nodes if n.op is not None and (n.op in ops.LAYERS or n.op.macs(n.fx)))
+        return layers_taken(multiplying, context, self._refusal, failure)
 
     def _refusal(self, node: Node) -> str | None:
         if node.op is not ops.LINEAR:
