@@ -19,6 +19,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc import ops
+from mcc.backends.cpu.kernels.grouped import PLANES, GroupedBody
 from mcc.backends.cpu.kernels.panels import PanelPlan
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, parse_tile
 from mcc.backends.cpu.microkernel import Expression, Register, Vectors, serial
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 CODES = {2: 16, 3: 32, 4: 8, 8: 4}  # of a block, by bits: what a whole number of words holds
 FEW_ROWS = 4
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # the bits of a code that words hold together
 PART = 8  # codes of a block that are written out; more take minutes to compile
 
 
@@ -104,33 +104,16 @@ class _Tile:
     sums: list[list[Register]]
 
 
-class _Body:
+class _Body(GroupedBody):
     """The loops of one kernel, and the arrays they read."""
 
     def __init__(self, plan: PanelPlan) -> None:
         weight = plan.region.weight
         assert weight.dense is not None
-        assert weight.scale is not None
-        self.plan, self.v = plan, plan.vectors
-        self.bits, self.codes = weight.bits, CODES[weight.bits]
-        self.groups, self.group = weight.scale.shape[1], weight.group_size
+        super().__init__(plan, _words(weight.dense, weight.bits, weight.group_size))
+        self.codes = CODES[self.bits]
         self.blocks = -(-self.group // self.codes)
         self.words = self.codes * self.bits // 32  # of a block
-        self.packed: dict[str, NDArray[Any]] = {
-            "weight": self._panels(_words(weight.dense, self.bits, self.group)),
-            "scale": self._panels(weight.scale[:, :, None]),
-        }
-        if weight.zero_point is not None:
-            self.packed["zero_point"] = self._panels(weight.zero_point[:, :, None])
-        if plan.region.bias is not None:
-            self.packed["bias"] = np.pad(plan.region.bias, (0, plan.padded_outputs - plan.outputs))
-
-    def _panels(self, parts: NDArray[Any]) -> NDArray[Any]:
-        """[out, groups, n] -> panels [groups][n][width] end to end."""
-        padded = np.pad(parts, ((0, self.plan.padded_outputs - len(parts)), (0, 0), (0, 0)))
-        width = self.plan.width
-        panels = [padded[i : i + width].transpose(1, 2, 0).reshape(-1) for i in range(0, len(padded), width)]
-        return np.concatenate(panels)
 
     def emit(self, x: Expression, *arrays: Expression) -> None:
         """Emit the whole kernel."""
@@ -163,7 +146,8 @@ class _Body:
 
     def _group(self, tile: _Tile, g: Expression) -> None:
         """Add group `g` of inputs to the tile's sums."""
-        scales, offsets = self._group_vectors(tile, g)
+        scales, offsets = self.group_vectors(self.arrays, tile.panel, tile.vectors, g)
+        offsets = offsets or [self.v.constant(0.0)] * tile.vectors
         size = min(PART, self.codes)
         whole, left = divmod(self.group, self.codes)
 
@@ -202,18 +186,6 @@ class _Body:
             return [word(n, j, p * (PART * low)), *(word(self.words - 1, j, part * (PART * h)) for h in high)]
 
         return [words(j) for j in range(vectors)]
-
-    def _group_vectors(self, tile: _Tile, g: Expression) -> tuple[list[Expression], list[Expression]]:
-        """Scales, and what code 0 stands for."""
-        v, vectors = self.v, tile.vectors
-        base = tile.panel * (self.plan.width * self.groups) + g * (vectors * v.lanes)
-        kind = f"float32x{v.lanes}"
-        scales = [v.hold(T.cast(v.load(self.arrays["scale"], base + j * v.lanes), kind)) for j in range(vectors)]
-        zeros = self.arrays.get("zero_point")
-        if zeros is None:
-            return scales, [v.constant(0.0)] * vectors
-        values = [T.cast(v.load(zeros, base + j * v.lanes), kind) for j in range(vectors)]
-        return scales, [v.hold(v.constant(0.0) - z * s) for z, s in zip(values, scales, strict=True)]
 
     def _value(self, words: list[Expression], code: int) -> Expression:
         """Code number `code` of a part, as float."""

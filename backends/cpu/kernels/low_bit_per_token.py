@@ -18,6 +18,7 @@ from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.integer_sums import LARGEST_INT32
+from mcc.backends.cpu.kernels.grouped import PLANES, GroupedBody
 from mcc.backends.cpu.kernels.panels import PanelPlan
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, parse_tile
 from mcc.backends.cpu.kernels.token_codes import CodeForm, emit_token_codes, token_codes
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from mcc.target import Target
 
 BLOCK = 32  # codes of an output that whole words of every width hold
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # the bits of a code that words hold together
 WORD = 4  # codes of an operand
 FEW_ROWS = 4
 BYTE = 8
@@ -111,33 +111,16 @@ class _Tile:
     totals: list[list[Register]]
 
 
-class _Body:
+class _Body(GroupedBody):
     """The loops of one kernel, and the arrays they read."""
 
     def __init__(self, plan: PanelPlan) -> None:
         weight = plan.region.weight
         assert weight.dense is not None
-        assert weight.scale is not None
-        self.plan, self.v, self.bits = plan, plan.vectors, weight.bits
-        self.groups, self.group = weight.scale.shape[1], weight.group_size
+        super().__init__(plan, _words(weight.dense, weight.bits, weight.group_size))
         self.blocks = -(-self.group // BLOCK)
         self.words = BLOCK * self.bits // 32  # of a block
         self.low = -(1 << (self.bits - 1))
-        self.packed: dict[str, NDArray[Any]] = {
-            "weight": self._panels(_words(weight.dense, self.bits, self.group)),
-            "scale": self._panels(weight.scale[:, :, None]),
-        }
-        if weight.zero_point is not None:
-            self.packed["zero_point"] = self._panels(weight.zero_point[:, :, None])
-        if plan.region.bias is not None:
-            self.packed["bias"] = np.pad(plan.region.bias, (0, plan.padded_outputs - plan.outputs))
-
-    def _panels(self, parts: NDArray[Any]) -> NDArray[Any]:
-        """[out, groups, n] -> panels [groups][n][width] end to end."""
-        padded = np.pad(parts, ((0, self.plan.padded_outputs - len(parts)), (0, 0), (0, 0)))
-        width = self.plan.width
-        panels = [padded[i : i + width].transpose(1, 2, 0).reshape(-1) for i in range(0, len(padded), width)]
-        return np.concatenate(panels)
 
     def emit(self, x: Expression, *arrays: Expression) -> None:
         """Emit the whole kernel."""
@@ -177,7 +160,7 @@ class _Body:
         serial(whole, lambda b: self._block(tile, totals, (g, b), BLOCK // WORD))
         if left:
             self._block(tile, totals, (g, whole), -(-left // WORD))
-        scales, zeros = self._group_vectors(tile, g)
+        scales, zeros = self.group_vectors(self.arrays, tile.panel, tile.vectors, g)
         for i, row in enumerate(totals):
             for j, register in enumerate(row):
                 value = v.fma(v.to_float(register.get()), scales[j], tile.values[i][j].get())
@@ -228,18 +211,6 @@ class _Body:
             return word
         by = self.v.constant(abs(right), "int32")
         return T.shift_right(word, by) if right > 0 else T.shift_left(word, by)
-
-    def _group_vectors(self, tile: _Tile, g: Expression) -> tuple[list[Expression], list[Expression]]:
-        """Scales, and what each code of a row adds for the zero point; nothing where all zero points are zero."""
-        v, vectors = self.v, tile.vectors
-        base = tile.panel * (self.plan.width * self.groups) + g * (vectors * v.lanes)
-        kind = f"float32x{v.lanes}"
-        scales = [v.hold(T.cast(v.load(self.arrays["scale"], base + j * v.lanes), kind)) for j in range(vectors)]
-        zeros = self.arrays.get("zero_point")
-        if zeros is None:
-            return scales, []
-        values = [T.cast(v.load(zeros, base + j * v.lanes), kind) for j in range(vectors)]
-        return scales, [v.hold(v.constant(0.0) - z * s) for z, s in zip(values, scales, strict=True)]
 
 
 def _words(codes: NDArray[np.int8], bits: int, group: int) -> NDArray[np.int32]:

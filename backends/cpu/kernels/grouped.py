@@ -1,0 +1,59 @@
+"""What kernels of linear layers with scales for groups of inputs share: panels of words, scales and zero points."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tvm.script import tirx as T
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from mcc.backends.cpu.kernels.panels import PanelPlan
+    from mcc.backends.cpu.microkernel import Expression
+
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # the bits of a code that words hold together
+
+
+class GroupedBody:
+    """The arrays that a kernel reads: words, scales, and zero points and biases where there are such.
+
+    Args:
+        plan: of the kernel.
+        words: of weights, int32 [out, groups, words of a group].
+    """
+
+    def __init__(self, plan: PanelPlan, words: NDArray[np.int32]) -> None:
+        weight = plan.region.weight
+        assert weight.scale is not None
+        self.plan, self.v, self.bits = plan, plan.vectors, weight.bits
+        self.groups, self.group = weight.scale.shape[1], weight.group_size
+        self.packed: dict[str, NDArray[Any]] = {
+            "weight": self._panels(words), "scale": self._panels(weight.scale[:, :, None])
+        }  # fmt: skip
+        if weight.zero_point is not None:
+            self.packed["zero_point"] = self._panels(weight.zero_point[:, :, None])
+        if plan.region.bias is not None:
+            self.packed["bias"] = np.pad(plan.region.bias, (0, plan.padded_outputs - plan.outputs))
+
+    def _panels(self, parts: NDArray[Any]) -> NDArray[Any]:
+        """[out, groups, n] -> panels [groups][n][width] end to end."""
+        padded = np.pad(parts, ((0, self.plan.padded_outputs - len(parts)), (0, 0), (0, 0)))
+        width = self.plan.width
+        panels = [padded[i : i + width].transpose(1, 2, 0).reshape(-1) for i in range(0, len(padded), width)]
+        return np.concatenate(panels)
+
+    def group_vectors(
+        self, arrays: dict[str, Expression], panel: Expression, vectors: int, g: Expression
+    ) -> tuple[list[Expression], list[Expression]]:
+        """Scales of group `g`, and what code 0 stands for; nothing of that where all zero points are zero."""
+        v = self.v
+        base = panel * (self.plan.width * self.groups) + g * (vectors * v.lanes)
+        kind = f"float32x{v.lanes}"
+        scales = [v.hold(T.cast(v.load(arrays["scale"], base + j * v.lanes), kind)) for j in range(vectors)]
+        zeros = arrays.get("zero_point")
+        if zeros is None:
+            return scales, []
+        values = [T.cast(v.load(zeros, base + j * v.lanes), kind) for j in range(vectors)]
+        return scales, [v.hold(v.constant(0.0) - z * s) for z, s in zip(values, scales, strict=True)]
