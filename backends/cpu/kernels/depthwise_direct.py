@@ -1,12 +1,15 @@
 """The depthwise kernel for codes that reads the image where it lies; pixels beyond the border read the zero point.
 
-A tile takes image row by image row, for all four vectors of a block of channels.
+A tile takes image row by image row, for all four vectors of a block of channels, or for two of them and then the other
+two, which needs half the registers and reads pixels twice.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
@@ -14,7 +17,12 @@ from tvm.script import tirx as T
 from mcc.backends.cpu.kernels.depthwise_body import FEWEST_MACS, Block, DepthwiseBody
 from mcc.backends.cpu.kernels.quads import QUAD, interleave, pair, sort_channels
 from mcc.backends.cpu.kernels.tiles import loop_for
-from mcc.backends.cpu.microkernel import Expression, branch, serial
+from mcc.backends.cpu.microkernel import Expression, Register, branch, serial
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,9 @@ class _Rows:
 
 
 class DirectBody(DepthwiseBody):
-    """See the module's text."""
+    """All vectors of a block at once."""
+
+    parts: ClassVar[tuple[tuple[int, ...], ...]] = ((0, 1, 2, 3),)
 
     def loops(self) -> None:
         """See `ConvolutionBody`."""
@@ -74,28 +84,41 @@ class DirectBody(DepthwiseBody):
 
     def _tile(self, block: Block, rows: _Rows, start: Expression, *, inside: bool) -> None:
         """Compute one tile; `inside`: whether all it reads lies in the image."""
-        v, shape, size = block.vectors, self.shape, (self.rows, self.columns)
+        shape = self.shape
         targets = [
             B.Bind(rows.target + (i * shape.result[1] + start + c) * shape.outputs + block.first)
             for i in range(self.rows)
             for c in range(self.columns)
         ]
-        sums = [self.new_sums(block, q, len(targets)) for q in range(QUAD)]
-        pairs: dict[int, dict[int, list[Expression]]] = {}
-        quads: dict[tuple[int, int], list[Expression]] = {}
-        for use in sorted(self.uses(*size), key=lambda u: (u.row, u.quad, u.pixel % self.columns, u.pixel)):
-            if use.row not in pairs:
-                pairs[use.row] = self._pairs(block, rows, (use.row, start), inside=inside)
-            if (use.row, use.quad) not in quads:
-                first, second = pairs[use.row][use.quad], pairs[use.row][use.quad + 2]
-                quads[use.row, use.quad] = [interleave(v, first[q // 2], second[q // 2], q % 2) for q in range(QUAD)]
-            for q, words in enumerate(quads[use.row, use.quad]):
-                total = sums[q][use.pixel]
-                total.set(v.dot4(total.get(), words, self.weight(block, use.word, q), bounded=True))
-        self.finish(block, sums, targets)
+        self.finish(block, self._all_sums(block, rows, start, inside=inside), targets)
+
+    def _all_sums(self, block: Block, rows: _Rows, start: Expression, *, inside: bool) -> Iterator[list[Register]]:
+        """The sums of each vector of a block for all pixels of a tile, part by part."""
+        v, shared = block.vectors, block.first
+        uses = sorted(
+            self.uses(self.rows, self.columns), key=lambda u: (u.row, u.quad, u.pixel % self.columns, u.pixel)
+        )
+        for part in self.parts:
+            if part[0]:
+                # read anew, or LLVM would keep all pixels of the part before and spill them
+                block = replace(block, first=shared + T.cast(self.arrays["zero"][0], "int64"))
+            halves = sorted({q // 2 for q in part})
+            sums = {q: self.new_sums(block, q, self.rows * self.columns) for q in part}
+            pairs: dict[int, dict[int, list[Expression]]] = {}
+            quads: dict[tuple[int, int], list[Expression]] = {}
+            for use in uses:
+                if use.row not in pairs:
+                    pairs[use.row] = self._pairs(block, rows, (use.row, start), halves, inside=inside)
+                if (use.row, use.quad) not in quads:
+                    first, second = (dict(zip(halves, pairs[use.row][use.quad + p], strict=True)) for p in (0, 2))
+                    quads[use.row, use.quad] = [interleave(v, first[q // 2], second[q // 2], q % 2) for q in part]
+                for q, words in zip(part, quads[use.row, use.quad], strict=True):
+                    total = sums[q][use.pixel]
+                    total.set(v.dot4(total.get(), words, self.weight(block, use.word, q), bounded=True))
+            yield from sums.values()
 
     def _pairs(
-        self, block: Block, rows: _Rows, place: tuple[int, Expression], *, inside: bool
+        self, block: Block, rows: _Rows, place: tuple[int, Expression], halves: list[int], *, inside: bool
     ) -> dict[int, list[Expression]]:
         """Neighbouring pixels of the image row `place[0]` below a tile's first, by the first of them."""
         v, shape, (below, start) = block.vectors, self.shape, place
@@ -119,4 +142,13 @@ class DirectBody(DepthwiseBody):
             return B.Bind(codes if self.to_codes else sort_channels(v, codes))
 
         begins = sorted({p for use in self.uses(1, self.columns) for p in (use.quad, use.quad + 2)})
-        return {p: pair(v, pixel(p), pixel(p + 1), (0, 1)) for p in begins}
+        return {p: pair(v, pixel(p), pixel(p + 1), halves) for p in begins}
+
+
+class HalvesBody(DirectBody):
+    """Two vectors of a block, then the other two."""
+
+    parts: ClassVar[tuple[tuple[int, ...], ...]] = ((0, 1), (2, 3))
+
+    def _packed(self) -> dict[str, NDArray[Any]]:
+        return super()._packed() | {"zero": np.zeros(1, np.int32)}

@@ -14,7 +14,7 @@ from mcc import ops
 from mcc.backends.cpu.integer_sums import pairs_fit, sums_overflow
 from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
-from mcc.backends.cpu.kernels.depthwise_direct import DirectBody
+from mcc.backends.cpu.kernels.depthwise_direct import DirectBody, HalvesBody
 from mcc.backends.cpu.kernels.depthwise_padded import PaddedBody
 from mcc.backends.cpu.kernels.quads import QUAD
 from mcc.backends.cpu.microkernel import Vectors
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 WIDEST_KERNEL = 9
 FEWEST_CHANNELS = 16
+BODIES = {"": DirectBody, "halves": HalvesBody, "padded": PaddedBody}
 
 
 @dataclass(frozen=True)
@@ -54,23 +55,25 @@ class DepthwiseInt8:
         return sums_overflow(region)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
-        """Rows times columns of output that a tile holds, in either form."""
+        """Rows times columns of output that a tile holds, and its form."""
         shape = conv_shape(region)
         assert isinstance(shape, ConvShape)
-        direct: tuple[str, ...] = ("2x2", "1x2")
-        padded: tuple[str, ...] = ("padded 2x2", "padded 1x2")
-        if target.vector_registers == 32:
-            direct = ("1x4", "1x2") if shape.kernel[1] >= QUAD else ("2x2", "1x4")
-            padded = ("padded 3x2", "padded 4x2", "padded 2x2")
-        wanted = (*direct, *padded) if shape.stride[1] > 1 else (*padded, *direct)
+        strided, wide = shape.stride[1] > 1, shape.kernel[1] >= QUAD
+        if target.vector_registers != 32:
+            wanted = ["2x2", "1x2", "padded 2x2"] if strided else ["padded 2x2", "2x2", "padded 1x2", "1x2"]
+        elif strided:
+            wanted = ["halves 2x2", "padded 2x2" if wide else "2x2", "1x4", "1x2"]
+        elif wide:
+            wanted = ["padded 2x2", "padded 3x2", "1x4", "padded 4x2"]
+        else:
+            wanted = ["padded 4x2", "2x2", "padded 3x2", "1x4"]
         return tuple(dict.fromkeys(_within(text, shape.result) for text in wanted))
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the texts of the two modules."""
         form, size = tile.split() if " " in tile else ("", tile)
         rows, _, columns = size.partition("x")
-        kind = PaddedBody if form else DirectBody
-        body = kind(region, Vectors(target), (int(rows), int(columns)))
+        body = BODIES[form](region, Vectors(target), (int(rows), int(columns)))
         return Lowered(body.function(self.name), body.packed)
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
