@@ -12,8 +12,9 @@ from regions import NEON, TARGETS, assert_kernel_equals_reference
 # each example is compiled: shrinking one would take minutes; a fixed choice keeps CI's verdict its own
 COMPILED = {"deadline": None, "suppress_health_check": list(HealthCheck), "phases": (Phase.explicit, Phase.generate)}
 PARTS, CASES_A_PART = 8, 250
-# low-bit kernels take longest to compile, and have the fewest shapes
-WEIGHED = [family for family in FAMILIES for _ in range(1 if family == "low_bit" else 3)]
+# those that are quick to compile, and have the most shapes, more often
+OFTEN = {"conv2d": 4, "depthwise": 4, "sparse": 4, "low_bit": 1}
+WEIGHED = [family for family in FAMILIES for _ in range(OFTEN.get(family, 2))]
 
 
 def check(case, target):
