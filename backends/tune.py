@@ -9,6 +9,7 @@ import sqlite3
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,6 @@ from mcc.ops import extent
 from mcc.target import Target, missing_features
 
 CANDIDATES = 3
-VERSION = 3
 Measure = Callable[[Lowered, Region, Target], float]
 Tuning = Literal["measure", "model"]
 
@@ -106,15 +106,24 @@ def cache_path() -> Path:
 
 
 def _key(kernel: Kernel, region: Region, target: Target) -> str:
-    """What the time of a kernel depends on: family, shapes, formats, epilogue, CPU and version."""
+    """What the time of a kernel depends on: family, shapes, formats, epilogue, CPU and the backends' code."""
     source = [extent(s) for s in region.source.shape]
     options = [str(a) for a in region.anchor.fx.args[3:]]
     nonzeros = "" if region.weight.sparse is None else str(region.weight.sparse.values.size)
     facts = (
-        VERSION, kernel.name, source, region.weight.shape, region.weight.text, nonzeros, options, region.text,
+        _code(), kernel.name, source, region.weight.shape, region.weight.text, nonzeros, options, region.text,
         region.activation is not None, str(target), _cpu_name(),
     )  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+@cache
+def _code() -> str:
+    """A digest of the backends' sources: a tile of another kernel may bear the same name."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _cpu_name() -> str:
