@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 CHAINS = 12  # accumulators that hide the latency of a multiply-add on every CPU we know
 STEPS = 20_000
-LEAST_MILLISECONDS = 1e-6  # of a call that takes no longer than a kernel that does nothing
+KNOWN_TO = 0.05  # how well what being asked costs is known, relative: no call is said to take less
 INTEGER_KERNELS = ("dense_int8", "dense_per_token", "low_bit_per_token", "conv2d_int8", "depthwise_int8")
 _BOOKKEEPING = "vm.builtin."
 
@@ -81,7 +81,8 @@ class Profiler:
         use_threads(threads)
         calls = _timed(self._machine, self._arguments, runs)
         asking = _cost_of_asking({call.arguments for call in calls}, runs)
-        times = [(call.name, max(call.milliseconds - asking[call.arguments], LEAST_MILLISECONDS)) for call in calls]
+        costs = [asking[call.arguments] for call in calls]
+        times = [(c.name, max(c.milliseconds - cost, KNOWN_TO * cost)) for c, cost in zip(calls, costs, strict=True)]
         peaks = {kind: threads * reached for kind, reached in self._peaks.items()}
         return _rows(times, self._lowering, peaks)
 
