@@ -75,10 +75,10 @@ def weight_is_shared(node: Node) -> bool:
     top, expression = node.operand(1), weight_expression(node.operand(1))
     assert top is not None
     assert expression is not None
-    return _readers(expression.root) > 1 or len(top.fx.users) > 1
+    return readers(expression.root) > 1 or len(top.fx.users) > 1
 
 
-def _readers(parameter: Node) -> int:
+def readers(parameter: Node) -> int:
     """How many places read a stored tensor."""
     reads = [n for n in parameter.graph.module.graph.nodes if n.op == "get_attr" and n.target == parameter.fx.target]
     return sum(len(n.users) for n in reads)
@@ -92,7 +92,7 @@ def divide_gain(source: Node, layers: list[Node], factors: Tensor) -> None:
     assert source.op is not None
     gain, shift = _gain(source), GAINS[source.op][1]
     vectors = [v for v in (gain, None if shift is None else source.operand(shift)) if v is not None]
-    alone = all(_readers(v) == 1 for v in vectors) and {u.name for u in source.users} == {n.name for n in layers}
+    alone = all(readers(v) == 1 for v in vectors) and {u.name for u in source.users} == {n.name for n in layers}
     rewriter, replaced = Rewriter(source.graph, source), {}
     for vector in vectors:
         name, divided = str(vector.fx.target), (vector.tensor.detach().double() / factors).to(vector.dtype)

@@ -126,8 +126,7 @@ def layers_taken(
         else:
             context.decline(node, reason)
     if not taken:
-        why = "; ".join(f"{d.layer}: {d.reason}" for d in context.declined) or "there is none"
-        raise PassError(f"{failure.message}: {why}", remedy=failure.remedy)
+        raise PassError(f"{failure.message}: {context.reasons}", remedy=failure.remedy)
     return taken
 
 

@@ -79,6 +79,11 @@ class Context:
         """Say that a candidate was not taken."""
         self.declined.append(Declined(node.layer, reason))
 
+    @property
+    def reasons(self) -> str:
+        """Every candidate that was not taken, and why, for an error that says there is none left."""
+        return "; ".join(f"{d.layer}: {d.reason}" for d in self.declined) or "there is none"
+
     def note(self, text: str) -> None:
         """Add a fact to the report."""
         self.notes.append(text)

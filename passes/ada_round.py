@@ -28,7 +28,6 @@ STRETCH = (-0.1, 1.1)
 SHARPNESS = (20.0, 2.0)
 WARM_UP = 0.2
 DECIDED = 0.5
-PROGRESS_STEP = 50
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mcc.channels import divide_gain, groups_behind_gains
 from mcc.errors import PassError, SpecError
+from mcc.formats import fake_quantize
 from mcc.quantization import check_group_size, code_range, group_parameters, layer_weight, ragged
 from mcc.rewrite import Context, Exact, Pass
 from mcc.statistics import ChannelMoments, channel_moments
@@ -61,8 +62,7 @@ class Awq(Pass):
         groups = [(source, self._whole(layers, context)) for source, layers in groups_behind_gains(graph, context)]
         groups = [(source, layers) for source, layers in groups if layers]
         if not groups:
-            why = "; ".join(f"{d.layer}: {d.reason}" for d in context.declined) or "there is none"
-            raise PassError(f"{self}: no linear layer can be scaled: {why}", remedy="leave the pass out")
+            raise PassError(f"{self}: no linear layer can be scaled: {context.reasons}", remedy="leave the pass out")
         assert context.data.calibration is not None
         moments = channel_moments(graph, [source.name for source, _ in groups], context.data.calibration)
         before, after = 0.0, 0.0
@@ -104,10 +104,8 @@ class Awq(Pass):
     def _rounded(self, weight: Tensor) -> Tensor:
         groups = 1 if self.group_size is None else weight.shape[1] // self.group_size
         scale, zero = group_parameters(weight, groups, self.bits, symmetric=self.symmetric)
-        step, zeros = (t.double().expand(scale.shape)[..., None] for t in (scale, zero))
-        low, high = code_range(self.bits)
-        codes = ((weight.reshape(*scale.shape, -1) / step).round() + zeros).clamp(low, high)
-        return ((codes - zeros) * step).reshape(weight.shape)
+        rounded: Tensor = fake_quantize(weight, scale, zero, 0, *code_range(self.bits))
+        return rounded
 
 
 def _energy(weight: Tensor, products: Tensor) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mcc import ops
+from mcc.channels import readers
 from mcc.cost import weight_expression
 from mcc.errors import DataError, PassError
 from mcc.quantization import layers_taken, without_quantizers
@@ -96,8 +97,7 @@ def _refusal(node: Node) -> str | None:
         return None
     if not bias.is_parameter:
         return "its bias is computed"
-    reads = [n for n in node.graph.module.graph.nodes if n.op == "get_attr" and n.target == bias.fx.target]
-    return "its bias is shared" if sum(len(n.users) for n in reads) > 1 else None
+    return "its bias is shared" if readers(bias) > 1 else None
 
 
 def _channel_axis(node: Node) -> int:

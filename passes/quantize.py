@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from mcc.quantization import (
 )
 from mcc.rewrite import Context, Lossy, Pass, Rewriter
 from mcc.statistics import OBSERVERS, Observer, affine_parameters, observe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 TOKEN_LIMIT = 127  # the largest code of a token, as `mcc.fake_quantize_per_token` and its kernels have it
@@ -203,9 +206,9 @@ class Quantize(Pass):
                 f"{self}: pattern {unmatched[0]!r} matches no layer", remedy=f"layers that can be quantized: {names}"
             )
         if not layers:
-            why = "; ".join(f"{d.layer}: {d.reason}" for d in context.declined) or "there is none"
             raise PassError(
-                f"{self}: there is no layer to quantize: {why}", remedy="change the options, or leave it out"
+                f"{self}: there is no layer to quantize: {context.reasons}",
+                remedy="change the options, or leave it out",
             )
 
     def _quantize_activations(self, graph: Graph, layers: list[Node], bits: int, context: Context) -> None:
@@ -253,20 +256,13 @@ def _quantize_tokens(graph: Graph, layers: list[Node]) -> None:
 
 def _round_tokens(graph: Graph, quantizer: Node) -> None:
     """Send the readers of the quantized value through the same arithmetic in plain ATen calls."""
-    source = quantizer.operand(0)
-    assert source is not None
-    readers = [graph.node(user.name) for user in quantizer.users]
-    value = graph.node(source.name)
-    order = {n: i for i, n in enumerate(graph.module.graph.nodes)}
 
     def plain(x: Tensor) -> Tensor:
         largest = x.abs().amax(-1, keepdim=True)
         codes = torch.round(x * torch.where(largest > SMALLEST_ROW, TOKEN_LIMIT / largest, 0.0))
         return codes * (largest / TOKEN_LIMIT)
 
-    made = Rewriter(graph, min(readers, key=lambda n: order[n.fx])).insert(plain, value)
-    for reader in readers:
-        reader.fx.replace_input_with(value.fx, made.fx)
+    _compute_instead(graph, quantizer, plain)
 
 
 def _quantize_groups(node: Node, bits: int, group_size: int | None, *, symmetric: bool) -> None:
@@ -292,18 +288,21 @@ def _quantize_weight(node: Node, codes: tuple[int, int]) -> None:
 
 def _round_activation(graph: Graph, quantizer: Node) -> None:
     """Send the readers of the quantized value through divide, round, add, clamp, subtract, multiply."""
-    source = quantizer.operand(0)
-    assert source is not None
     scale, zero_point, low, high = quantizer_tensors(quantizer)
-    readers = [graph.node(user.name) for user in quantizer.users]
-    value = graph.node(source.name)
-    order = {n: i for i, n in enumerate(graph.module.graph.nodes)}
-    rewriter = Rewriter(graph, min(readers, key=lambda n: order[n.fx]))
 
     def plain(x: Tensor) -> Tensor:
         codes = torch.clamp(torch.round(x / float(scale)) + int(zero_point), low, high)
         return (codes - int(zero_point)) * float(scale)
 
-    made = rewriter.insert(plain, value)
+    _compute_instead(graph, quantizer, plain)
+
+
+def _compute_instead(graph: Graph, quantizer: Node, function: Callable[[Tensor], Tensor]) -> None:
+    """Let those that read a quantizer of another graph read a function of what it quantizes, in this graph."""
+    source = quantizer.operand(0)
+    assert source is not None
+    readers, value = [graph.node(user.name) for user in quantizer.users], graph.node(source.name)
+    order = {n: i for i, n in enumerate(graph.module.graph.nodes)}
+    made = Rewriter(graph, min(readers, key=lambda n: order[n.fx])).insert(function, value)
     for reader in readers:
         reader.fx.replace_input_with(value.fx, made.fx)

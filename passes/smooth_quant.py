@@ -54,8 +54,7 @@ class SmoothQuant(Pass):
         """Smooth every value that a stored gain gives."""
         groups = groups_behind_gains(graph, context)
         if not groups:
-            why = "; ".join(f"{d.layer}: {d.reason}" for d in context.declined) or "there is none"
-            raise PassError(f"{self}: no linear layer can be smoothed: {why}", remedy="leave the pass out")
+            raise PassError(f"{self}: no linear layer can be smoothed: {context.reasons}", remedy="leave the pass out")
         assert context.data.calibration is not None
         peaks = channel_peaks(graph, [source.name for source, _ in groups], context.data.calibration)
         for source, layers in groups:
