@@ -84,18 +84,21 @@ class DenseInt8:
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text; k goes in groups of four bytes, padded with zero weights."""
-        plan = PanelPlan(region, Vectors(target), parse_tile(tile))
-        weight, activation = region.weight, region.activation
-        assert weight.dense is not None
-        assert activation is not None
-        packed = {"weight": pack_panels_of_four(weight.dense, plan.width, target.vector_lanes)}
-        packed |= integer_vectors(region, plan.padded_outputs, target)
-        body = IntegerBody(plan, bounded=pairs_fit(weight.dense))
-        return Lowered(plan.function(self.name, packed, body.emit), packed)
+        return lower_integers(self.name, region, target, tile, IntegerBody)
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """Exact integer sums."""
         return dense_reference(region, source, operands)
+
+
+def lower_integers(name: str, region: Region, target: Target, tile: str, body: type[IntegerBody]) -> Lowered:
+    """A kernel of int8 weights and codes of activations, which `body` reads or makes."""
+    plan = PanelPlan(region, Vectors(target), parse_tile(tile))
+    weight = region.weight
+    assert weight.dense is not None
+    packed = {"weight": pack_panels_of_four(weight.dense, plan.width, target.vector_lanes)}
+    packed |= integer_vectors(region, plan.padded_outputs, target)
+    return Lowered(plan.function(name, packed, body(plan, bounded=pairs_fit(weight.dense)).emit), packed)
 
 
 def not_plain(weight: StoredWeight) -> str | None:
@@ -231,14 +234,16 @@ class IntegerBody:
 
     def emit(self, x: Expression, weight: Expression, *rest: Expression) -> None:
         """Emit the whole kernel."""
-        plan = self.plan
-        rows = product(plan.leading)
         self.bias, self.scale, self.start = rest
-        self.words = flat(weight, self.groups * plan.padded_outputs, "int32")
+        self.words = flat(weight, self.groups * self.plan.padded_outputs, "int32")
+        self.take(x, product(self.plan.leading))
+        self.plan.loops(self._tile)
+
+    def take(self, x: Expression, rows: Expression) -> None:
+        """Get the codes of all rows."""
         self.codes = x
-        self.whole = plan.inputs % 4 == 0
+        self.whole = self.plan.inputs % 4 == 0
         self.code_words = flat(x, rows * self.groups, "int32") if self.whole else self.codes
-        plan.loops(self._tile)
 
     def _tile(self, panel: Expression, width: PanelWidth, first: Expression, count: int) -> None:
         plan, v, vectors = self.plan, self.plan.vectors, width.vectors

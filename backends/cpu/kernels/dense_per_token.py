@@ -12,12 +12,9 @@ import numpy as np
 import tvm.tirx.script.builder.ir as B
 
 from mcc import ops
-from mcc.backends.cpu.integer_sums import pairs_fit, sums_overflow
-from mcc.backends.cpu.kernels.dense import IntegerBody, dense_tiles, integer_vectors, not_plain, pack_panels_of_four
-from mcc.backends.cpu.kernels.panels import PanelPlan
-from mcc.backends.cpu.kernels.tiles import parse_tile
+from mcc.backends.cpu.integer_sums import sums_overflow
+from mcc.backends.cpu.kernels.dense import IntegerBody, dense_tiles, lower_integers, not_plain
 from mcc.backends.cpu.kernels.token_codes import CodeForm, emit_token_codes, token_codes
-from mcc.backends.cpu.microkernel import Expression, Vectors, flat, product
 from mcc.backends.kernel import PER_TOKEN, Lowered, Region, apply_epilogue
 
 if TYPE_CHECKING:
@@ -25,6 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from mcc.backends.cpu.microkernel import Expression
     from mcc.target import Target
 
 
@@ -48,13 +46,7 @@ class DensePerToken:
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text."""
-        plan = PanelPlan(region, Vectors(target), parse_tile(tile))
-        weight = region.weight
-        assert weight.dense is not None
-        packed = {"weight": pack_panels_of_four(weight.dense, plan.width, target.vector_lanes)}
-        packed |= integer_vectors(region, plan.padded_outputs, target)
-        body = _Body(plan, bounded=pairs_fit(weight.dense))
-        return Lowered(plan.function(self.name, packed, body.emit), packed)
+        return lower_integers(self.name, region, target, tile, _Body)
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """Exact integer sums."""
@@ -67,15 +59,10 @@ class DensePerToken:
 
 
 class _Body(IntegerBody):
-    def emit(self, x: Expression, weight: Expression, *rest: Expression) -> None:
-        """Emit the whole kernel."""
-        plan = self.plan
-        self.bias, self.scale, self.start = rest
-        self.words = flat(weight, self.groups * plan.padded_outputs, "int32")
-        form = CodeForm(plan.inputs, 0, PER_TOKEN.zero_point)
-        made = emit_token_codes(plan.vectors, x, product(plan.leading), form)
+    def take(self, x: Expression, rows: Expression) -> None:
+        """See `IntegerBody`."""
+        made = emit_token_codes(self.plan.vectors, x, rows, CodeForm(self.plan.inputs, 0, PER_TOKEN.zero_point))
         self.whole, self.code_words, self.row_scales = True, made.words, made.scales
-        plan.loops(self._tile)
 
     def scaled(self, row: Expression, total: Expression) -> Expression:
         """See `IntegerBody`."""

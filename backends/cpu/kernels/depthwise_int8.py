@@ -1,6 +1,6 @@
 """Depthwise convolutions of codes with channels last: `dot4` takes four pixels of a channel at once.
 
-There are two forms, which the tuner chooses from: one reads the image where it lies, one from a padded copy in cache.
+There are three forms, which the tuner chooses from: two read the image where it lies, one a padded copy in cache.
 """
 
 from __future__ import annotations

@@ -8,12 +8,31 @@ import numpy as np
 from tvm.script import tirx as T
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from mcc.backends.cpu.kernels.panels import PanelPlan
     from mcc.backends.cpu.microkernel import Expression
+    from mcc.backends.kernel import StoredWeight
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # the bits of a code that words hold together
+
+
+def not_grouped(weight: StoredWeight, multiple: Mapping[int, int]) -> str | None:
+    """Why a weight is not dense signed codes with scales for groups, or None if it is.
+
+    Args:
+        weight: of a region.
+        multiple: what several groups must have a multiple of inputs of, by the bits of codes that are taken.
+    """
+    if not weight.grouped or weight.sparse is not None or weight.bits not in multiple:
+        return "the weight is not dense codes of 2, 3, 4 or 8 bits with scales for groups"
+    if int(weight.decoded().max(initial=0)) >> (weight.bits - 1):
+        return f"its codes are not signed ones of {weight.bits} bits"
+    if weight.scale is not None and weight.scale.shape[1] > 1 and weight.group_size % multiple[weight.bits]:
+        return f"groups of {weight.group_size} are no multiple of {multiple[weight.bits]}"
+    return None
 
 
 class GroupedBody:
@@ -22,13 +41,16 @@ class GroupedBody:
     Args:
         plan: of the kernel.
         words: of weights, int32 [out, groups, words of a group].
+        block: codes of an output that a whole number of words holds.
     """
 
-    def __init__(self, plan: PanelPlan, words: NDArray[np.int32]) -> None:
+    def __init__(self, plan: PanelPlan, words: NDArray[np.int32], block: int) -> None:
         weight = plan.region.weight
         assert weight.scale is not None
         self.plan, self.v, self.bits = plan, plan.vectors, weight.bits
         self.groups, self.group = weight.scale.shape[1], weight.group_size
+        self.blocks = -(-self.group // block)
+        self.words = block * self.bits // 32  # of a block
         self.packed: dict[str, NDArray[Any]] = {
             "weight": self._panels(words), "scale": self._panels(weight.scale[:, :, None])
         }  # fmt: skip

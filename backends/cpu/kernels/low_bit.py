@@ -19,7 +19,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc import ops
-from mcc.backends.cpu.kernels.grouped import PLANES, GroupedBody
+from mcc.backends.cpu.kernels.grouped import PLANES, GroupedBody, not_grouped
 from mcc.backends.cpu.kernels.panels import PanelPlan
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, parse_tile
 from mcc.backends.cpu.microkernel import Expression, Register, Vectors, serial
@@ -48,17 +48,9 @@ class LowBitDense:
     def refuses(self, region: Region, target: Target) -> str | None:
         """Takes linear with a grouped weight."""
         del target
-        weight = region.weight
-        if not weight.grouped or weight.sparse is not None or weight.bits not in CODES:
-            return "the weight is not dense codes of 2, 3, 4 or 8 bits with scales for groups"
-        if region.activation is not None:
-            return "the activations are quantized"
-        if int(weight.decoded().max(initial=0)) >> (weight.bits - 1):
-            return f"its codes are not signed ones of {weight.bits} bits"
-        size = weight.group_size
-        if weight.scale is not None and weight.scale.shape[1] > 1 and size % CODES[weight.bits]:
-            return f"groups of {size} are no multiple of {CODES[weight.bits]}"
-        return None
+        if (reason := not_grouped(region.weight, CODES)) is not None:
+            return reason
+        return "the activations are quantized" if region.activation is not None else None
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """Rows x vectors that leave registers for a group's scales; tall where many rows share the work of decoding."""
@@ -110,10 +102,8 @@ class _Body(GroupedBody):
     def __init__(self, plan: PanelPlan) -> None:
         weight = plan.region.weight
         assert weight.dense is not None
-        super().__init__(plan, _words(weight.dense, weight.bits, weight.group_size))
-        self.codes = CODES[self.bits]
-        self.blocks = -(-self.group // self.codes)
-        self.words = self.codes * self.bits // 32  # of a block
+        self.codes = CODES[weight.bits]
+        super().__init__(plan, _words(weight.dense, weight.bits, weight.group_size), self.codes)
 
     def emit(self, x: Expression, *arrays: Expression) -> None:
         """Emit the whole kernel."""

@@ -18,7 +18,7 @@ from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.integer_sums import LARGEST_INT32
-from mcc.backends.cpu.kernels.grouped import PLANES, GroupedBody
+from mcc.backends.cpu.kernels.grouped import PLANES, GroupedBody, not_grouped
 from mcc.backends.cpu.kernels.panels import PanelPlan
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, parse_tile
 from mcc.backends.cpu.kernels.token_codes import CodeForm, emit_token_codes, token_codes
@@ -50,14 +50,10 @@ class LowBitPerToken:
         """Takes linear with a grouped weight and activations quantized per token."""
         del target
         weight = region.weight
-        if not weight.grouped or weight.sparse is not None or weight.bits not in PLANES:
-            return "the weight is not dense codes of 2, 3, 4 or 8 bits with scales for groups"
+        if (reason := not_grouped(weight, dict.fromkeys(PLANES, BLOCK))) is not None:
+            return reason
         if region.activation is None or not region.activation.per_token:
             return "the activations are not quantized per token"
-        if int(weight.decoded().max(initial=0)) >> (weight.bits - 1):
-            return f"its codes are not signed ones of {weight.bits} bits"
-        if weight.scale is not None and weight.scale.shape[1] > 1 and weight.group_size % BLOCK:
-            return f"groups of {weight.group_size} are no multiple of {BLOCK}"
         if weight.group_size * PER_TOKEN_LIMIT << weight.bits > LARGEST_INT32:
             return f"the integer sums of groups of {weight.group_size} may leave int32"
         return None
@@ -117,9 +113,7 @@ class _Body(GroupedBody):
     def __init__(self, plan: PanelPlan) -> None:
         weight = plan.region.weight
         assert weight.dense is not None
-        super().__init__(plan, _words(weight.dense, weight.bits, weight.group_size))
-        self.blocks = -(-self.group // BLOCK)
-        self.words = BLOCK * self.bits // 32  # of a block
+        super().__init__(plan, _words(weight.dense, weight.bits, weight.group_size), BLOCK)
         self.low = -(1 << (self.bits - 1))
 
     def emit(self, x: Expression, *arrays: Expression) -> None:
@@ -157,9 +151,9 @@ class _Body(GroupedBody):
             for register in row:
                 register.set(start)
         whole, left = divmod(self.group, BLOCK)
-        serial(whole, lambda b: self._block(tile, totals, (g, b), BLOCK // WORD))
+        serial(whole, lambda b: self._block(tile, g, b, BLOCK // WORD))
         if left:
-            self._block(tile, totals, (g, whole), -(-left // WORD))
+            self._block(tile, g, whole, -(-left // WORD))
         scales, zeros = self.group_vectors(self.arrays, tile.panel, tile.vectors, g)
         for i, row in enumerate(totals):
             for j, register in enumerate(row):
@@ -168,16 +162,14 @@ class _Body(GroupedBody):
                     value = v.fma(zeros[j], v.splat(T.cast(sums[i], "float32")), value)
                 tile.values[i][j].set(value)
 
-    def _block(
-        self, tile: _Tile, totals: list[list[Register]], place: tuple[Expression, Expression], operands: int
-    ) -> None:
+    def _block(self, tile: _Tile, g: Expression, b: Expression, operands: int) -> None:
         """Add the products of a block of codes, its first `operands` words of activations."""
-        v, (g, b) = self.v, place
+        v = self.v
         words = self._weight_words(tile, g * self.blocks + b)
         at = B.Bind(tile.first * self.row_words + g * (self.group // WORD) + b * (BLOCK // WORD))
         for k in range(operands):
             weights = [v.hold(self._operand(w, k)) for w in words]
-            for i, row in enumerate(totals):
+            for i, row in enumerate(tile.totals):
                 code = B.Bind(v.splat(self.codes[at + (i * self.row_words + k)]))
                 for weight, register in zip(weights, row, strict=True):
                     # of at most four bits: no pair of products leaves 16 bits
