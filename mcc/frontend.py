@@ -8,6 +8,7 @@ tensor, one spelling for reshapes, names from module paths, and look every op up
 from __future__ import annotations
 
 import inspect
+import random
 import re
 import warnings
 from collections import Counter
@@ -26,6 +27,7 @@ from mcc.graph import Graph, deep_copy, module_path, source_line
 from mcc.recurrent import spelled_out
 
 LARGEST_DIM = 1 << 20
+SIZES_TRIED = 64
 
 
 def capture(
@@ -95,19 +97,61 @@ def _export(
             # torch warns of
             with torch.enable_grad(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")
-                return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+                program = torch.export.export(
+                    model, args, kwargs, dynamic_shapes=shapes, strict=False,
+                    prefer_deferred_runtime_asserts_over_guards=True,
+                )  # fmt: skip
+                _check_asserts(program, type(model).__name__)
+                return program
         except CaptureError:
             raise
         except Exception as error:
             for name, low, high in _SUGGESTED_BOUND.findall(str(error)):
                 bounds[name] = (int(low or 1), int(high or LARGEST_DIM))
             if last_try or not bounds:
-                summary = (str(error).strip() or repr(error)).splitlines()[0]
+                lines = (str(error).strip() or repr(error)).splitlines()
+                # of dims that do not fit, the second line says why
+                summary = " ".join(lines[: 2 if lines[0].startswith("Constraints violated") else 1])
                 raise CaptureError(
                     f"torch.export could not capture {type(model).__name__}: {summary}",
                     remedy="make `torch.export.export(model, example_inputs, strict=False)` work first",
                 ) from error
     raise AssertionError("the last try returns or raises")
+
+
+def _check_asserts(program: ExportedProgram, name: str) -> None:
+    """Try what torch could not prove of the dynamic dims at sizes in their ranges, and refuse it where it fails.
+
+    Raises:
+        CaptureError: naming the condition and sizes that break it.
+    """
+    conditions = {
+        node.args[0].meta["val"].node.expr
+        for node in program.graph.nodes
+        if node.target is torch.ops.aten._assert_scalar.default
+        and isinstance(node.args[0], fx.Node)
+        and isinstance(node.args[0].meta["val"], torch.SymBool)
+    }
+    generator = random.Random(0)
+    for condition in sorted(conditions, key=str):
+        symbols = sorted(condition.free_symbols, key=str)
+        ranges = [program.range_constraints.get(symbol) for symbol in symbols]
+        if None in ranges:
+            continue  # about a value that is known when the graph runs
+        tried = [_sizes(int(r.lower), int(min(r.upper, LARGEST_DIM)), generator) for r in ranges if r is not None]
+        for sizes in zip(*tried, strict=True):
+            if not condition.subs(dict(zip(symbols, sizes, strict=True))):
+                broken = ", ".join(f"{s} = {size}" for s, size in zip(symbols, sizes, strict=True))
+                raise CaptureError(
+                    f"torch.export could not capture {name}: it needs {condition}, which {broken} breaks",
+                    remedy="narrow the ranges of the dynamic dims, or leave one of them out",
+                )
+
+
+def _sizes(low: int, high: int, generator: random.Random) -> list[int]:
+    """Sizes of a dim to try a condition at: the ends, and some of each magnitude between."""
+    spread = [low + int((high - low) ** generator.random()) for _ in range(SIZES_TRIED)]
+    return [low, high, *spread]
 
 
 def _from_program(program: ExportedProgram, asked: Mapping[tuple[int, int], str]) -> Graph:

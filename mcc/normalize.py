@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from mcc import recurrent
+from mcc import composites
 from mcc.errors import CaptureError
 from mcc.graph import source_line
 
@@ -43,7 +43,7 @@ def plain_module(exported: fx.GraphModule | torch.nn.Module) -> fx.GraphModule:
 def normalize(module: fx.GraphModule) -> None:
     """Bring an exported module into the form the op table describes."""
     _inline_wrappers(module)
-    recurrent.spell_out(module)
+    composites.spell_out(module)
     for node in _calls(module):
         if node.target in _DROP:
             module.graph.erase_node(node)

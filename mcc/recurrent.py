@@ -14,8 +14,7 @@ from threading import RLock
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
+from torch import Tensor
 
 from mcc.errors import CaptureError
 
@@ -132,8 +131,12 @@ Call = Callable[..., Any]
 """Calls an op on tensors, or writes the call into a graph and gives its node."""
 
 
-def _layers(call: Call, arguments: Sequence[Any]) -> list[Any]:
-    """The sequence and the last states of an lstm or gru call, from its arguments as ATen has them."""
+def layers(call: Call, arguments: Sequence[Any]) -> list[Any]:
+    """The sequence and the last states of an lstm or gru call, from its arguments as ATen has them.
+
+    Raises:
+        CaptureError: a layer projects its hidden state.
+    """
     source, initial, parameters, has_biases, depth, dropout, train, both, batch_first = arguments
     states = list(initial) if isinstance(initial, list | tuple) else [initial]
     op = torch.ops.mcc.lstm.default if len(states) > 1 else torch.ops.mcc.gru.default
@@ -160,48 +163,21 @@ def _layers(call: Call, arguments: Sequence[Any]) -> list[Any]:
     return [source, *(call(_A.stack.default, kept) for kept in last)]
 
 
-def spell_out(module: fx.GraphModule) -> None:
-    """Replace ATen's lstm and gru calls, which programs exported elsewhere have.
-
-    Raises:
-        CaptureError: a layer projects its hidden state.
-    """
-    for node in list(module.graph.nodes):
-        if node.op != "call_function" or node.target not in (_A.lstm.input, _A.gru.input):
-            continue
-        mode = node.meta["val"][0].fake_mode
-        results = _layers(partial(_write, module, node, mode), node.args)
-        for user in list(node.users):
-            user.replace_all_uses_with(results[user.args[1]])
-            module.graph.erase_node(user)
-        module.graph.erase_node(node)
-
-
-def _write(module: fx.GraphModule, before: fx.Node, mode: Any, target: Any, *args: Any) -> fx.Node:
-    """A call in front of a node, with its fake value."""
-    with module.graph.inserting_before(before):
-        made = module.graph.call_function(target, args)
-    made.meta = {k: v for k, v in before.meta.items() if k in ("nn_module_stack", "stack_trace")}
-    with mode, enable_python_dispatcher():
-        made.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
-    return made
-
-
 @contextmanager
 def spelled_out() -> Iterator[None]:
     """While a model is exported, one at a time: torch's own lstm and gru fix the number of steps."""
     functions = torch._VF  # noqa: SLF001 (what torch's modules call)
 
-    def layers(plain: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:
+    def replaced(plain: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:
         if len(arguments) != 9 or not isinstance(arguments[3], bool):
             return tuple(plain(*arguments))
-        return tuple(_layers(lambda target, *args: target(*args), arguments))
+        return tuple(layers(lambda target, *args: target(*args), arguments))
 
     with _EXPORTING:
         kept = {name: getattr(functions, name) for name in ("lstm", "gru")}
         try:
             for name, function in kept.items():
-                setattr(functions, name, partial(layers, function))
+                setattr(functions, name, partial(replaced, function))
             yield
         finally:
             for name, function in kept.items():

@@ -1,0 +1,67 @@
+"""ATen ops that a captured program has and the op table lacks, written out in ops that it has."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+
+from mcc import recurrent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_A = torch.ops.aten
+
+
+def _diff(call: recurrent.Call, arguments: Sequence[Any]) -> Any:
+    """Differences of neighbours along a dim, `n` times over."""
+    given: list[Any] = [*arguments, *(None, 1, -1, None, None)[len(arguments) :]]
+    source, n, dim, before, after = given
+    parts = [part for part in (before, source, after) if part is not None]
+    value = parts[0] if len(parts) == 1 else call(_A.cat.default, parts, dim)
+    for _ in range(n):
+        later, earlier = call(_A.slice.Tensor, value, dim, 1), call(_A.slice.Tensor, value, dim, 0, -1)
+        logical = later.meta["val"].dtype is torch.bool
+        value = call(_A.ne.Tensor if logical else _A.sub.Tensor, later, earlier)
+    return value
+
+
+_COMPOSITES: dict[Any, Callable[[recurrent.Call, Sequence[Any]], Any]] = {
+    _A.diff.default: _diff, _A.lstm.input: recurrent.layers, _A.gru.input: recurrent.layers,
+}  # fmt: skip
+
+
+def spell_out(module: fx.GraphModule) -> None:
+    """Replace every call of a composite op.
+
+    Raises:
+        CaptureError: a recurrent layer projects its hidden state.
+    """
+    for node in list(module.graph.nodes):
+        composite = _COMPOSITES.get(node.target)
+        if node.op != "call_function" or composite is None:
+            continue
+        made = composite(partial(_write, module, node), node.args)
+        if isinstance(node.meta["val"], Tensor):
+            node.replace_all_uses_with(made)
+        else:
+            for user in list(node.users):
+                user.replace_all_uses_with(made[user.args[1]])
+                module.graph.erase_node(user)
+        module.graph.erase_node(node)
+
+
+def _write(module: fx.GraphModule, before: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """A call in front of a node, with its fake value."""
+    value = before.meta["val"]
+    mode: Any = (value if isinstance(value, Tensor) else value[0]).fake_mode  # type: ignore[union-attr]  # graphs hold fake tensors
+    with module.graph.inserting_before(before):
+        made = module.graph.call_function(target, args)
+    made.meta = {k: v for k, v in before.meta.items() if k in ("nn_module_stack", "stack_trace")}
+    with mode, enable_python_dispatcher():
+        made.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
+    return made
