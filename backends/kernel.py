@@ -235,10 +235,13 @@ class Lowered:
         function: the PrimFunc: parameters are the source, the epilogue's operands and the packed arrays in order, then
             the output.
         packed: arrays the kernel reads, by name, in the order of its parameters.
+        element: an expression for the weight's value at an output and an input, from those arrays; None where the
+            kernel does not offer it. Embeddings that are tied to the layer read their rows by it.
     """
 
     function: Any
     packed: Mapping[str, NDArray[Any]]
+    element: Callable[[Mapping[str, Any], Any, Any], Any] | None = None
 
 
 class Kernel(Protocol):

@@ -116,12 +116,15 @@ class Node:
                 self.fx.name = name
 
     @property
+    def weight_operand(self) -> Node | None:
+        """The operand that is this op's weight; None where the op has none."""
+        row = self.op
+        return None if row is None or not row.weights else self.operand(row.weights[0])
+
+    @property
     def weight(self) -> Node | None:
         """The node that reads this op's weight, through masks, quantizers and decodes; None where it is computed."""
-        row = self.op
-        if row is None or not row.weights:
-            return None
-        return weight_root(self.operand(row.weights[0]))
+        return weight_root(self.weight_operand)
 
     @property
     def layer(self) -> str:

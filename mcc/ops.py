@@ -213,7 +213,7 @@ _TABLE = (
 
 OPS: dict[str, Op] = {row.name: row for row in _TABLE}
 
-LINEAR, CONV1D, CONV2D = OPS["linear"], OPS["conv1d"], OPS["conv2d"]
+LINEAR, CONV1D, CONV2D, EMBEDDING = OPS["linear"], OPS["conv1d"], OPS["conv2d"], OPS["embedding"]
 ATTENTION = OPS["scaled_dot_product_attention"]
 CONV2D_NHWC = OPS["mcc.conv2d_nhwc"]
 CONV3D, CONV_TRANSPOSE2D = OPS["conv3d"], OPS["conv_transpose2d.input"]

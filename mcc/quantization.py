@@ -136,7 +136,7 @@ def layer_weight(node: Node) -> tuple[str, Tensor]:
     Raises:
         PassError: a value is not finite.
     """
-    expression = weight_expression(node.operand(1))
+    expression = weight_expression(node.weight_operand)
     assert expression is not None
     if not expression.root.tensor.isfinite().all():
         raise PassError(
@@ -149,10 +149,13 @@ def insert_quantizer(
     node: Node, name: str, parameters: Callable[[], tuple[Tensor, Tensor]], axis: int, codes: tuple[int, int]
 ) -> None:
     """Quantize a layer's weight, or let it read the quantizer that another layer with the same weight has."""
-    top = node.operand(1)
+    top = node.weight_operand
     assert top is not None
     shared = next((u for u in top.users if u.op is ops.FAKE_QUANTIZE), None)
     if shared is not None:
+        if node.fx < shared.fx:  # an embedding comes long before the layer it is tied to
+            for moved in (*(n for n in shared.fx.all_input_nodes if n.op == "get_attr"), shared.fx):
+                node.fx.prepend(moved)
         node.fx.replace_input_with(top.fx, shared.fx)
         return
     scale, zero_point = parameters()

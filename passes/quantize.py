@@ -33,12 +33,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+EMBEDDING_CODES = (-127, 127)
 TOKEN_LIMIT = 127  # the largest code of a token, as `mcc.fake_quantize_per_token` and its kernels have it
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Put fake-quantizers on the weights of linear and convolution layers, and on what they read.
+    """Put fake-quantizers on the weights of linear and convolution layers and embeddings, and on what layers read.
 
         %fc: f32[8, 10] = linear(%x, @fc.weight, @fc.bias)
     becomes
@@ -54,6 +55,7 @@ class Quantize(Pass):
     chosen, as are all scales of fewer than 8 bits, for the least squared error of the weights. So may they where
     activations get a scale for each token when it comes, which linear layers alone can read:
         %x_quantized: f32[8, 64] = mcc.fake_quantize_per_token(%x, limit=127)
+    Embeddings get int8 codes with a scale for each row; those tied to a layer have that layer's codes.
 
     Attributes:
         weights: "int8", "int4", "int3" or "int2", rounded to nearest.
@@ -116,6 +118,9 @@ class Quantize(Pass):
             else:
                 _quantize_weight(node, codes)
             context.edited()
+        for node in self._embeddings(graph, context):
+            _quantize_weight(node, EMBEDDING_CODES)
+            context.edited()
         if self.activations == "dynamic":
             _quantize_tokens(graph, layers)
         elif self.activations is not None:
@@ -158,36 +163,56 @@ class Quantize(Pass):
 
     def _layers(self, graph: Graph, context: Context) -> list[Node]:
         layers = []
-        matched: set[str] = set()
         for node in graph.nodes:
-            if node.op not in ops.LAYERS:
-                if node.op is not None and (node.op.macs(node.fx) or node.op.family == "weights"):
-                    context.decline(node, f"{node.op.name} stays in float")
-                continue
-            excluded = [p for p in self.exclude if fnmatchcase(node.layer, p)]
-            matched.update(excluded)
-            expression = weight_expression(node.operand(1))
-            if excluded:
-                context.decline(node, f"excluded by {excluded[0]!r}")
-            elif expression is None:
+            if node.op in ops.LAYERS:
+                reason = self._refusal(node)
+                if reason is None:
+                    layers.append(node)
+                else:
+                    context.decline(node, reason)
+            elif node.op is not None and node.op.macs(node.fx):
+                context.decline(node, f"{node.op.name} stays in float")
+        self._check_any(graph, layers, context)
+        return layers
+
+    def _refusal(self, node: Node) -> str | None:
+        """Why a layer is not taken, or None if it is."""
+        expression = weight_expression(node.operand(1))
+        if (excluded := self._excluded(node)) is not None:
+            return excluded
+        if expression is None:
+            return "its weight is computed"
+        if node.dtype is not torch.float32:
+            return f"it computes in {str(node.dtype).removeprefix('torch.')}, not float32"
+        if self.activations == "dynamic" and node.op is not ops.LINEAR:
+            assert node.op is not None
+            return f"{node.op.name} reads no activations with a scale for each token"
+        if expression.quantizer is not None:
+            return None if self._only_activations(node) else "its weight is already quantized"
+        return ragged(node, self.group_size) if self._grouped and node.op is ops.LINEAR else None
+
+    def _excluded(self, node: Node) -> str | None:
+        pattern = next((p for p in self.exclude if fnmatchcase(node.layer, p)), None)
+        return None if pattern is None else f"excluded by {pattern!r}"
+
+    def _embeddings(self, graph: Graph, context: Context) -> list[Node]:
+        """Embeddings to quantize, once the layers are: one that is tied to a layer reads what that reads."""
+        taken = []
+        for node in (n for n in graph.nodes if n.op is ops.EMBEDDING):
+            expression, top = weight_expression(node.weight_operand), node.weight_operand
+            if (excluded := self._excluded(node)) is not None:
+                context.decline(node, excluded)
+            elif expression is None or top is None:
                 context.decline(node, "its weight is computed")
             elif node.dtype is not torch.float32:
-                context.decline(node, f"it computes in {str(node.dtype).removeprefix('torch.')}, not float32")
-            elif self.activations == "dynamic" and node.op is not ops.LINEAR:
-                context.decline(node, f"{node.op.name} reads no activations with a scale for each token")
-            elif expression.quantizer is not None and not self._only_activations(node):
+                context.decline(node, f"its weight is {str(node.dtype).removeprefix('torch.')}, not float32")
+            elif expression.quantizer is not None:
                 context.decline(node, "its weight is already quantized")
-            elif (
-                self._grouped
-                and not _has_quantizer(node)
-                and node.op is ops.LINEAR
-                and (reason := ragged(node, self.group_size))
-            ):
-                context.decline(node, reason)
+            elif any(reader.op in ops.LAYERS for reader in top.users):
+                context.decline(node, "its weight is tied to a layer that stays in float")
             else:
-                layers.append(node)
-        self._check_any(graph, layers, matched, context)
-        return layers
+                taken.append(node)
+        return taken
 
     def _only_activations(self, node: Node) -> bool:
         """Whether a layer's weight is quantized by a pass before, and its activations are not."""
@@ -197,14 +222,15 @@ class Quantize(Pass):
         in_float = source is not None and source.op not in (ops.FAKE_QUANTIZE, ops.FAKE_QUANTIZE_PER_TOKEN)
         return self.activations == "dynamic" and by_pass and in_float
 
-    def _check_any(self, graph: Graph, layers: list[Node], matched: set[str], context: Context) -> None:
+    def _check_any(self, graph: Graph, layers: list[Node], context: Context) -> None:
         """Raise a PassError where a pattern matches nothing or no layer is left."""
-        unmatched = [p for p in self.exclude if p not in matched]
-        if unmatched:
-            names = ", ".join(sorted({n.layer for n in graph.nodes if n.op in ops.LAYERS})) or "none"
-            raise PassError(
-                f"{self}: pattern {unmatched[0]!r} matches no layer", remedy=f"layers that can be quantized: {names}"
-            )
+        names = sorted({n.layer for n in graph.nodes if n.op in (*ops.LAYERS, ops.EMBEDDING)})
+        for pattern in self.exclude:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise PassError(
+                    f"{self}: pattern {pattern!r} matches no layer",
+                    remedy=f"layers that can be quantized: {', '.join(names) or 'none'}",
+                )
         if not layers:
             raise PassError(
                 f"{self}: there is no layer to quantize: {context.reasons}",

@@ -20,7 +20,9 @@ from tvm.sym.analyzer import Analyzer
 from mcc import ops
 from mcc.artifact import TensorSpec, stored_bytes
 from mcc.backends.cpu.fuse import requantize_step
+from mcc.backends.cpu.kernels.lookup import lookup_function
 from mcc.backends.cpu.kernels.tiles import leading_dims
+from mcc.backends.cpu.lookups import lookups
 from mcc.backends.cpu.microkernel import Parameter, flat, kernel_function, product
 from mcc.backends.cpu.unweighted import RECURRENT, Unweighted, enlarged_before_cats, norms_before_quantizers
 from mcc.backends.relax import RULES
@@ -99,6 +101,7 @@ class _Writer:
         self.constants: dict[fx.Node, Any] = {}
         self.returned: set[fx.Node] = set()
         self.absorbed = self._absorbed()
+        self.lookups = lookups(lowering)
         taken_in = norms_before_quantizers(self.graph, lowering.target) | enlarged_before_cats(self.graph)
         self.merged = taken_in - set(lowering.choices)
         self.unweighted = Unweighted(
@@ -178,16 +181,7 @@ class _Writer:
 
     def _collect_weights(self) -> None:
         """Name every array the function reads: packed ones of kernels, then tensors read by other ops."""
-        self.packed: dict[fx.Node, list[str]] = {}
-        for output, choice in self.lowering.choices.items():
-            names = []
-            for part, array in choice.lowered.packed.items():
-                name = f"{choice.region.weight.name}#{part}"
-                while name in self.weights and not _same(self.weights[name], array):
-                    name += "'"  # the same weight packed in another way for another layer
-                self.weights[name] = array
-                names.append(name)
-            self.packed[output] = names
+        self._name_packed()
         for node in [n for n in self.graph.module.graph.nodes if n in self.live]:
             chosen = self.lowering.choices.get(node)
             reads = self._operands(node) if chosen is None else _read_by(chosen.region)
@@ -201,8 +195,29 @@ class _Writer:
             if node.op == "get_attr" or isinstance(self.constants.get(node), Tensor):
                 self._store(node)
 
+    def _name_packed(self) -> None:
+        self.packed: dict[fx.Node, list[str]] = {}
+        for output, choice in self.lowering.choices.items():
+            names = []
+            for part, array in choice.lowered.packed.items():
+                name = f"{choice.region.weight.name}#{part}"
+                while name in self.weights and not _same(self.weights[name], array):
+                    name += "'"  # the same weight packed in another way for another layer
+                self.weights[name] = array
+                names.append(name)
+            self.packed[output] = names
+        for node, lookup in self.lookups.items():
+            if lookup.tied is not None:
+                self.packed[node] = self.packed[lookup.tied]
+            else:
+                named = {f"{self.graph.node(node.name).layer}#rows.{part}": a for part, a in lookup.arrays.items()}
+                self.weights |= named
+                self.packed[node] = list(named)
+
     def _operands(self, node: fx.Node) -> list[fx.Node]:
-        """What an op reads at run time: of a quantize kernel not scale and zero point, which are in its code."""
+        """What an op reads at run time: not a scale that is in a quantize kernel's code, nor rows that stand packed."""
+        if node in self.lookups:
+            return [node.args[1]]  # type: ignore[list-item]  # row numbers are a tensor
         if ops.lookup(node.target) is ops.QUANTIZE and requantize_step(self.graph.node(node.name)) is not None:
             return node.all_input_nodes[:1]
         return node.all_input_nodes
@@ -233,6 +248,8 @@ class _Writer:
             item = self._value(source.fx)[node.fx.args[1]]
             # FuseOps loses items of what a kernel gives several of, where what it fuses reads more than one
             return self._copied(emitter, item) if source.op in RECURRENT else item
+        if node.fx in self.lookups:
+            return self._lookup(emitter, node)
         assert node.op is not None
         own = self.unweighted.call(emitter, node)
         if own is not None:
@@ -299,6 +316,17 @@ class _Writer:
             choice.reason,
         )
         return emitter(relax.call_tir(function, operands, output))
+
+    def _lookup(self, emitter: Emitter, node: Node) -> Any:
+        lookup, names = self.lookups[node.fx], self.packed[node.fx]
+        numbers = self._value(self._operands(node.fx)[0])
+        arrays = dict(zip(lookup.arrays, (self.weights[n] for n in names), strict=True))
+        function = lookup_function(known_dims(numbers), str(numbers.ty.dtype), lookup.shape, arrays, lookup.element)
+        added = emitter.builder.add_func(function, "lookup")
+        stored = 0 if lookup.tied is not None else sum(stored_bytes(a) for a in arrays.values())
+        self._row(node, "embedding", "lookup", (lookup.text, stored), "")
+        output = relax.TensorType(self.sizes.shape(node.value), "float32")
+        return emitter(relax.call_tir(added, [numbers, *(self._read[n] for n in names)], output))
 
     def _fallback_row(self, node: Node) -> None:
         stored, size = "float32", 0

@@ -35,7 +35,9 @@ def integerize(lowering: Lowering) -> Lowering:
                 reason = attention_refusal(node, lowering.target) if node.op is ops.ATTENTION else None
                 refused[node.fx] = reason or f"there is no own kernel for {node.op.name} yet"
             continue
-        weight = _stored_weight(node)
+        top = node.operand(1)
+        assert top is not None
+        weight = stored_weight(top)
         bias = node.operand(2)
         if weight is None or (bias is not None and not bias.is_parameter):
             refused[node.fx] = "its weight or bias is computed"
@@ -52,9 +54,8 @@ def integerize(lowering: Lowering) -> Lowering:
     return replace(lowering, regions=regions, refused=refused)
 
 
-def _stored_weight(node: Node) -> StoredWeight | None:
-    top = node.operand(1)
-    assert top is not None
+def stored_weight(top: Node) -> StoredWeight | None:
+    """How a layer's weight is stored, or None where it is computed; `top` gives its values."""
     shape = tuple(int(s) for s in top.shape)
     weight = _stored_codes(top.operand(0) if top.op is ops.DEQUANTIZE else top, shape)
     if weight is None or top.op is not ops.DEQUANTIZE:

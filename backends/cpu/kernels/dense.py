@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import tvm.tirx.script.builder.ir as B
+from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc import ops
@@ -20,10 +21,10 @@ from mcc.backends.cpu.integer_sums import pairs_fit, sums_overflow, zero_sum_fac
 from mcc.backends.cpu.kernels.panels import PanelPlan
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, parse_tile
 from mcc.backends.cpu.microkernel import Expression, Register, Vectors, flat, product, serial
-from mcc.backends.kernel import Lowered, Region, apply_epilogue
+from mcc.backends.kernel import PER_TOKEN, Lowered, Region, apply_epilogue
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -57,7 +58,13 @@ class DenseFloat:
         packed = {"weight": pack_panels(weight.dense, plan.width, target.vector_lanes)}
         packed |= _padded_vectors(region, plan.padded_outputs)
         body = _FloatBody(plan, scaled=weight.scale is not None)
-        return Lowered(plan.function(self.name, packed, body.emit), packed)
+
+        def element(arrays: Mapping[str, Expression], output: Expression, k: Expression) -> Expression:
+            first, width, lane = plan.place(output)
+            value = T.cast(arrays["weight"][first * plan.inputs + k * width + lane], "float32")
+            return value * arrays["scale"][output] if "scale" in arrays else value
+
+        return Lowered(plan.function(self.name, packed, body.emit), packed, element)
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """Float64 sums."""
@@ -98,7 +105,17 @@ def lower_integers(name: str, region: Region, target: Target, tile: str, body: t
     assert weight.dense is not None
     packed = {"weight": pack_panels_of_four(weight.dense, plan.width, target.vector_lanes)}
     packed |= integer_vectors(region, plan.padded_outputs, target)
-    return Lowered(plan.function(name, packed, body(plan, bounded=pairs_fit(weight.dense)).emit), packed)
+    function = plan.function(name, packed, body(plan, bounded=pairs_fit(weight.dense)).emit)
+    groups = -(-plan.inputs // 4)
+
+    def element(arrays: Mapping[str, Expression], output: Expression, k: Expression) -> Expression:
+        first, width, lane = plan.place(output)
+        word = first * groups + tirx.floordiv(k, 4) * width + lane
+        return T.cast(arrays["weight"][word * 4 + tirx.floormod(k, 4)], "float32") * arrays["scale"][output]
+
+    # the scale is that of the weight alone
+    alone = region.activation is PER_TOKEN and not region.epilogue
+    return Lowered(function, packed, element if alone else None)
 
 
 def not_plain(weight: StoredWeight) -> str | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tvm import tirx
 from tvm.script import tirx as T
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
@@ -41,16 +42,17 @@ class GroupedBody:
     Args:
         plan: of the kernel.
         words: of weights, int32 [out, groups, words of a group].
-        block: codes of an output that a whole number of words holds.
+        codes: of an output that a whole number of words holds, a block.
     """
 
-    def __init__(self, plan: PanelPlan, words: NDArray[np.int32], block: int) -> None:
+    def __init__(self, plan: PanelPlan, words: NDArray[np.int32], codes: int) -> None:
         weight = plan.region.weight
         assert weight.scale is not None
         self.plan, self.v, self.bits = plan, plan.vectors, weight.bits
         self.groups, self.group = weight.scale.shape[1], weight.group_size
-        self.blocks = -(-self.group // block)
-        self.words = block * self.bits // 32  # of a block
+        self.block_codes = codes
+        self.blocks = -(-self.group // codes)
+        self.words = codes * self.bits // 32  # of a block
         self.packed: dict[str, NDArray[Any]] = {
             "weight": self._panels(words), "scale": self._panels(weight.scale[:, :, None])
         }  # fmt: skip
@@ -65,6 +67,26 @@ class GroupedBody:
         width = self.plan.width
         panels = [padded[i : i + width].transpose(1, 2, 0).reshape(-1) for i in range(0, len(padded), width)]
         return np.concatenate(panels)
+
+    def element(self, arrays: Mapping[str, Expression], output: Expression, k: Expression) -> Expression:
+        """The weight's value at an output and an input."""
+        first, width, lane = self.plan.place(output)
+        group, inside = tirx.floordiv(k, self.group), tirx.floormod(k, self.group)
+        block = group * self.blocks + tirx.floordiv(inside, self.block_codes)
+        base = first * (self.groups * self.blocks * self.words) + block * (self.words * width) + lane
+
+        def word(n: Expression) -> Expression:
+            return arrays["weight"][base + n * width]
+
+        code = T.cast(self.signed_code(word, tirx.floormod(inside, self.block_codes)), "float32")
+        place = first * self.groups + group * width + lane
+        if "zero_point" in arrays:
+            code = code - T.cast(arrays["zero_point"][place], "float32")
+        return code * T.cast(arrays["scale"][place], "float32")
+
+    def signed_code(self, word: Callable[[Expression], Expression], c: Expression) -> Expression:
+        """Code number `c` of a block, int32, from words of that block."""
+        raise NotImplementedError
 
     def group_vectors(
         self, arrays: dict[str, Expression], panel: Expression, vectors: int, g: Expression

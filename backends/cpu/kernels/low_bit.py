@@ -27,7 +27,7 @@ from mcc.backends.kernel import Lowered, Region, apply_epilogue
 from mcc.ops import extent
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -66,7 +66,7 @@ class LowBitDense:
         """See the module's text."""
         plan = PanelPlan(region, Vectors(target), parse_tile(tile))
         body = _Body(plan)
-        return Lowered(plan.function(self.name, body.packed, body.emit), body.packed)
+        return Lowered(plan.function(self.name, body.packed, body.emit), body.packed, body.element)
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """Float64 sums over dequantized weights."""
@@ -102,14 +102,24 @@ class _Body(GroupedBody):
     def __init__(self, plan: PanelPlan) -> None:
         weight = plan.region.weight
         assert weight.dense is not None
-        self.codes = CODES[weight.bits]
-        super().__init__(plan, _words(weight.dense, weight.bits, weight.group_size), self.codes)
+        super().__init__(plan, _words(weight.dense, weight.bits, weight.group_size), CODES[weight.bits])
 
     def emit(self, x: Expression, *arrays: Expression) -> None:
         """Emit the whole kernel."""
         self.x, self.arrays = x, dict(zip(self.packed, arrays, strict=True))
         self.table = self._table()
         self.plan.loops(self._tile)
+
+    def signed_code(self, word: Callable[[Expression], Expression], c: Expression) -> Expression:
+        """See `GroupedBody`."""
+        low, *high = PLANES[self.bits]
+        held = 32 // low
+        raised = T.shift_right(word(tirx.floordiv(c, held)), T.cast(tirx.floormod(c, held) * low, "int32"))
+        for plane in high:
+            top = T.shift_right(word(self.words - 1), T.cast(c * plane, "int32"))
+            raised = T.bitwise_or(T.bitwise_and(raised, (1 << low) - 1), T.shift_left(top, T.int32(low)))
+        unused = T.int32(32 - self.bits)
+        return T.shift_right(T.shift_left(raised, unused), unused)
 
     def _table(self) -> Expression | None:
         """The value of each code in a register, over and over, so that the bits beyond it do not matter."""
@@ -138,8 +148,8 @@ class _Body(GroupedBody):
         """Add group `g` of inputs to the tile's sums."""
         scales, offsets = self.group_vectors(self.arrays, tile.panel, tile.vectors, g)
         offsets = offsets or [self.v.constant(0.0)] * tile.vectors
-        size = min(PART, self.codes)
-        whole, left = divmod(self.group, self.codes)
+        size = min(PART, self.block_codes)
+        whole, left = divmod(self.group, self.block_codes)
 
         def part(b: Expression, p: Expression, codes: int = size) -> None:
             words = self._part_words(tile, g * self.blocks + b, p)
@@ -147,12 +157,12 @@ class _Body(GroupedBody):
                 values = (self._value(w, c) for w in words)
                 weights = [B.Bind(self.v.fma(*part)) for part in zip(values, scales, offsets, strict=True)]
                 for i, row in enumerate(tile.sums):
-                    index = (tile.first + i) * self.plan.inputs + g * self.group + b * self.codes + p * size + c
+                    index = (tile.first + i) * self.plan.inputs + g * self.group + b * self.block_codes + p * size + c
                     x = B.Bind(self.v.splat(self.x[index]))
                     for weight, register in zip(weights, row, strict=True):
                         register.set(self.v.fma(x, weight, register.get()))
 
-        serial(whole, lambda b: serial(self.codes // size, lambda p: part(b, p)))
+        serial(whole, lambda b: serial(self.block_codes // size, lambda p: part(b, p)))
         for first in range(0, left, size):
             part(whole, first // size, min(size, left - first))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import tvm.tirx.script.builder.ir as B
+from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc import ops
@@ -27,7 +28,7 @@ from mcc.backends.kernel import PER_TOKEN_LIMIT, Lowered, Region, apply_epilogue
 from mcc.ops import extent
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -72,7 +73,7 @@ class LowBitPerToken:
         """See the module's text."""
         plan = PanelPlan(region, Vectors(target), parse_tile(tile))
         body = _Body(plan)
-        return Lowered(plan.function(self.name, body.packed, body.emit), body.packed)
+        return Lowered(plan.function(self.name, body.packed, body.emit), body.packed, body.element)
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """Exact integers, float64 sums of groups."""
@@ -125,6 +126,17 @@ class _Body(GroupedBody):
         self.codes, self.row_scales = made.words, made.scales
         self.code_sums: Expression = made.sums
         plan.loops(self._tile)
+
+    def signed_code(self, word: Callable[[Expression], Expression], c: Expression) -> Expression:
+        """See `GroupedBody`."""
+        low, *high = PLANES[self.bits]
+        held, operand, byte = BYTE // low, tirx.floordiv(c, WORD), tirx.floormod(c, WORD) * BYTE
+        shift = T.cast(tirx.floormod(operand, held) * low + byte, "int32")
+        code = T.bitwise_and(T.shift_right(word(tirx.floordiv(operand, held)), shift), (1 << low) - 1)
+        for plane in high:
+            top = T.shift_right(word(self.words - 1), T.cast(operand * plane + byte, "int32"))
+            code = T.bitwise_or(code, T.shift_left(T.bitwise_and(top, (1 << plane) - 1), T.int32(low)))
+        return code + self.low
 
     def _tile(self, panel: Expression, width: PanelWidth, first: Expression, count: int) -> None:
         plan, v, vectors = self.plan, self.v, width.vectors

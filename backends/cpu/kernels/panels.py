@@ -45,6 +45,11 @@ class PanelPlan:
         dims = (*self.leading, self.inputs), (*self.leading, self.outputs)
         return region_function(name, self.region, self.vectors, dims, packed, emit)
 
+    def place(self, output: Expression) -> tuple[Expression, Expression, Expression]:
+        """Of an output the first one of its panel, the width of that panel, and its lane there."""
+        first = tirx.floordiv(output, self.width) * self.width
+        return first, tirx.min(self.width, self.padded_outputs - first), output - first
+
     def loops(self, emit_tile: EmitTile) -> None:
         """Call `emit_tile(panel, its width, first row, rows)` for every tile: one row alone, or blocks of rows."""
         rows = product(self.leading)
