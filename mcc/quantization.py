@@ -58,7 +58,9 @@ def channel_scales(weight: Tensor, axis: int, codes: tuple[int, int]) -> Tensor:
     return scale[:, 0]
 
 
-def group_parameters(weight: Tensor, groups: int, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+def group_parameters(
+    weight: Tensor, groups: int, bits: int, *, symmetric: bool, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point of every group of a row's inputs, for the least squared error of the rounded weights.
 
     Args:
@@ -66,6 +68,7 @@ def group_parameters(weight: Tensor, groups: int, bits: int, *, symmetric: bool)
         groups: of a row, all of one size.
         bits: of a code; see `code_range`.
         symmetric: whether all zero points are zero.
+        importance: of squared errors, [in]; None where all inputs count alike.
 
     Returns:
         Scales [out, groups], float16, or float32 where they are too small or too large for that, and zero points: int8
@@ -79,12 +82,18 @@ def group_parameters(weight: Tensor, groups: int, bits: int, *, symmetric: bool)
     normal = torch.finfo(torch.float16)
     fits = bool((full * SMALLEST_SHRINK > normal.tiny).all() and (full < normal.max).all())
     kind = torch.float16 if fits else torch.float32
-    scale, zero = _least_error(values, full, (low, high), None if symmetric else least, kind)
+    counts = None if importance is None else importance.float().reshape(groups, -1)
+    scale, zero = _least_error(values, full, (low, high), None if symmetric else least, kind, counts)
     return scale.to(kind), torch.zeros((), dtype=torch.int8) if symmetric else zero.to(torch.int8)
 
 
 def _least_error(
-    values: Tensor, full: Tensor, codes: tuple[int, int], least: Tensor | None, kind: torch.dtype
+    values: Tensor,
+    full: Tensor,
+    codes: tuple[int, int],
+    least: Tensor | None,
+    kind: torch.dtype,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of scales shrunken from `full` those with the least squared error, and their zero points.
 
@@ -94,6 +103,7 @@ def _least_error(
         codes: the least and the largest.
         least: what the least code stands for at the full scale, [rows, groups]; None for zero points of zero.
         kind: what scales are stored as.
+        importance: of squared errors, [groups, elements].
     """
     low, high = codes
     best_error, best, zeros = torch.full_like(full, torch.inf), full, torch.zeros_like(full)
@@ -103,7 +113,8 @@ def _least_error(
         zero = torch.zeros_like(scale) if least is None else (low - least * shrink / scale).round().clamp(low, high)
         step = (scale / full)[..., None]
         rounded = (in_steps / step).round() + zero[..., None]
-        error = ((rounded.clamp(low, high) - zero[..., None]) * step - in_steps).square().sum(-1)
+        squares = ((rounded.clamp(low, high) - zero[..., None]) * step - in_steps).square()
+        error = (squares if importance is None else squares * importance).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best, zeros = torch.where(better, scale, best), torch.where(better, zero, zeros)

@@ -45,9 +45,9 @@ class Gptq(Pass):
         axis=0, low=-8, high=7)
         %fc: f32[8, 10] = linear(%x, %fc_weight_quantized, @fc.bias)
 
-    Each layer sees what the quantized layers before it give. Scales and zero points are those of the weights before
-    any change. Frantar, Ashkboos, Hoefler, Alistarh: GPTQ: accurate post-training quantization for generative
-    pre-trained transformers. ICLR 2023.
+    Each layer sees what the quantized layers before it give. Scales and zero points are those with the least error of
+    outputs before any change, inputs taken as independent. Frantar, Ashkboos, Hoefler, Alistarh: GPTQ: accurate
+    post-training quantization for generative pre-trained transformers. ICLR 2023.
 
     Attributes:
         bits: of a weight, 2 to 4.
@@ -153,7 +153,9 @@ class Gptq(Pass):
         expression = weight_expression(node.operand(1))
         assert expression is not None
         groups = 1 if self.group_size is None else weight.shape[1] // self.group_size
-        scale, zero = group_parameters(weight, groups, self.bits, symmetric=self.symmetric)
+        scale, zero = group_parameters(
+            weight, groups, self.bits, symmetric=self.symmetric, importance=curvature.diagonal()
+        )
         order = curvature.diagonal().argsort(descending=True) if self.act_order else torch.arange(len(curvature))
         size = weight.shape[1] // groups
         step = scale.float().repeat_interleave(size, 1)[:, order]
