@@ -35,7 +35,9 @@ class Language(nn.Module):
 
 
 def quantized(model, ids, step):
-    graph, _ = Pipeline((step,), parse_target("cpu"), Data()).run(mcc.capture(model, (ids,), dynamic_shapes=DIMS), (ids,))
+    graph, _ = Pipeline((step,), parse_target("cpu"), Data()).run(
+        mcc.capture(model, (ids,), dynamic_shapes=DIMS), (ids,)
+    )
     return graph
 
 
