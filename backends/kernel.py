@@ -115,7 +115,7 @@ class StoredWeight:
         sparse: the sparse form; None where it is dense.
         scale: of codes, float32 [out]; or, for groups of a row's inputs, float16 or float32 [out, groups]; None for
             float values.
-        zero_point: of groups, int8 [out, groups]; None where all are zero.
+        zero_point: of groups, int8 or float16 [out, groups]; None where all are zero.
         bits: of a code as the graph stores it.
     """
 
@@ -124,7 +124,7 @@ class StoredWeight:
     dense: NDArray[Any] | None
     sparse: SparseArrays | None
     scale: NDArray[Any] | None
-    zero_point: NDArray[np.int8] | None = None
+    zero_point: NDArray[Any] | None = None
     bits: int = 8
 
     @property
@@ -148,7 +148,7 @@ class StoredWeight:
     @property
     def text(self) -> str:
         """The format in words, for the report."""
-        kind = self.dtype if self.bits == 8 else f"int{self.bits}"
+        kind = self.dtype if self.bits == 8 else "binary" if self.bits == 1 else f"int{self.bits}"
         if self.grouped:
             kind += f" in groups of {self.group_size}"
         return ("sparse " if self.sparse is not None else "") + kind

@@ -32,22 +32,28 @@ def along_axis(vector: Tensor, like: Tensor, axis: int | None) -> Tensor:
     return vector.reshape([-1 if i == axis else 1 for i in range(like.dim())])
 
 
+def nearest(in_steps: Tensor, zero: Tensor) -> Tensor:
+    """Codes before they are clamped: x / scale rounded half to even, so that code - zero point is nearest to it."""
+    whole = zero.floor()
+    return torch.round(in_steps + (zero - whole)) + whole
+
+
 @torch.library.custom_op("mcc::quantize", mutates_args=())
 def quantize(  # noqa: PLR0913 (an op's schema)
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low: int, high: int, dtype: torch.dtype
 ) -> Tensor:
-    """Codes of x: clamp(round(x / scale) + zero_point, low, high), rounding half to even.
+    """Codes of x: clamp(round(x / scale + zero_point), low, high), x / scale rounding half to even.
 
     Args:
         x: float, any shape.
         scale: float32, [] or [x.shape[axis]]; or, for groups, float32 or float16 [x.shape[0], groups] with axis 0.
-        zero_point: int32 or int8, the shape of scale or [].
+        zero_point: int32, int8 or float16 (-1/2 where codes stand for midpoints), the shape of scale or [].
         axis: the dim of x that scale runs along, or None for one scale.
         low: the smallest code.
         high: the largest code.
         dtype: of the codes: torch.uint8 or torch.int8.
     """
-    codes = torch.round(x / along_axis(scale, x, axis)) + along_axis(zero_point, x, axis)
+    codes = nearest(x / along_axis(scale, x, axis), along_axis(zero_point, x, axis))
     return torch.clamp(codes, low, high).to(dtype)
 
 
@@ -81,7 +87,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None
     quantization. ICLR 2020: code - zero_point - x / scale inside the range, code - zero_point at its ends.
     """
     step, zero = along_axis(scale, x, axis), along_axis(zero_point, x, axis)
-    return (torch.clamp(torch.round(x / step) + zero, low, high) - zero) * step
+    return (torch.clamp(nearest(x / step, zero), low, high) - zero) * step
 
 
 @fake_quantize.register_fake
@@ -98,7 +104,7 @@ def _save_for_gradients(
     del output
     x, scale, zero_point, axis, low, high = inputs
     in_steps, zero = x / along_axis(scale, x, axis), along_axis(zero_point, x, axis)
-    codes = torch.round(in_steps) + zero
+    codes = nearest(in_steps, zero)
     inside = (codes >= low) & (codes <= high)
     ctx.scale_shape, ctx.axis = scale.shape, axis  # type: ignore[attr-defined]  # torch's stub lacks what one sets
     if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]  # and this

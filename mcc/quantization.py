@@ -10,6 +10,7 @@ from torch import Tensor
 from mcc import ops
 from mcc.cost import weight_expression
 from mcc.errors import PassError, SpecError
+from mcc.formats import nearest
 from mcc.graph import Graph, Node, identifier
 from mcc.rewrite import Context, Rewriter
 
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 QUANTIZERS = (ops.FAKE_QUANTIZE, ops.FAKE_QUANTIZE_PER_TOKEN)
 GROUP_STEP = 32  # whole words of every width
 MANY_CODES = 63
-SHRINKS = 21
-SMALLEST_SHRINK = 0.4
+SHRINKS = 33
+SMALLEST_SHRINK = 0.2
+MIDPOINT = -0.5  # the zero point where codes stand for (code + 1/2) * scale
 
 
 def check_group_size(step: str, group_size: int | None) -> None:
@@ -54,44 +56,53 @@ def channel_scales(weight: Tensor, axis: int, codes: tuple[int, int]) -> Tensor:
     full = torch.where(largest > torch.finfo(torch.float32).tiny * limit, largest / limit, 1.0)
     if limit >= MANY_CODES:
         return full
-    scale, _ = _least_error(rows, full[:, None], codes, None, torch.float32)
+    scale, _ = _least_error(rows, full[:, None], codes, 0.0, torch.float32)
     return scale[:, 0]
 
 
 def group_parameters(
-    weight: Tensor, groups: int, bits: int, *, symmetric: bool, importance: Tensor | None = None
+    weight: Tensor,
+    groups: int,
+    codes: tuple[int, int],
+    *,
+    symmetric: bool,
+    midpoints: bool = False,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of every group of a row's inputs, for the least squared error of the rounded weights.
 
     Args:
         weight: [out, in].
         groups: of a row, all of one size.
-        bits: of a code; see `code_range`.
-        symmetric: whether all zero points are zero.
+        codes: the least and the largest.
+        symmetric: whether all zero points are alike.
+        midpoints: whether that zero point is `MIDPOINT`; with two codes it has to be.
         importance: of squared errors, [in]; None where all inputs count alike.
 
     Returns:
         Scales [out, groups], float16, or float32 where they are too small or too large for that, and zero points: int8
-        [out, groups], or [] where symmetric.
+        [out, groups], or [] where symmetric, float16 for midpoints.
     """
     values = weight.detach().float().reshape(len(weight), groups, -1)
-    low, high = code_range(bits)
+    low, high = codes
     least, most = values.amin(-1).clamp(max=0.0), values.amax(-1).clamp(min=0.0)
-    full = torch.maximum(-least, most) / high if symmetric else (most - least) / (high - low)
+    fixed = MIDPOINT if midpoints else 0.0
+    full = torch.maximum(-least, most) / (high - fixed) if symmetric else (most - least) / (high - low)
     full = torch.where(full > torch.finfo(torch.float32).tiny, full, 1.0)
     normal = torch.finfo(torch.float16)
     fits = bool((full * SMALLEST_SHRINK > normal.tiny).all() and (full < normal.max).all())
     kind = torch.float16 if fits else torch.float32
     counts = None if importance is None else importance.float().reshape(groups, -1)
-    scale, zero = _least_error(values, full, (low, high), None if symmetric else least, kind, counts)
-    return scale.to(kind), torch.zeros((), dtype=torch.int8) if symmetric else zero.to(torch.int8)
+    scale, zero = _least_error(values, full, codes, fixed if symmetric else least, kind, counts)
+    alike = torch.tensor(fixed, dtype=torch.float16 if midpoints else torch.int8)
+    return scale.to(kind), alike if symmetric else zero.to(torch.int8)
 
 
 def _least_error(
     values: Tensor,
     full: Tensor,
     codes: tuple[int, int],
-    least: Tensor | None,
+    least: Tensor | float,
     kind: torch.dtype,
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -101,7 +112,7 @@ def _least_error(
         values: [rows, groups, elements].
         full: scales of the whole range, [rows, groups].
         codes: the least and the largest.
-        least: what the least code stands for at the full scale, [rows, groups]; None for zero points of zero.
+        least: what the least code stands for at the full scale, [rows, groups]; or the zero point of all.
         kind: what scales are stored as.
         importance: of squared errors, [groups, elements].
     """
@@ -110,9 +121,12 @@ def _least_error(
     in_steps = values / full[..., None]  # squares of the values themselves may overflow
     for shrink in torch.linspace(1.0, SMALLEST_SHRINK, SHRINKS).tolist():
         scale = (full * shrink).to(kind).float()
-        zero = torch.zeros_like(scale) if least is None else (low - least * shrink / scale).round().clamp(low, high)
+        if isinstance(least, Tensor):
+            zero = (low - least * shrink / scale).round().clamp(low, high)
+        else:
+            zero = torch.full_like(scale, least)
         step = (scale / full)[..., None]
-        rounded = (in_steps / step).round() + zero[..., None]
+        rounded = nearest(in_steps / step, zero[..., None])
         squares = ((rounded.clamp(low, high) - zero[..., None]) * step - in_steps).square()
         error = (squares if importance is None else squares * importance).sum(-1)
         better = error < best_error
@@ -215,7 +229,7 @@ def round_weight(graph: Graph, quantizer: Node) -> None:
     else:
         cut, shape = weight, [-1 if i == quantizer.argument(3) else 1 for i in range(weight.dim())]
     step, zero = scale.float().reshape(shape), zero if zero.dim() == 0 else zero.reshape(shape)
-    codes = (torch.round(cut / step) + zero).clamp(low, high)
+    codes = nearest(cut / step, zero).clamp(low, high)
     rounded_weight = ((codes - zero) * step).reshape(weight.shape)
     readers = [graph.node(user.name) for user in quantizer.users]
     order = {n: i for i, n in enumerate(graph.module.graph.nodes)}

@@ -103,7 +103,7 @@ class Awq(Pass):
 
     def _rounded(self, weight: Tensor) -> Tensor:
         groups = 1 if self.group_size is None else weight.shape[1] // self.group_size
-        scale, zero = group_parameters(weight, groups, self.bits, symmetric=self.symmetric)
+        scale, zero = group_parameters(weight, groups, code_range(self.bits), symmetric=self.symmetric)
         rounded: Tensor = fake_quantize(weight, scale, zero, 0, *code_range(self.bits))
         return rounded
 

@@ -154,7 +154,7 @@ class Gptq(Pass):
         assert expression is not None
         groups = 1 if self.group_size is None else weight.shape[1] // self.group_size
         scale, zero = group_parameters(
-            weight, groups, self.bits, symmetric=self.symmetric, importance=curvature.diagonal()
+            weight, groups, code_range(self.bits), symmetric=self.symmetric, importance=curvature.diagonal()
         )
         order = curvature.diagonal().argsort(descending=True) if self.act_order else torch.arange(len(curvature))
         size = weight.shape[1] // groups

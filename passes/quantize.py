@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+FEW = {"ternary": (-1, 1), "binary": (-1, 0)}  # codes
 EMBEDDING_CODES = (-127, 127)
 TOKEN_LIMIT = 127  # the largest code of a token, as `mcc.fake_quantize_per_token` and its kernels have it
 
@@ -55,10 +56,14 @@ class Quantize(Pass):
     chosen, as are all scales of fewer than 8 bits, for the least squared error of the weights. So may they where
     activations get a scale for each token when it comes, which linear layers alone can read:
         %x_quantized: f32[8, 64] = mcc.fake_quantize_per_token(%x, limit=127)
+    "binary" weights are ±scale / 2, and `midpoints` are (code + 1/2) * scale: of four values none is zero then, and as
+    many are positive as negative; @fc.weight_zero_point is -1/2. Liu et al.: ParetoQ: scaling laws in extremely low-bit
+    LLM quantization. arXiv 2502.02631, 2025.
     Embeddings get int8 codes with a scale for each row; those tied to a layer have that layer's codes.
 
     Attributes:
-        weights: "int8", "int4", "int3" or "int2", rounded to nearest.
+        weights: "int8", "int4", "int3", "int2", "ternary" (-1, 0 and 1, stored in two bits) or "binary" (one bit),
+            rounded to nearest.
         activations: "int8", "int4", "int3" or "int2" need calibration data; None quantizes weights alone. Codes of
             fewer bits are bytes all the same: they cost accuracy, which training wins back, and save no time on CPUs.
             "dynamic" has int8 codes with a scale for each token (row), chosen when it comes; layers whose weights a
@@ -66,6 +71,7 @@ class Quantize(Pass):
         group_size: inputs of a linear layer that share a scale, a multiple of 32; None for all. Needs activations that
             are None or "dynamic".
         symmetric: False gives each group of a linear layer a zero point. Needs the same.
+        midpoints: codes of linear layers stand for halves, none for zero. Needs the same.
         observer: how the range of an activation is chosen: "min-max"; "percentile-99.9", "-99.99", "-99.999" leave
             outliers out; "mse" has the least squared error.
         weight_range: "target" keeps codes within what the target's fast int8 kernel adds exactly (±63 on AVX2, ±127
@@ -73,10 +79,11 @@ class Quantize(Pass):
         exclude: patterns of layer names to leave in float, shell style.
     """
 
-    weights: Literal["int8", "int4", "int3", "int2"] = "int8"
+    weights: Literal["int8", "int4", "int3", "int2", "ternary", "binary"] = "int8"
     activations: Literal["int8", "int4", "int3", "int2", "dynamic"] | None = "int8"
     group_size: int | None = None
     symmetric: bool = True
+    midpoints: bool = False
     observer: Observer = "mse"
     weight_range: Literal["target", "full"] = "target"
     exclude: tuple[str, ...] = ()
@@ -85,7 +92,7 @@ class Quantize(Pass):
 
     def __post_init__(self) -> None:
         for option, allowed in (
-            ("weights", tuple(BITS)), ("activations", (*BITS, "dynamic", None)), ("observer", OBSERVERS),
+            ("weights", (*BITS, *FEW)), ("activations", (*BITS, "dynamic", None)), ("observer", OBSERVERS),
             ("weight_range", ("target", "full")),
         ):  # fmt: skip
             if getattr(self, option) not in allowed:
@@ -94,11 +101,14 @@ class Quantize(Pass):
                     remedy=f"use one of {', '.join(map(repr, allowed))}",
                 )
         check_group_size("quantize", self.group_size)
-        if self._static and (self.group_size is not None or not self.symmetric):
+        if self._static and (self.group_size is not None or not self.symmetric or self._halves):
             raise SpecError(
                 "quantize: integer sums need one scale and no zero point for each output",
-                remedy="leave group_size and symmetric out, or use activations=None or 'dynamic'",
+                remedy="leave group_size, symmetric, midpoints and binary weights out, or use activations=None or "
+                "'dynamic'",
             )
+        if self._halves and not self.symmetric:
+            raise SpecError("quantize: midpoints have one zero point", remedy="leave symmetric=False out")
 
     @property
     def needs_data(self) -> tuple[str, ...]:
@@ -114,7 +124,7 @@ class Quantize(Pass):
             if _has_quantizer(node):
                 context.note(f"{node.layer}: its weight is quantized already, its activations are now")
             elif self._grouped and node.op is ops.LINEAR:
-                _quantize_groups(node, BITS[self.weights], self.group_size, symmetric=self.symmetric)
+                self._quantize_groups(node)
             else:
                 _quantize_weight(node, codes)
             context.edited()
@@ -133,14 +143,33 @@ class Quantize(Pass):
         return self.activations not in (None, "dynamic")
 
     @property
+    def _halves(self) -> bool:
+        """Whether no code stands for zero."""
+        return self.midpoints or self.weights == "binary"
+
+    @property
     def _grouped(self) -> bool:
         """Whether linear layers get scales for groups, one group where no size is given."""
-        alone = self.weights != "int8" or self.group_size is not None or not self.symmetric
+        alone = self.weights != "int8" or self.group_size is not None or not self.symmetric or self.midpoints
         return not self._static and alone
+
+    @property
+    def _range(self) -> tuple[int, int]:
+        """The least and the largest code of a weight in groups."""
+        return FEW[self.weights] if self.weights in FEW else code_range(BITS[self.weights])
+
+    def _quantize_groups(self, node: Node) -> None:
+        name, weight = layer_weight(node)
+        groups = 1 if self.group_size is None else weight.shape[1] // self.group_size
+
+        def parameters() -> tuple[Tensor, Tensor]:
+            return group_parameters(weight, groups, self._range, symmetric=self.symmetric, midpoints=self._halves)
+
+        insert_quantizer(node, name, parameters, 0, self._range)
 
     def _codes(self, context: Context) -> tuple[int, int]:
         """The least and the largest code of a weight with one scale for each output."""
-        low, high = code_range(BITS[self.weights])
+        low, high = self._range
         exact = context.target.int8_weight_limit
         # a weight-only kernel multiplies in float: any code is exact
         if self.activations is not None and self.weight_range == "target" and exact < high:
@@ -187,6 +216,10 @@ class Quantize(Pass):
         if self.activations == "dynamic" and node.op is not ops.LINEAR:
             assert node.op is not None
             return f"{node.op.name} reads no activations with a scale for each token"
+        if self._halves and node.op is not ops.LINEAR:
+            return f"no kernel of {node.op} reads codes that stand for halves"
+        if self._halves and expression.mask is not None:
+            return "its pruned weights would not stay zero: no code stands for it"
         if expression.quantizer is not None:
             return None if self._only_activations(node) else "its weight is already quantized"
         return ragged(node, self.group_size) if self._grouped and node.op is ops.LINEAR else None
@@ -289,16 +322,6 @@ def _round_tokens(graph: Graph, quantizer: Node) -> None:
         return codes * (largest / TOKEN_LIMIT)
 
     _compute_instead(graph, quantizer, plain)
-
-
-def _quantize_groups(node: Node, bits: int, group_size: int | None, *, symmetric: bool) -> None:
-    name, weight = layer_weight(node)
-    groups = 1 if group_size is None else weight.shape[1] // group_size
-
-    def parameters() -> tuple[Tensor, Tensor]:
-        return group_parameters(weight, groups, bits, symmetric=symmetric)
-
-    insert_quantizer(node, name, parameters, 0, code_range(bits))
 
 
 def _quantize_weight(node: Node, codes: tuple[int, int]) -> None:

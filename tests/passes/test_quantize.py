@@ -17,7 +17,7 @@ from mcc.errors import DataError, PassError, SpecError
 from mcc.formats import pack
 from mcc.passes import Quantize
 from mcc.pipeline import Pipeline
-from mcc.quantization import channel_scales, group_parameters
+from mcc.quantization import channel_scales, code_range, group_parameters
 from mcc.statistics import OBSERVERS, Histogram, affine_parameters
 from mcc.target import parse_target
 
@@ -127,7 +127,7 @@ def test_group_parameters_err_no_more_than_the_full_range_does(rows, groups, bit
     weight = np.random.default_rng(seed).standard_normal((rows, groups * 32)) * size
     scale, zero = (
         p.double().numpy()
-        for p in group_parameters(torch.from_numpy(weight).float(), groups, bits, symmetric=symmetric)
+        for p in group_parameters(torch.from_numpy(weight).float(), groups, code_range(bits), symmetric=symmetric)
     )
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     cut = weight.reshape(rows, groups, 32)
@@ -147,9 +147,9 @@ def test_group_parameters_err_no_more_than_the_full_range_does(rows, groups, bit
 
 
 def test_groups_too_small_for_float16_scales_keep_float32():
-    scale, _ = group_parameters(torch.randn(4, 64) * 1e-6, 2, 4, symmetric=True)
+    scale, _ = group_parameters(torch.randn(4, 64) * 1e-6, 2, code_range(4), symmetric=True)
     assert scale.dtype is torch.float32
-    assert group_parameters(torch.randn(4, 64), 2, 4, symmetric=True)[0].dtype is torch.float16
+    assert group_parameters(torch.randn(4, 64), 2, code_range(4), symmetric=True)[0].dtype is torch.float16
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mcc.backends.cpu.microkernel import Expression
     from mcc.backends.kernel import StoredWeight
 
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # the bits of a code that words hold together
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # the bits of a code that words hold together
 
 
 def not_grouped(weight: StoredWeight, multiple: Mapping[int, int]) -> str | None:
@@ -28,7 +28,7 @@ def not_grouped(weight: StoredWeight, multiple: Mapping[int, int]) -> str | None
         multiple: what several groups must have a multiple of inputs of, by the bits of codes that are taken.
     """
     if not weight.grouped or weight.sparse is not None or weight.bits not in multiple:
-        return "the weight is not dense codes of 2, 3, 4 or 8 bits with scales for groups"
+        return "the weight is not dense codes of 1 to 4 or 8 bits with scales for groups"
     if int(weight.decoded().max(initial=0)) >> (weight.bits - 1):
         return f"its codes are not signed ones of {weight.bits} bits"
     if weight.scale is not None and weight.scale.shape[1] > 1 and weight.group_size % multiple[weight.bits]:
@@ -56,7 +56,11 @@ class GroupedBody:
         self.packed: dict[str, NDArray[Any]] = {
             "weight": self._panels(words), "scale": self._panels(weight.scale[:, :, None])
         }  # fmt: skip
-        if weight.zero_point is not None:
+        # what all groups have is in the code
+        zeros = np.zeros(1) if weight.zero_point is None else weight.zero_point
+        self.zero = float(zeros.flat[0]) if (zeros == zeros.flat[0]).all() else None
+        if self.zero is None:
+            assert weight.zero_point is not None
             self.packed["zero_point"] = self._panels(weight.zero_point[:, :, None])
         if plan.region.bias is not None:
             self.packed["bias"] = np.pad(plan.region.bias, (0, plan.padded_outputs - plan.outputs))
@@ -80,9 +84,8 @@ class GroupedBody:
 
         code = T.cast(self.signed_code(word, tirx.floormod(inside, self.block_codes)), "float32")
         place = first * self.groups + group * width + lane
-        if "zero_point" in arrays:
-            code = code - T.cast(arrays["zero_point"][place], "float32")
-        return code * T.cast(arrays["scale"][place], "float32")
+        zero = T.cast(arrays["zero_point"][place], "float32") if self.zero is None else T.float32(self.zero)
+        return (code - zero) * T.cast(arrays["scale"][place], "float32")
 
     def signed_code(self, word: Callable[[Expression], Expression], c: Expression) -> Expression:
         """Code number `c` of a block, int32, from words of that block."""
@@ -96,8 +99,8 @@ class GroupedBody:
         base = panel * (self.plan.width * self.groups) + g * (vectors * v.lanes)
         kind = f"float32x{v.lanes}"
         scales = [v.hold(T.cast(v.load(arrays["scale"], base + j * v.lanes), kind)) for j in range(vectors)]
-        zeros = arrays.get("zero_point")
-        if zeros is None:
-            return scales, []
+        if self.zero is not None:
+            return scales, [v.hold(s * v.constant(-self.zero)) for s in scales] if self.zero else []
+        zeros = arrays["zero_point"]
         values = [T.cast(v.load(zeros, base + j * v.lanes), kind) for j in range(vectors)]
         return scales, [v.hold(v.constant(0.0) - z * s) for z, s in zip(values, scales, strict=True)]

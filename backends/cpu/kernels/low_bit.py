@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
     from mcc.target import Target
 
-CODES = {2: 16, 3: 32, 4: 8, 8: 4}  # of a block, by bits: what a whole number of words holds
+CODES = {1: 32, 2: 16, 3: 32, 4: 8, 8: 4}  # of a block, by bits: what a whole number of words holds
 FEW_ROWS = 4
 PART = 8  # codes of a block that are written out; more take minutes to compile
 
 
 @dataclass(frozen=True)
 class LowBitDense:
-    """float32 activations; weights of 2, 3, 4 or 8 bits with a scale, and perhaps a zero point, for each group."""
+    """float32 activations; weights of 1 to 4 or 8 bits with a scale, and perhaps a zero point, for each group."""
 
     name: str = "low_bit_dense"
     anchor: ClassVar[ops.Op] = ops.LINEAR

@@ -42,7 +42,7 @@ BYTE = 8
 
 @dataclass(frozen=True)
 class LowBitPerToken:
-    """float32 activations quantized per token; weights of 2, 3, 4 or 8 bits with scales for groups."""
+    """float32 activations quantized per token; weights of 1 to 4 or 8 bits with scales for groups."""
 
     name: str = "low_bit_per_token"
     anchor: ClassVar[ops.Op] = ops.LINEAR
@@ -79,10 +79,10 @@ class LowBitPerToken:
         """Exact integers, float64 sums of groups."""
         weight = region.weight
         assert weight.scale is not None
-        zeros = 0 if weight.zero_point is None else weight.zero_point.repeat(weight.group_size, 1).astype(np.int64)
+        zeros = 0 if weight.zero_point is None else weight.zero_point.repeat(weight.group_size, 1).astype(np.float64)
         codes, scales = token_codes(source)
         form = weight.scale.shape[1], weight.group_size
-        cut = (weight.decoded().astype(np.int64) - zeros).reshape(weight.shape[0], *form)
+        cut = (weight.decoded() - zeros).reshape(weight.shape[0], *form)
         sums = np.einsum("...gk,ogk->...og", codes.reshape(*codes.shape[:-1], *form), cut)
         values = (sums * weight.scale.astype(np.float64)).sum(-1) * scales
         bias = np.float32(0) if region.bias is None else region.bias

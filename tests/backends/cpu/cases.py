@@ -95,10 +95,11 @@ def _dense(draw: Any, target: Target, form: str) -> tuple[Kernel, Region, list[t
 
 @st.composite
 def _low_bit(draw: Any, per_token: bool) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
-    bits, outputs, affine = draw(st.sampled_from([2, 3, 4, 8])), draw(channels), draw(st.booleans())
+    bits, outputs = draw(st.sampled_from([1, 2, 3, 4, 8])), draw(channels)
+    zeros = draw(st.sampled_from(["none", "affine", "halves"]))
     groups = draw(st.integers(1, 4))
     inputs = draw(channels) if groups == 1 else groups * draw(st.sampled_from([32, 64]))
-    weight = make_grouped_weight((outputs, inputs), bits, groups, 5, affine=affine)
+    weight = make_grouped_weight((outputs, inputs), bits, groups, 5, zeros)
     rows = Symbolic(draw(st.sampled_from([1, 64])))
     activation = PER_TOKEN if per_token else None
     region = make_region(ops.LINEAR, (rows, inputs), weight, draw(epilogues()), activation, bias=draw(st.booleans()))

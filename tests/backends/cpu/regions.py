@@ -56,14 +56,17 @@ def make_weight(
     return StoredWeight("w", shape, None, SparseArrays(weight[mask], columns, row_pointers), scale)
 
 
-def make_grouped_weight(shape: tuple[int, int], bits: int, groups: int, seed: int, *, affine: bool) -> StoredWeight:
-    """Codes over their whole range, with float16 scales that group by group are far apart."""
+def make_grouped_weight(shape: tuple[int, int], bits: int, groups: int, seed: int, zeros: str = "none") -> StoredWeight:
+    """Codes over their whole range, with float16 scales that group by group are far apart; zero points as `zeros` says."""
     random = np.random.default_rng(seed)
     low = -(1 << (bits - 1))
     codes = random.integers(low, -low, shape).astype(np.int8)
     scale = (random.uniform(0.01, 1.0, (shape[0], groups)) / np.sqrt(shape[1] << bits)).astype(np.float16)
-    zeros = random.integers(low, -low, scale.shape).astype(np.int8) if affine else None
-    return StoredWeight("w", shape, codes, None, scale, zeros, bits)
+    points = {
+        "none": None, "affine": random.integers(low, -low, scale.shape).astype(np.int8),
+        "halves": np.full(scale.shape, -0.5, np.float16),
+    }  # fmt: skip
+    return StoredWeight("w", shape, codes, None, scale, points[zeros], bits)
 
 
 def make_region(

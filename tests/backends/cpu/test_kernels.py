@@ -125,10 +125,10 @@ def test_kernels_say_why_they_refuse():
     dense = make_region(ops.LINEAR, (4, 8), make_weight((8, 8), "float32", 1))
     assert SparseDense().refuses(dense, target) == "the weight is dense"
     assert DenseInt8().refuses(dense, target) == "weight and activations are not both int8 with stored scales"
-    grouped = make_region(ops.LINEAR, (4, 64), make_grouped_weight((8, 64), 4, 2, 1, affine=False))
+    grouped = make_region(ops.LINEAR, (4, 64), make_grouped_weight((8, 64), 4, 2, 1))
     assert DenseFloat().refuses(grouped, target) == "groups of the weight's inputs have scales of their own"
     assert LowBitDense().refuses(grouped, target) is None
-    ragged = make_region(ops.LINEAR, (4, 60), make_grouped_weight((8, 60), 4, 5, 1, affine=False))
+    ragged = make_region(ops.LINEAR, (4, 60), make_grouped_weight((8, 60), 4, 5, 1))
     assert LowBitDense().refuses(ragged, target) == "groups of 12 are no multiple of 8"
     wide = make_weight((1, 60_000), "int8", 1, density=1.0)
     wide.sparse.values[:] = 127

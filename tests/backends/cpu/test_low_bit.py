@@ -9,6 +9,7 @@ from torch import nn
 
 import mcc
 from mcc.data import Data
+from mcc.errors import PassError, SpecError
 from mcc.passes import FineTune, PruneWeights, Quantize
 from mcc.pipeline import Pipeline
 from mcc.target import parse_target
@@ -38,6 +39,51 @@ def test_linear_layers_take_no_more_than_their_bits_and_equal_the_graph(tmp_path
         extra = 16 + (0 if symmetric else 8)  # bits of a scale and a zero point
         assert row.stored_bytes <= layer.weight.numel() * (bits + extra / 32) / 8 + 4 * len(layer.bias)
         assert row.reason == ""
+
+
+@pytest.mark.parametrize("activations", [None, "dynamic"])
+@pytest.mark.parametrize(("weights", "midpoints", "bits"), [
+    ("binary", False, 1), ("ternary", False, 2), ("ternary", True, 2), ("int2", True, 2), ("int3", True, 3), ("int4", True, 4),
+])  # fmt: skip
+def test_codes_that_stand_for_halves_and_for_three_values(weights, midpoints, bits, activations):
+    """The zero point that all groups have is in the kernel's code: it takes no bytes."""
+    model, x = nn.Linear(96, 72).eval(), torch.randn(7, 96)
+    step = Quantize(weights=weights, activations=activations, group_size=32, midpoints=midpoints)
+    graph = compressed(model, x, step)
+    values = graph.node("weight_quantized").fx.target(
+        *(graph.tensor(n).detach() for n in ("weight", "weight_scale", "weight_zero_point")), *graph.node("weight_quantized").fx.args[3:]
+    )  # fmt: skip
+    kinds = {"binary": 2, "ternary": 3}.get(weights, 1 << bits)
+    assert all(len(group.unique()) <= kinds for group in values.reshape(-1, 32))
+    if midpoints or weights == "binary":
+        assert (values != 0).all()
+    artifact = mcc.compile(model, (x,), passes=[step], dynamic_shapes=BATCH, **QUICK)
+    for batch in (1, 7, 0):
+        torch.testing.assert_close(artifact(x[:batch]), graph(x)[:batch], rtol=1e-4, atol=1e-4)
+    (row,) = artifact.report.layers
+    assert row.reason == ""
+    rows = 80 if parse_target("cpu").vector_lanes == 16 else 72  # whole vectors of outputs
+    assert row.stored_bytes == rows * (96 * bits / 8 + 3 * 2 + 4)
+
+
+def test_what_halves_cannot_do_is_refused_in_words():
+    x = torch.randn(2, 64)
+    with pytest.raises(SpecError, match="integer sums need one scale and no zero point"):
+        Quantize(weights="binary")
+    with pytest.raises(SpecError, match="midpoints have one zero point"):
+        Quantize(weights="int2", activations=None, midpoints=True, symmetric=False)
+    with pytest.raises(PassError, match="its pruned weights would not stay zero: no code stands for it"):
+        compressed(nn.Linear(64, 8), x, PruneWeights(ratio=0.5), Quantize(weights="binary", activations=None))
+    with pytest.raises(PassError, match="no kernel of conv1d reads codes that stand for halves"):
+        compressed(nn.Conv1d(4, 4, 3), torch.randn(1, 4, 8), Quantize(weights="binary", activations=None))
+
+
+def test_the_scale_of_two_values_is_that_of_least_error():
+    """Rastegari et al.: XNOR-Net. ECCV 2016: the mean of |w|, up to how finely scales are tried."""
+    model = nn.Linear(512, 16).eval()
+    graph = compressed(model, torch.randn(2, 512), Quantize(weights="binary", activations=None))
+    best = 2 * model.weight.detach().abs().mean(1, keepdim=True)
+    torch.testing.assert_close(graph.tensor("weight_scale").float(), best, rtol=0.05, atol=0)
 
 
 def test_without_a_group_size_a_row_is_one_group_of_any_length():
