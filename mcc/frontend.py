@@ -67,6 +67,7 @@ def capture(
         spelled_out(),
     ):  # train mode would record stochastic depth, auxiliary heads and batch counters
         program = _export(model, args, kwargs, dynamic_shapes)
+    _check_asserts(program, asked, type(model).__name__)
     return _from_program(program, asked)
 
 
@@ -88,39 +89,53 @@ _SUGGESTED_BOUND = re.compile(r"^\s*(\w+) = Dim\('\w+',(?: min=(\d+),?)?(?: max=
 def _export(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: object
 ) -> ExportedProgram:
-    """Export; a dim given by name alone takes the bounds that the model puts on it, such as its longest sequence."""
+    """Export; a dim given by name alone takes the bounds that the model puts on it, such as its longest sequence.
+
+    Conditions on dims that torch cannot prove are left in the program where nothing else helps.
+    """
     bounds: dict[str, tuple[int, int]] = {}
-    for last_try in (False, True):
+    deferred = False
+    while True:
         shapes = _named_dims(dynamic_shapes, {}, bounds)
         try:
             # under no_grad some modules take a fused inference path; recurrent ones look up their weights anew, which
             # torch warns of
             with torch.enable_grad(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")
-                program = torch.export.export(
+                return torch.export.export(
                     model, args, kwargs, dynamic_shapes=shapes, strict=False,
-                    prefer_deferred_runtime_asserts_over_guards=True,
+                    prefer_deferred_runtime_asserts_over_guards=deferred,
                 )  # fmt: skip
-                _check_asserts(program, type(model).__name__)
-                return program
         except CaptureError:
             raise
         except Exception as error:
-            for name, low, high in _SUGGESTED_BOUND.findall(str(error)):
-                bounds[name] = (int(low or 1), int(high or LARGEST_DIM))
-            if last_try or not bounds:
-                lines = (str(error).strip() or repr(error)).splitlines()
+            lines = (str(error).strip() or repr(error)).splitlines()
+            violated = lines[0].startswith("Constraints violated")
+            suggested = {} if bounds else _suggested_bounds(str(error))
+            if suggested:
+                bounds = suggested
+            elif violated and not deferred:
+                deferred = True
+            else:
                 # of dims that do not fit, the second line says why
-                summary = " ".join(lines[: 2 if lines[0].startswith("Constraints violated") else 1])
                 raise CaptureError(
-                    f"torch.export could not capture {type(model).__name__}: {summary}",
+                    f"torch.export could not capture {type(model).__name__}: {' '.join(lines[: 2 if violated else 1])}",
                     remedy="make `torch.export.export(model, example_inputs, strict=False)` work first",
                 ) from error
-    raise AssertionError("the last try returns or raises")
 
 
-def _check_asserts(program: ExportedProgram, name: str) -> None:
+def _suggested_bounds(message: str) -> dict[str, tuple[int, int]]:
+    found = _SUGGESTED_BOUND.findall(message)
+    return {name: (int(low or 1), int(high or LARGEST_DIM)) for name, low, high in found}
+
+
+def _check_asserts(program: ExportedProgram, asked: Mapping[tuple[int, int], str], name: str) -> None:
     """Try what torch could not prove of the dynamic dims at sizes in their ranges, and refuse it where it fails.
+
+    Args:
+        program: exported.
+        asked: names of its dynamic dims, by input and axis.
+        name: of the model.
 
     Raises:
         CaptureError: naming the condition and sizes that break it.
@@ -132,6 +147,12 @@ def _check_asserts(program: ExportedProgram, name: str) -> None:
         and isinstance(node.args[0], fx.Node)
         and isinstance(node.args[0].meta["val"], torch.SymBool)
     }
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    inputs = [values.get(str(name)) for name in program.graph_signature.user_inputs]
+    sizes_of: dict[str, Any] = {
+        d: x.shape[axis] for (i, axis), d in asked.items() if isinstance(x := inputs[i], Tensor)
+    }
+    dims = {size.node.expr: dim for dim, size in sizes_of.items() if isinstance(size, torch.SymInt)}
     generator = random.Random(0)
     for condition in sorted(conditions, key=str):
         symbols = sorted(condition.free_symbols, key=str)
@@ -141,9 +162,9 @@ def _check_asserts(program: ExportedProgram, name: str) -> None:
         tried = [_sizes(int(r.lower), int(min(r.upper, LARGEST_DIM)), generator) for r in ranges if r is not None]
         for sizes in zip(*tried, strict=True):
             if not condition.subs(dict(zip(symbols, sizes, strict=True))):
-                broken = ", ".join(f"{s} = {size}" for s, size in zip(symbols, sizes, strict=True))
+                broken = ", ".join(f"{dims.get(s, s)} = {size}" for s, size in zip(symbols, sizes, strict=True))
                 raise CaptureError(
-                    f"torch.export could not capture {name}: it needs {condition}, which {broken} breaks",
+                    f"torch.export could not capture {name}: it needs {condition.subs(dims)}, which {broken} breaks",
                     remedy="narrow the ranges of the dynamic dims, or leave one of them out",
                 )
 

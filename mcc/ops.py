@@ -122,6 +122,8 @@ _PYTHON: dict[str, Callable[..., object]] = {
     "sub": operator.sub,
     "mod": operator.mod,
     "floordiv": operator.floordiv,
+    "sym_max": torch.sym_max,
+    "sym_min": torch.sym_min,
 }
 _PYTHON_NAMES = {function: name for name, function in _PYTHON.items()}
 
@@ -196,7 +198,7 @@ _TABLE = (
     *_rows("cast", "to.dtype to.device to.dtype_layout _to_copy type_as"),
     Op("dropout", "mode", train_flag=2),
     Op("feature_dropout", "mode", train_flag=2),
-    *_rows("size", "sym_size.int mul add sub mod floordiv"),
+    *_rows("size", "sym_size.int mul add sub mod floordiv sym_max sym_min"),
     Op("getitem", "size"),
     # one direction of a recurrent layer; the hidden dim is tied to itself, gate by gate
     Op("mcc.lstm", "recurrent", macs=_recurrent_macs),

@@ -10,7 +10,7 @@ from networks import Attention, Branches, ConvBatchNorm, Residual, Shared, TiedL
 from torch import nn
 
 from mcc.errors import CaptureError, UnsupportedOpError
-from mcc.frontend import capture
+from mcc.frontend import _check_asserts, capture
 
 IDS = {"ids": {0: "batch", 1: "length"}}
 
@@ -192,3 +192,54 @@ def test_a_batch_norm_without_momentum_is_refused():
 def test_something_that_is_no_model_is_refused():
     with pytest.raises(CaptureError, match="cannot capture a int"):
         capture(3)
+
+
+class Differences(nn.Module):
+    """Neighbours' differences as masks of packed sequences use them."""
+
+    def forward(self, ids):
+        starts = torch.diff(ids, prepend=ids[:, :1] - 1, dim=-1) != 1
+        return torch.diff(starts, append=starts[:, :1]), starts.cumsum(-1)
+
+
+def test_a_composite_op_is_written_out_in_ops_of_the_table():
+    graph = capture(Differences(), (torch.randint(0, 9, (2, 6)),), dynamic_shapes=IDS)
+    assert {n.op.name for n in graph.nodes if n.op.family != "size"} == {
+        "slice.Tensor", "sub.Tensor", "cat", "ne.Scalar", "ne.Tensor", "cumsum",
+    }  # fmt: skip
+    ids = torch.randint(0, 9, (3, 11))
+    for found, wanted in zip(graph(ids), Differences()(ids), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_differences_of_differences():
+    class Twice(nn.Module):
+        def forward(self, x):
+            return torch.diff(x, n=2, dim=0)
+
+    x = torch.randn(6, 3)
+    assert torch.equal(capture(Twice(), (x,))(x), torch.diff(x, n=2, dim=0))
+
+
+def test_a_condition_on_dims_that_torch_cannot_prove_is_tried():
+    class Checked(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x):
+            torch._check((x.shape[0] * x.shape[1]) % self.factor == 0)
+            return x * 2
+
+    def program(factor):
+        return torch.export.export(
+            Checked(factor), (torch.randn(4, 6),), strict=False, prefer_deferred_runtime_asserts_over_guards=True,
+            dynamic_shapes={"x": {0: torch.export.Dim("rows", min=1), 1: torch.export.Dim("columns", min=1)}},
+        )  # fmt: skip
+
+    asked = {(0, 0): "rows", (0, 1): "columns"}
+    with pytest.raises(
+        CaptureError, match=r"it needs Eq\(Mod\(columns\*rows, 6\), 0\), which \w+ = \d+, \w+ = \d+ breaks"
+    ):
+        _check_asserts(program(6), asked, "Checked")
+    _check_asserts(program(1), asked, "Checked")

@@ -321,6 +321,8 @@ NOT_CALLED = {
     "sub",
     "mod",
     "floordiv",
+    "sym_max",
+    "sym_min",
     "getitem",
     "arange",
     "arange.start",
