@@ -163,7 +163,8 @@ class _Writer:
         for node in self.graph.nodes:
             inputs = node.fx.all_input_nodes
             known = all(n in self.constants or n.op == "get_attr" for n in inputs)
-            if node.fx not in self.live or not inputs or not known or node.fx in self.lowering.choices:
+            kept = node.fx in self.lowering.choices or node.fx in self.lookups
+            if node.fx not in self.live or not inputs or not known or kept:
                 continue
             if any(isinstance(leaf, torch.SymInt) for leaf in pytree.tree_leaves((node.fx.args, node.fx.kwargs))):
                 continue
@@ -207,6 +208,8 @@ class _Writer:
                 names.append(name)
             self.packed[output] = names
         for node, lookup in self.lookups.items():
+            if node not in self.live:
+                continue
             if lookup.tied is not None:
                 self.packed[node] = self.packed[lookup.tied]
             else:

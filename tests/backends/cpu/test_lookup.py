@@ -99,3 +99,22 @@ def test_an_embedding_tied_to_a_layer_in_float_stays_in_float():
     step = Quantize(weights="int4", activations=None, group_size=64)  # which divides no 96 inputs
     with pytest.raises(PassError, match="its 96 inputs are no multiple of 64"):
         mcc.compile(model, (ids,), passes=[step], dynamic_shapes=DIMS, **QUICK)
+
+
+def test_rows_at_known_places_are_read_from_codes_too():
+    class Places(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.places, self.head = nn.Embedding(64, 48), nn.Linear(48, 8)
+            self.register_buffer("ids", torch.arange(5))
+
+        def forward(self, x):
+            return self.head(x + self.places(self.ids))
+
+    torch.manual_seed(0)
+    model, x, step = Places().eval(), torch.randn(2, 5, 48), Quantize(activations=None)
+    artifact = mcc.compile(model, (x,), passes=[step], **QUICK)
+    graph, _ = Pipeline((step,), parse_target("cpu"), Data()).run(mcc.capture(model, (x,)), (x,))
+    torch.testing.assert_close(artifact(x), graph(x), rtol=1e-4, atol=1e-5)
+    row = next(r for r in artifact.report.layers if r.op == "embedding")
+    assert (row.kernel, row.stored_bytes) == ("lookup", 64 * (48 + 4))
