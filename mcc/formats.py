@@ -42,7 +42,7 @@ def nearest(in_steps: Tensor, zero: Tensor) -> Tensor:
 def quantize(  # noqa: PLR0913 (an op's schema)
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low: int, high: int, dtype: torch.dtype
 ) -> Tensor:
-    """Codes of x: clamp(round(x / scale + zero_point), low, high), x / scale rounding half to even.
+    """Codes of x: clamp(round(x / scale) + zero_point, low, high), rounding half to even; see `nearest` for halves.
 
     Args:
         x: float, any shape.

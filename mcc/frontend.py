@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
@@ -152,16 +153,19 @@ def _check_asserts(program: ExportedProgram, asked: Mapping[tuple[int, int], str
     sizes_of: dict[str, Any] = {
         d: x.shape[axis] for (i, axis), d in asked.items() if isinstance(x := inputs[i], Tensor)
     }
-    dims = {size.node.expr: dim for dim, size in sizes_of.items() if isinstance(size, torch.SymInt)}
+    dims = {size.node.expr: sympy.Symbol(dim) for dim, size in sizes_of.items() if isinstance(size, torch.SymInt)}
     generator = random.Random(0)
     for condition in sorted(conditions, key=str):
         symbols = sorted(condition.free_symbols, key=str)
         ranges = [program.range_constraints.get(symbol) for symbol in symbols]
         if None in ranges:
             continue  # about a value that is known when the graph runs
-        tried = [_sizes(int(r.lower), int(min(r.upper, LARGEST_DIM)), generator) for r in ranges if r is not None]
+        marks = {int(n) + i for n in condition.atoms(sympy.Integer) for i in (-1, 0, 1)}
+        tried = [
+            _sizes(int(r.lower), int(min(r.upper, LARGEST_DIM)), marks, generator) for r in ranges if r is not None
+        ]
         for sizes in zip(*tried, strict=True):
-            if not condition.subs(dict(zip(symbols, sizes, strict=True))):
+            if not _holds(condition, dict(zip(symbols, sizes, strict=True))):
                 broken = ", ".join(f"{dims.get(s, s)} = {size}" for s, size in zip(symbols, sizes, strict=True))
                 raise CaptureError(
                     f"torch.export could not capture {name}: it needs {condition.subs(dims)}, which {broken} breaks",
@@ -169,10 +173,17 @@ def _check_asserts(program: ExportedProgram, asked: Mapping[tuple[int, int], str
                 )
 
 
-def _sizes(low: int, high: int, generator: random.Random) -> list[int]:
-    """Sizes of a dim to try a condition at: the ends, and some of each magnitude between."""
+def _holds(condition: sympy.Basic, sizes: Mapping[sympy.Symbol, int]) -> bool:
+    try:
+        return bool(condition.subs(sizes))
+    except ZeroDivisionError:
+        return False
+
+
+def _sizes(low: int, high: int, marks: set[int], generator: random.Random) -> list[int]:
+    """Sizes of a dim to try a condition at: the ends, its own numbers, and some of each magnitude."""
     spread = [low + int((high - low) ** generator.random()) for _ in range(SIZES_TRIED)]
-    return [low, high, *spread]
+    return [low, high, *(min(max(m, low), high) for m in sorted(marks)), *spread]
 
 
 def _from_program(program: ExportedProgram, asked: Mapping[tuple[int, int], str]) -> Graph:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 QUANTIZERS = (ops.FAKE_QUANTIZE, ops.FAKE_QUANTIZE_PER_TOKEN)
 GROUP_STEP = 32  # whole words of every width
 MANY_CODES = 63
-SHRINKS = 33
-SMALLEST_SHRINK = 0.2
 MIDPOINT = -0.5  # the zero point where codes stand for (code + 1/2) * scale
 
 
@@ -90,12 +88,24 @@ def group_parameters(
     full = torch.maximum(-least, most) / (high - fixed) if symmetric else (most - least) / (high - low)
     full = torch.where(full > torch.finfo(torch.float32).tiny, full, 1.0)
     normal = torch.finfo(torch.float16)
-    fits = bool((full * SMALLEST_SHRINK > normal.tiny).all() and (full < normal.max).all())
+    fits = bool((full * _shrinks(high)[-1] > normal.tiny).all() and (full < normal.max).all())
     kind = torch.float16 if fits else torch.float32
     counts = None if importance is None else importance.float().reshape(groups, -1)
-    scale, zero = _least_error(values, full, codes, fixed if symmetric else least, kind, counts)
+    if high - low == 1:  # one value and its negative: the mean of |w|, as in XNOR-Net, Rastegari et al., ECCV 2016
+        shares = torch.ones_like(values) if counts is None else counts.expand_as(values)
+        total = shares.sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = 2 * (values.abs() * shares).sum(-1) / total
+        scale, zero = torch.where(scale > 0, scale, 1.0), torch.zeros_like(scale)
+    else:
+        scale, zero = _least_error(values, full, codes, fixed if symmetric else least, kind, counts)
     alike = torch.tensor(fixed, dtype=torch.float16 if midpoints else torch.int8)
     return scale.to(kind), alike if symmetric else zero.to(torch.int8)
+
+
+def _shrinks(high: int) -> list[float]:
+    """Scales to try beside that of the whole range, largest first; with codes up to 1 they leave outliers out."""
+    found: list[float] = (torch.logspace(0, -0.7, 33) if high > 1 else torch.logspace(0, -1.7, 81)).tolist()
+    return found
 
 
 def _least_error(
@@ -119,7 +129,7 @@ def _least_error(
     low, high = codes
     best_error, best, zeros = torch.full_like(full, torch.inf), full, torch.zeros_like(full)
     in_steps = values / full[..., None]  # squares of the values themselves may overflow
-    for shrink in torch.linspace(1.0, SMALLEST_SHRINK, SHRINKS).tolist():
+    for shrink in _shrinks(high):
         scale = (full * shrink).to(kind).float()
         if isinstance(least, Tensor):
             zero = (low - least * shrink / scale).round().clamp(low, high)

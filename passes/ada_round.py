@@ -178,7 +178,8 @@ class _Problem:
         self._step = along_axis(scale.float(), values, axis)
         self._zero = along_axis(zero.float(), values, axis)
         self._kept = torch.ones(()) if expression.mask is None else expression.mask.float()
-        self._in_steps = values / self._step
+        self._whole = self._zero.floor()  # codes that stand for halves have a zero point of -1/2
+        self._in_steps = values / self._step + (self._zero - self._whole)
         self._relu = len(node.users) == 1 and node.users[0].op is ops.RELU and not node.is_output
         single = len(node.shape) < len(values.shape)  # no dim of rows
         pairs = [(x[None], w[None]) if single else (x, w) for (x, *_), w in zip(arguments, wanted, strict=True)]
@@ -202,7 +203,7 @@ class _Problem:
 
     def weight(self, up: Tensor) -> Tensor:
         """The weight whose codes are the floor plus `up`, in [0, 1]."""
-        codes = (self._in_steps.floor() + up + self._zero).clamp(self._low, self._high)
+        codes = (self._in_steps.floor() + up + self._whole).clamp(self._low, self._high)
         return (codes - self._zero) * self._step * self._kept
 
     def sample(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

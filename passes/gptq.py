@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mcc.graph import Graph, Node
 
 NARROWEST, WIDEST = 2, 4
-ROWS = 64  # outputs whose systems are made at a time
+ROWS = 16  # outputs whose systems are made at a time
 BLOCK = 128  # inputs whose errors are spread over the inputs behind them in one product
 
 
@@ -251,13 +251,12 @@ def refitted(codes: Tensor, scale: Tensor, weight: Tensor, curvature: Tensor, da
     outputs, groups, size = codes.shape
     pairs = curvature.float().reshape(groups, size, groups * size)
     wanted = (codes * (weight @ curvature.float()).reshape(codes.shape)).sum(-1).double()
-    matrix = torch.empty(outputs, groups, groups, dtype=torch.float64)
-    for start in range(0, outputs, ROWS):
-        some = codes[start : start + ROWS]
-        moved = torch.einsum("rgi,gik->rgk", some, pairs).reshape(len(some), groups, groups, size)
-        matrix[start : start + ROWS] = (moved * some[:, None]).sum(-1).double()
-    diagonal = matrix.diagonal(dim1=1, dim2=2)
-    held = torch.where(diagonal > 0, diagonal * damping, 1.0)
-    found = torch.linalg.solve(matrix + torch.diag_embed(held), wanted + held * scale)
+    found = torch.empty(outputs, groups, dtype=torch.float64)
+    for some in (slice(start, start + ROWS) for start in range(0, outputs, ROWS)):
+        moved = torch.einsum("rgi,gik->rgk", codes[some], pairs).reshape(-1, groups, groups, size)
+        matrix = (moved * codes[some, None]).sum(-1).double()
+        diagonal = matrix.diagonal(dim1=1, dim2=2)
+        held = torch.where(diagonal > 0, diagonal * damping, 1.0)
+        found[some] = torch.linalg.solve(matrix + torch.diag_embed(held), wanted[some] + held * scale[some])
     sound = (found > scale / 2) & (found < scale * 2)
     return torch.where(sound, found, scale.double()).to(scale.dtype)

@@ -71,7 +71,7 @@ class Quantize(Pass):
         group_size: inputs of a linear layer that share a scale, a multiple of 32; None for all. Needs activations that
             are None or "dynamic".
         symmetric: False gives each group of a linear layer a zero point. Needs the same.
-        midpoints: codes of linear layers stand for halves, none for zero. Needs the same.
+        midpoints: codes stand for halves, none for zero: linear layers alone can read them. Needs the same.
         observer: how the range of an activation is chosen: "min-max"; "percentile-99.9", "-99.99", "-99.999" leave
             outliers out; "mse" has the least squared error.
         weight_range: "target" keeps codes within what the target's fast int8 kernel adds exactly (±63 on AVX2, ±127
@@ -107,6 +107,8 @@ class Quantize(Pass):
                 remedy="leave group_size, symmetric, midpoints and binary weights out, or use activations=None or "
                 "'dynamic'",
             )
+        if self.midpoints and self.weights == "ternary":
+            raise SpecError("quantize: midpoints of three codes", remedy="leave midpoints out, or use int2 or binary")
         if self._halves and not self.symmetric:
             raise SpecError("quantize: midpoints have one zero point", remedy="leave symmetric=False out")
 

@@ -213,7 +213,7 @@ class _Writer:
             if lookup.tied is not None:
                 self.packed[node] = self.packed[lookup.tied]
             else:
-                named = {f"{self.graph.node(node.name).layer}#rows.{part}": a for part, a in lookup.arrays.items()}
+                named = {f"{lookup.name}#rows.{part}": a for part, a in lookup.arrays.items()}
                 self.weights |= named
                 self.packed[node] = list(named)
 
@@ -265,7 +265,8 @@ class _Writer:
                 f"the CPU backend has no lowering for {node.op.name}", node=located_text(node),
                 remedy="write that part with other ops of the table",
             )  # fmt: skip
-        if node.op.macs(node.fx):
+        top = node.weight_operand if node.op is ops.EMBEDDING else None
+        if node.op.macs(node.fx) or (top is not None and not top.is_parameter):
             self._fallback_row(node)
         emitter.expected = self.sizes.shape(value) if isinstance(value, Tensor) else None
         return self._expected(emitter, self._apply(rule, emitter, node), value)
@@ -333,11 +334,11 @@ class _Writer:
 
     def _fallback_row(self, node: Node) -> None:
         stored, size = "float32", 0
-        expression = weight_expression(node.operand(1)) if node.op is not None and node.op.weights else None
-        top = node.operand(1)
+        top = node.weight_operand
+        expression = weight_expression(top)
         if expression is not None and top is not None:
             size = int(np.prod([int(s) for s in top.shape])) * 4
-        reason = self.lowering.refused.get(node.fx, "")
+        reason = self.lowering.refused.get(node.fx, "no kernel reads rows of it" if node.op is ops.EMBEDDING else "")
         if expression is not None and not (top is not None and top.is_parameter):
             reason = f"weight decoded at build time: {reason}"
         assert node.op is not None

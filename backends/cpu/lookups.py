@@ -23,6 +23,7 @@ class Lookup:
     """The stored form of an embedding's weight.
 
     Attributes:
+        name: of the weight.
         shape: rows and columns.
         text: the format in words.
         tied: the node that gives the value of the region whose kernel packed the arrays; None for own ones.
@@ -30,6 +31,7 @@ class Lookup:
         element: see `mcc.backends.kernel.Lowered`.
     """
 
+    name: str
     shape: tuple[int, int]
     text: str
     tied: fx.Node | None
@@ -39,7 +41,8 @@ class Lookup:
 
 def lookups(lowering: Lowering) -> dict[fx.Node, Lookup]:
     """The embeddings that are tied to a layer, or have codes for a weight; others take rows of a float tensor."""
-    layers = {c.region.anchor.weight_operand: (output, c) for output, c in lowering.choices.items()}
+    offering = {output: c for output, c in lowering.choices.items() if c.lowered.element is not None}
+    layers = {c.region.anchor.weight_operand: (output, c) for output, c in offering.items()}
     found = {}
     for node in lowering.graph.nodes:
         top = node.weight_operand
@@ -49,8 +52,9 @@ def lookups(lowering: Lowering) -> dict[fx.Node, Lookup]:
         output, choice = layers.get(top, (None, None))
         if choice is not None and choice.lowered.element is not None:
             text = f"that of {choice.region.anchor.name}"
-            found[node.fx] = Lookup(shape, text, output, choice.lowered.packed, choice.lowered.element)
+            name = choice.region.weight.name
+            found[node.fx] = Lookup(name, shape, text, output, choice.lowered.packed, choice.lowered.element)
         elif (weight := stored_weight(top)) is not None and weight.scale is not None and weight.sparse is None:
             rows = CodeRows(weight)
-            found[node.fx] = Lookup(shape, weight.text, None, rows.arrays, rows.element)
+            found[node.fx] = Lookup(weight.name, shape, weight.text, None, rows.arrays, rows.element)
     return found

@@ -54,6 +54,16 @@ def _binary(function: Rule) -> Rule:
     return rule
 
 
+def _comparison(function: Rule) -> Rule:
+    def rule(e: Emitter, a: Any, b: Any) -> Expression:
+        a, b = e.pair(a, b)
+        if dtype(a) == "bool":  # which LLVM would compare as floats
+            a, b = e.cast(a, "int8"), e.cast(b, "int8")
+        return e(function(a, b))
+
+    return rule
+
+
 def _logical(boolean: Rule, bitwise: Rule) -> Rule:
     def rule(e: Emitter, a: Any, b: Any) -> Expression:
         a, b = e.pair(a, b)
@@ -240,7 +250,7 @@ RULES: dict[str, Rule] = {
     **{n: _float_unary(f) for n, f in {
         "cos": R.cos, "sin": R.sin, "rsqrt": R.rsqrt, "exp": R.exp, "log": R.log, "sqrt": R.sqrt,
     }.items()},
-    **{f"{n}.{kind}": _binary(f) for n, f in _COMPARISONS.items() for kind in ("Tensor", "Scalar")},
+    **{f"{n}.{kind}": _comparison(f) for n, f in _COMPARISONS.items() for kind in ("Tensor", "Scalar")},
     "add.Tensor": _binary(R.add), "sub.Tensor": _binary(R.subtract), "mul.Tensor": _binary(R.multiply),
     "maximum": _binary(R.maximum), "max.other": _binary(R.maximum),
     "minimum": _binary(R.minimum), "min.other": _binary(R.minimum),

@@ -118,3 +118,29 @@ def test_rows_at_known_places_are_read_from_codes_too():
     torch.testing.assert_close(artifact(x), graph(x), rtol=1e-4, atol=1e-5)
     row = next(r for r in artifact.report.layers if r.op == "embedding")
     assert (row.kernel, row.stored_bytes) == ("lookup", 64 * (48 + 4))
+
+
+class Tables(nn.Module):
+    """Two tables that one module owns, a third that is tied to two heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(50, WIDTH)), nn.Parameter(torch.randn(70, WIDTH))
+        self.c = nn.Embedding(60, WIDTH)
+        self.scale = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids):
+        x = F.embedding(ids, self.a) + F.embedding(ids, self.b) + self.c(ids)
+        return F.gelu(F.linear(x, self.c.weight)), F.linear(self.scale(x), self.c.weight)
+
+
+@pytest.mark.parametrize("activations", [None, "dynamic"])
+def test_tables_of_one_module_are_told_apart_and_two_heads_share_one(activations):
+    torch.manual_seed(0)
+    model, ids, step = Tables().eval(), torch.randint(0, 50, (2, 6)), Quantize(activations=activations)
+    artifact = mcc.compile(model, (ids,), passes=[step], dynamic_shapes=DIMS, **QUICK)
+    graph = quantized(model, ids, step)
+    for found, wanted in zip(artifact(ids), graph(ids), strict=True):
+        assert float((found - wanted).norm() / wanted.norm()) < (1e-5 if activations is None else 0.02)
+    stored = [r.stored_bytes for r in artifact.report.layers if r.op == "embedding"]
+    assert sorted(stored) == [0, 50 * (WIDTH + 4), 70 * (WIDTH + 4)]
