@@ -189,8 +189,9 @@ def insert_quantizer(
     shared = next((u for u in top.users if u.op is ops.FAKE_QUANTIZE), None)
     if shared is not None:
         if node.fx < shared.fx:  # an embedding comes long before the layer it is tied to
-            for moved in (*(n for n in shared.fx.all_input_nodes if n.op == "get_attr"), shared.fx):
-                node.fx.prepend(moved)
+            for moved in (*shared.fx.all_input_nodes, shared.fx):
+                if node.fx < moved:
+                    node.fx.prepend(moved)
         node.fx.replace_input_with(top.fx, shared.fx)
         return
     scale, zero_point = parameters()

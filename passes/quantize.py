@@ -119,6 +119,7 @@ class Quantize(Pass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         """Quantize weights, then observe the graph with quantized weights and quantize activations."""
+        self._check_patterns(graph)
         layers = self._layers(graph, context)
         plain = [n for n in layers if not _has_quantizer(n) and not (self._grouped and n.op is ops.LINEAR)]
         codes = self._codes(context) if plain else (0, 0)
@@ -130,12 +131,18 @@ class Quantize(Pass):
             else:
                 _quantize_weight(node, codes)
             context.edited()
-        for node in self._embeddings(graph, context):
+        embeddings = self._embeddings(graph, context)
+        for node in embeddings:
             _quantize_weight(node, EMBEDDING_CODES)
             context.edited()
+        if not layers and not embeddings:
+            raise PassError(
+                f"{self}: there is no layer to quantize: {context.reasons}",
+                remedy="change the options, or leave it out",
+            )
         if self.activations == "dynamic":
             _quantize_tokens(graph, layers)
-        elif self.activations is not None:
+        elif self.activations is not None and layers:
             self._quantize_activations(graph, layers, BITS[self.activations], context)
         return graph
 
@@ -203,7 +210,6 @@ class Quantize(Pass):
                     context.decline(node, reason)
             elif node.op is not None and node.op.macs(node.fx):
                 context.decline(node, f"{node.op.name} stays in float")
-        self._check_any(graph, layers, context)
         return layers
 
     def _refusal(self, node: Node) -> str | None:
@@ -257,8 +263,8 @@ class Quantize(Pass):
         in_float = source is not None and source.op not in (ops.FAKE_QUANTIZE, ops.FAKE_QUANTIZE_PER_TOKEN)
         return self.activations == "dynamic" and by_pass and in_float
 
-    def _check_any(self, graph: Graph, layers: list[Node], context: Context) -> None:
-        """Raise a PassError where a pattern matches nothing or no layer is left."""
+    def _check_patterns(self, graph: Graph) -> None:
+        """Raise a PassError where a pattern matches nothing."""
         names = sorted({n.layer for n in graph.nodes if n.op in (*ops.LAYERS, ops.EMBEDDING)})
         for pattern in self.exclude:
             if not any(fnmatchcase(name, pattern) for name in names):
@@ -266,11 +272,6 @@ class Quantize(Pass):
                     f"{self}: pattern {pattern!r} matches no layer",
                     remedy=f"layers that can be quantized: {', '.join(names) or 'none'}",
                 )
-        if not layers:
-            raise PassError(
-                f"{self}: there is no layer to quantize: {context.reasons}",
-                remedy="change the options, or leave it out",
-            )
 
     def _quantize_activations(self, graph: Graph, layers: list[Node], bits: int, context: Context) -> None:
         graph.clean()

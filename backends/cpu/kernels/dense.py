@@ -64,7 +64,9 @@ class DenseFloat:
             value = T.cast(arrays["weight"][first * plan.inputs + k * width + lane], "float32")
             return value * arrays["scale"][output] if "scale" in arrays else value
 
-        return Lowered(plan.function(self.name, packed, body.emit), packed, element)
+        # with a requantize behind it, the scale may be in steps of that
+        alone = weight.scale is None or not region.epilogue
+        return Lowered(plan.function(self.name, packed, body.emit), packed, element if alone else None)
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """Float64 sums."""

@@ -144,3 +144,11 @@ def test_tables_of_one_module_are_told_apart_and_two_heads_share_one(activations
         assert float((found - wanted).norm() / wanted.norm()) < (1e-5 if activations is None else 0.02)
     stored = [r.stored_bytes for r in artifact.report.layers if r.op == "embedding"]
     assert sorted(stored) == [0, 50 * (WIDTH + 4), 70 * (WIDTH + 4)]
+
+
+def test_a_model_of_nothing_but_an_embedding_is_quantized():
+    model, ids, step = nn.Embedding(50, 32).eval(), torch.arange(50), Quantize(activations="dynamic")
+    artifact = mcc.compile(model, (ids,), passes=[step], **QUICK)
+    rounded = artifact(ids)
+    assert 0 < float((rounded - model(ids)).abs().max()) <= float(model.weight.abs().max()) / 127
+    assert artifact.memory.weights == 50 * (32 + 4)
