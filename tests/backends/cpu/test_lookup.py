@@ -57,8 +57,8 @@ def test_a_tied_embedding_reads_the_rows_of_its_layer(weights, group_size, symme
         (logits, rows), (wanted, wanted_rows) = artifact(numbers), graph(numbers)
         torch.testing.assert_close(rows, wanted_rows)
         # codes of tokens that lie between two may fall to either side: a step of 127
-        close = {"rtol": 1e-3, "atol": 1e-4} if activations is None else {"rtol": 0.1, "atol": 0.5}
-        torch.testing.assert_close(logits, wanted, **close)
+        close = 1e-5 if activations is None else 0.02
+        assert float((logits - wanted).norm()) <= close * float(wanted.norm())
     row = next(r for r in artifact.report.layers if r.op == "embedding")
     assert (row.kernel, row.stored, row.stored_bytes) == ("lookup", "that of head", 0)
 
