@@ -148,11 +148,19 @@ def _least_error(
 def layers_taken(
     nodes: Iterable[Node], context: Context, refusal: Callable[[Node], str | None], failure: PassError
 ) -> list[Node]:
-    """The nodes that `refusal` gives no reason against; the others are declined with theirs.
+    """As `nodes_taken`.
 
     Raises:
         PassError: `failure` with all reasons behind its text, where none is left.
     """
+    taken = nodes_taken(nodes, context, refusal)
+    if not taken:
+        raise PassError(f"{failure.message}: {context.reasons}", remedy=failure.remedy)
+    return taken
+
+
+def nodes_taken(nodes: Iterable[Node], context: Context, refusal: Callable[[Node], str | None]) -> list[Node]:
+    """The nodes that `refusal` gives no reason against; the others are declined with theirs."""
     taken = []
     for node in nodes:
         reason = refusal(node)
@@ -160,8 +168,6 @@ def layers_taken(
             taken.append(node)
         else:
             context.decline(node, reason)
-    if not taken:
-        raise PassError(f"{failure.message}: {context.reasons}", remedy=failure.remedy)
     return taken
 
 

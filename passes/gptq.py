@@ -12,6 +12,7 @@ from mcc import ops
 from mcc.channels import weight_is_shared
 from mcc.cost import weight_expression
 from mcc.errors import DataError, PassError, SpecError
+from mcc.formats import nearest
 from mcc.quantization import (
     check_group_size,
     code_range,
@@ -194,7 +195,7 @@ class _Grid:
 
     def nearest(self, column: Tensor, i: int) -> Tensor:
         """Input number `i` of every output, rounded."""
-        codes = ((column / self.step[:, i]).round() + self.zeros[:, i]).clamp(self.low, self.high)
+        codes = nearest(column / self.step[:, i], self.zeros[:, i]).clamp(self.low, self.high)
         return (codes - self.zeros[:, i]) * self.step[:, i] * self.kept[:, i]
 
 

@@ -22,6 +22,7 @@ from mcc.quantization import (
     insert_quantizer,
     layer_weight,
     new_quantizers,
+    nodes_taken,
     quantizer_tensors,
     ragged,
     round_weight,
@@ -120,7 +121,8 @@ class Quantize(Pass):
     def run(self, graph: Graph, context: Context) -> Graph:
         """Quantize weights, then observe the graph with quantized weights and quantize activations."""
         self._check_patterns(graph)
-        layers = self._layers(graph, context)
+        multiplying = (n for n in graph.nodes if n.op is not None and (n.op in ops.LAYERS or n.op.macs(n.fx)))
+        layers = nodes_taken(multiplying, context, self._refusal)
         plain = [n for n in layers if not _has_quantizer(n) and not (self._grouped and n.op is ops.LINEAR)]
         codes = self._codes(context) if plain else (0, 0)
         for node in layers:
@@ -131,7 +133,8 @@ class Quantize(Pass):
             else:
                 _quantize_weight(node, codes)
             context.edited()
-        embeddings = self._embeddings(graph, context)
+        # the layers come first: an embedding that is tied to one reads what that reads
+        embeddings = nodes_taken((n for n in graph.nodes if n.op is ops.EMBEDDING), context, self._embedding_refusal)
         for node in embeddings:
             _quantize_weight(node, EMBEDDING_CODES)
             context.edited()
@@ -199,21 +202,10 @@ class Quantize(Pass):
                 _round_activation(rounded, node)
         return rounded.clean()
 
-    def _layers(self, graph: Graph, context: Context) -> list[Node]:
-        layers = []
-        for node in graph.nodes:
-            if node.op in ops.LAYERS:
-                reason = self._refusal(node)
-                if reason is None:
-                    layers.append(node)
-                else:
-                    context.decline(node, reason)
-            elif node.op is not None and node.op.macs(node.fx):
-                context.decline(node, f"{node.op.name} stays in float")
-        return layers
-
     def _refusal(self, node: Node) -> str | None:
         """Why a layer is not taken, or None if it is."""
+        if node.op not in ops.LAYERS:
+            return f"{node.op} stays in float"
         expression = weight_expression(node.operand(1))
         if (excluded := self._excluded(node)) is not None:
             return excluded
@@ -236,24 +228,19 @@ class Quantize(Pass):
         pattern = next((p for p in self.exclude if fnmatchcase(node.layer, p)), None)
         return None if pattern is None else f"excluded by {pattern!r}"
 
-    def _embeddings(self, graph: Graph, context: Context) -> list[Node]:
-        """Embeddings to quantize, once the layers are: one that is tied to a layer reads what that reads."""
-        taken = []
-        for node in (n for n in graph.nodes if n.op is ops.EMBEDDING):
-            expression, top = weight_expression(node.weight_operand), node.weight_operand
-            if (excluded := self._excluded(node)) is not None:
-                context.decline(node, excluded)
-            elif expression is None or top is None:
-                context.decline(node, "its weight is computed")
-            elif node.dtype is not torch.float32:
-                context.decline(node, f"its weight is {str(node.dtype).removeprefix('torch.')}, not float32")
-            elif expression.quantizer is not None:
-                context.decline(node, "its weight is already quantized")
-            elif any(reader.op in ops.LAYERS for reader in top.users):
-                context.decline(node, "its weight is tied to a layer that stays in float")
-            else:
-                taken.append(node)
-        return taken
+    def _embedding_refusal(self, node: Node) -> str | None:
+        """Why an embedding is not taken, or None if it is."""
+        expression, top = weight_expression(node.weight_operand), node.weight_operand
+        if (excluded := self._excluded(node)) is not None:
+            return excluded
+        if expression is None or top is None:
+            return "its weight is computed"
+        if node.dtype is not torch.float32:
+            return f"its weight is {str(node.dtype).removeprefix('torch.')}, not float32"
+        if expression.quantizer is not None:
+            return "its weight is already quantized"
+        tied = any(reader.op in ops.LAYERS for reader in top.users)
+        return "its weight is tied to a layer that stays in float" if tied else None
 
     def _only_activations(self, node: Node) -> bool:
         """Whether a layer's weight is quantized by a pass before, and its activations are not."""

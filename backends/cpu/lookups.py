@@ -41,19 +41,21 @@ class Lookup:
 
 def lookups(lowering: Lowering) -> dict[fx.Node, Lookup]:
     """The embeddings that are tied to a layer, or have codes for a weight; others take rows of a float tensor."""
-    offering = {output: c for output, c in lowering.choices.items() if c.lowered.element is not None}
-    layers = {c.region.anchor.weight_operand: (output, c) for output, c in offering.items()}
+    layers = {
+        choice.region.anchor.weight_operand: (output, choice, choice.lowered.element)
+        for output, choice in lowering.choices.items()
+        if choice.lowered.element is not None
+    }
     found = {}
     for node in lowering.graph.nodes:
         top = node.weight_operand
         if node.op is not ops.EMBEDDING or top is None:
             continue
         shape = int(top.shape[0]), int(top.shape[1])
-        output, choice = layers.get(top, (None, None))
-        if choice is not None and choice.lowered.element is not None:
+        if top in layers:
+            output, choice, element = layers[top]
             text = f"that of {choice.region.anchor.name}"
-            name = choice.region.weight.name
-            found[node.fx] = Lookup(name, shape, text, output, choice.lowered.packed, choice.lowered.element)
+            found[node.fx] = Lookup(choice.region.weight.name, shape, text, output, choice.lowered.packed, element)
         elif (weight := stored_weight(top)) is not None and weight.scale is not None and weight.sparse is None:
             rows = CodeRows(weight)
             found[node.fx] = Lookup(weight.name, shape, weight.text, None, rows.arrays, rows.element)
