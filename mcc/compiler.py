@@ -236,24 +236,24 @@ def compile_graph(graph: Graph, example: tuple[Any, ...], steps: tuple[Pass, ...
     runnable = not missing_features(target)
     with _progress() as progress:
 
-        def latency(state: Graph) -> float:
-            return median_latency(_lower(state, options)[0], example)
+        def latency(state: Graph, inputs: tuple[Any, ...]) -> float:
+            return median_latency(_lower(state, options)[0], inputs)
 
         each = latency if options.measure == "each" and runnable else None
         pipeline = Pipeline(steps, target, options.data, options.seed, options.verify, each)
-        compressed, rows = pipeline.run(graph, example, progress)
+        compressed, rows, taken = pipeline.run_with_inputs(graph, example, progress)
         task = progress.add_task("compiling", total=None)
-        before = latency(graph) if options.measure == "ends" and runnable and steps else None
+        before = latency(graph, example) if options.measure == "ends" and runnable and steps else None
         artifact, encoded, last = _lower(compressed, options)
         if options.verify and runnable:
-            inputs = [example, sample_inputs(example, options.seed)]
+            inputs = [taken, sample_inputs(taken, options.seed)]
             started = time.perf_counter()
             verify_encoding(compressed, encoded, inputs)
             error = verify_artifact(encoded, artifact, inputs)
             seconds = last.seconds + time.perf_counter() - started
             last = replace(last, largest_error=error, seconds=seconds)
         if options.measure != "never" and runnable:
-            last = replace(last, latency_ms=median_latency(artifact, example))
+            last = replace(last, latency_ms=median_latency(artifact, taken))
         progress.remove_task(task)
     if before is not None:
         rows[0] = replace(rows[0], latency_ms=before)
@@ -265,11 +265,10 @@ def compile_graph(graph: Graph, example: tuple[Any, ...], steps: tuple[Pass, ...
 
 def layer_profiler(graph: Graph, example: tuple[Tensor, ...], steps: tuple[Pass, ...], options: Options) -> Profiler:
     """Run passes over a graph; returns what times every kernel of what comes out, one after another."""
-    compressed, _ = Pipeline(steps, options.resolved_target, options.data, options.seed, options.verify).run(
-        graph, example
-    )
+    pipeline = Pipeline(steps, options.resolved_target, options.data, options.seed, options.verify)
+    compressed, _, taken = pipeline.run_with_inputs(graph, example)
     encoded, _ = _encoded(compressed, options)
-    arrays = [x.detach().numpy() for x in example]
+    arrays = [x.detach().numpy() for x in taken]
     return cpu.profiler(encoded, options.resolved_target, options.tuning, arrays)
 
 

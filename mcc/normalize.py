@@ -53,6 +53,9 @@ def normalize(module: fx.GraphModule) -> None:
     for node in _calls(module):
         if node.target in _COPY and node.kwargs.get("memory_format") in _PLAIN_FORMATS:
             _skip(module, node)
+        elif node.target is _A.cat.default and (part := _only_part(node)) is not None:
+            node.replace_all_uses_with(part)
+            module.graph.erase_node(node)
     _one_read_per_tensor(module)
     for node in _calls(module):
         _respell(module, node)
@@ -63,6 +66,20 @@ def normalize(module: fx.GraphModule) -> None:
 
 
 _PLAIN_FORMATS = (None, torch.preserve_format, torch.contiguous_format)
+
+
+def _only_part(cat: fx.Node) -> fx.Node | None:
+    """What a concatenation is where its other parts are empty, as the caches of decoders are before the first token."""
+    parts = cat.args[0]
+    assert isinstance(parts, list | tuple)
+    left = [p for p in parts if isinstance(p, fx.Node) and not any(s == 0 for s in _fixed(p.meta["val"]))]
+    if len(left) != 1 or left[0].meta["val"].dtype is not cat.meta["val"].dtype:
+        return None
+    return left[0]
+
+
+def _fixed(value: Tensor) -> list[int]:
+    return [s for s in value.shape if isinstance(s, int)]
 
 
 def _drop_bodies(module: fx.GraphModule) -> None:

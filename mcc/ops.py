@@ -209,7 +209,8 @@ _TABLE = (
     *_rows("window", "mcc.max_pool2d_nhwc mcc.avg_pool2d_nhwc mcc.upsample_nhwc"),
     *_rows(
         "compression",
-        "mcc.fake_quantize mcc.fake_quantize_per_token mcc.quantize mcc.dequantize mcc.decode_sparse mcc.unpack",
+        "mcc.fake_quantize mcc.fake_quantize_per_token mcc.quantize mcc.dequantize mcc.decode_sparse mcc.unpack "
+        "mcc.token_scales mcc.quantize_tokens mcc.dequantize_tokens",
     ),
 )
 
@@ -227,6 +228,7 @@ RELU6, HARDTANH, CLAMP, CLAMP_MIN = OPS["relu6"], OPS["hardtanh"], OPS["clamp"],
 GETITEM, SYM_SIZE = OPS["getitem"], OPS["sym_size.int"]
 FAKE_QUANTIZE, QUANTIZE = OPS["mcc.fake_quantize"], OPS["mcc.quantize"]
 FAKE_QUANTIZE_PER_TOKEN = OPS["mcc.fake_quantize_per_token"]
+QUANTIZE_TOKENS, DEQUANTIZE_TOKENS = OPS["mcc.quantize_tokens"], OPS["mcc.dequantize_tokens"]
 DEQUANTIZE, DECODE_SPARSE, UNPACK = OPS["mcc.dequantize"], OPS["mcc.decode_sparse"], OPS["mcc.unpack"]
 
 

@@ -33,7 +33,8 @@ class Pipeline:
         data: the user's data.
         seed: of every random choice.
         verify: whether each pass's guarantee is checked.
-        measure_latency: maps a graph to the median latency of its artifact in ms, for `measure="each"`; or None.
+        measure_latency: maps a graph and inputs to the median latency of its artifact in ms, for `measure="each"`; or
+            None.
     """
 
     passes: tuple[Pass, ...]
@@ -41,16 +42,23 @@ class Pipeline:
     data: Data
     seed: int = 0
     verify: bool = True
-    measure_latency: Callable[[Graph], float] | None = None
+    measure_latency: Callable[[Graph, tuple[Any, ...]], float] | None = None
 
     def check(self) -> None:
         """Check that every pass has what it needs, before any work starts.
 
         Raises:
             DataError: naming the pass and the field of `mcc.Data` it lacks.
-            PassError: a pass needs another one after it.
+            PassError: a pass needs another one after it, or data after one that changes what the graph takes.
         """
+        changed: Pass | None = None
         for position, step in enumerate(self.passes):
+            if step.needs_data and changed is not None:
+                raise PassError(
+                    f"{step} needs data of the model's inputs, and {changed} changes those",
+                    remedy=f"put {step.pass_name()} before {changed.pass_name()}",
+                )
+            changed = step if step.changes_signature else changed
             for field in step.needs_data:
                 if self.data.lacks(field):
                     raise DataError(
@@ -75,22 +83,30 @@ class Pipeline:
         Raises:
             VerificationError: a pass broke its guarantee.
         """
+        compressed, rows, _ = self.run_with_inputs(graph, example, progress)
+        return compressed, rows
+
+    def run_with_inputs(
+        self, graph: Graph, example: Sequence[Any], progress: Progress | None = None
+    ) -> tuple[Graph, list[PassRow], tuple[Any, ...]]:
+        """As `run`; the example comes back too, as the compressed graph takes it."""
         self.check()
         inputs = [tuple(example), sample_inputs(example, self.seed)]
-        rows = [self._first_row(graph)]
+        rows = [self._first_row(graph, inputs[0])]
         for position, step in enumerate(self.passes):
             label = f"pass {position + 1}/{len(self.passes)}: {step}"
             with _shown(progress, label):
-                graph, row = self._step(step, graph, inputs, progress)
+                graph, inputs, row = self._step(step, graph, inputs, progress)
             rows.append(row)
-        return graph, rows
+        return graph, rows, inputs[0]
 
-    def _first_row(self, graph: Graph) -> PassRow:
-        return PassRow("capture", 0, (), graph_size(graph), metric=self._metric(graph), latency_ms=self._latency(graph))
+    def _first_row(self, graph: Graph, example: tuple[Any, ...]) -> PassRow:
+        latency = self._latency(graph, example)
+        return PassRow("capture", 0, (), graph_size(graph), metric=self._metric(graph), latency_ms=latency)
 
     def _step(
         self, step: Pass, before: Graph, inputs: list[tuple[Any, ...]], progress: Progress | None
-    ) -> tuple[Graph, PassRow]:
+    ) -> tuple[Graph, list[tuple[Any, ...]], PassRow]:
         started = time.perf_counter()
         context = Context(self.target, self.data, self.seed, progress)
         try:
@@ -102,17 +118,18 @@ class Pipeline:
                 f"{step} failed: {type(error).__name__}: {(str(error) or repr(error)).splitlines()[0]}",
                 remedy="this is a defect of the pass: its cause stands above in the traceback",
             ) from error
+        inputs = [step.convert_inputs(before, after, sample) for sample in inputs]
         largest = verify_pass(step, before, after, inputs) if self.verify else None
-        return after, PassRow(
+        return after, inputs, PassRow(
             str(step), context.edits, tuple(context.declined), graph_size(after), largest, self._metric(after),
-            self._latency(after), time.perf_counter() - started, tuple(context.notes),
+            self._latency(after, inputs[0]), time.perf_counter() - started, tuple(context.notes),
         )  # fmt: skip
 
     def _metric(self, graph: Graph) -> float | None:
         return None if self.data.evaluate is None else float(self.data.evaluate(graph))
 
-    def _latency(self, graph: Graph) -> float | None:
-        return None if self.measure_latency is None else self.measure_latency(graph)
+    def _latency(self, graph: Graph, example: tuple[Any, ...]) -> float | None:
+        return None if self.measure_latency is None else self.measure_latency(graph, example)
 
 
 @contextmanager

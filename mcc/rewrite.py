@@ -20,7 +20,7 @@ from mcc.spec import full_text, kebab_case, pass_text
 from mcc.text import located_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from rich.progress import Progress
 
@@ -94,9 +94,12 @@ class Pass:
 
     Attributes:
         guarantee: what is checked after the pass.
+        changes_signature: whether inputs and outputs may change; then `convert_inputs` says how, and `reference` has
+            the new ones.
     """
 
     guarantee: ClassVar[Guarantee]
+    changes_signature: ClassVar[bool] = False
 
     @property
     def needs_data(self) -> tuple[str, ...]:
@@ -116,6 +119,11 @@ class Pass:
         """What `after` must compute, built from `before` in plain PyTorch; None leaves only shapes to check."""
         del before, after
         return None
+
+    def convert_inputs(self, before: Graph, after: Graph, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """What `after` takes where `before` takes `inputs`, flat and in call order."""
+        del before, after
+        return tuple(inputs)
 
     @classmethod
     def pass_name(cls) -> str:

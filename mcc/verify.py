@@ -30,6 +30,9 @@ ROUNDING = 1e-4
 QUANTIZED_NORM = 1e-2
 PASS_NORM = 1e-3  # of a pass, whose graphs run on one engine
 PERTURBATION = 1e-5
+# Some models make much of rounding, such as deep ones fed noise. What stays in float may differ by more than ROUNDING
+# where a change of the parameters in about their last three bits moves it further.
+LAST_BITS = 1e-6
 _LARGEST_SAMPLED = 1e18
 FLIPS_ALLOWED = 3.0
 
@@ -99,7 +102,7 @@ def _check_same(what: str, step: str, graph: Graph, outputs: tuple[list[Tensor],
 
 
 def verify_pass(step: Pass, before: Graph, after: Graph, inputs: Iterable[tuple[Any, ...]]) -> float | None:
-    """Check a pass's guarantee.
+    """Check a pass's guarantee on inputs of the new graph.
 
     Returns:
         the largest difference seen, relative to the largest output; None where the pass states no reference.
@@ -107,9 +110,9 @@ def verify_pass(step: Pass, before: Graph, after: Graph, inputs: Iterable[tuple[
     Raises:
         VerificationError: naming the pass, the first node that differs, and both values.
     """
-    _check_signature(step, before, after)
     guarantee = step.guarantee
     wanted = step.reference(before, after) if isinstance(guarantee, Lossy) else before
+    _check_signature(step, wanted if step.changes_signature and wanted is not None else before, after)
     if wanted is None:
         return None
     rounds = _rounded_outputs(wanted)
@@ -134,7 +137,7 @@ def _rounded_outputs(graph: Graph) -> list[bool]:
     """Of each output, whether a sum before it that rounds differently may flip a quantizer's step."""
     rounded: set[fx.Node] = set()
     for node in graph.nodes:
-        rounds = node.op in (ops.QUANTIZE, ops.FAKE_QUANTIZE_PER_TOKEN) or (
+        rounds = node.op in (ops.QUANTIZE, ops.QUANTIZE_TOKENS, ops.FAKE_QUANTIZE_PER_TOKEN) or (
             node.op is ops.FAKE_QUANTIZE and weight_expression(node) is None
         )
         if rounds or not rounded.isdisjoint(node.fx.all_input_nodes):
@@ -145,7 +148,8 @@ def _rounded_outputs(graph: Graph) -> list[bool]:
 def _beside_flips(expected: Tensor, found: Tensor, flipped: Tensor, floor: float) -> tuple[float, float]:
     """How far two outputs are apart and may be where steps flip: norms, beside what a change of last digits does."""
     error, scale = _difference(expected, found)
-    if not expected.is_floating_point() or not math.isfinite(error):
+    codes = expected.dtype in (torch.int8, torch.uint8)
+    if not (codes or expected.is_floating_point()) or not math.isfinite(error):
         return error, ROUNDING * scale
     # what is not finite is so on both sides
     e, f, p = (t.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for t in (expected, found, flipped))
@@ -252,22 +256,23 @@ def _values_text(expected: Tensor | None, found: Tensor | None) -> str:
     return f"at {place} should be {float(flat_e[worst]):.6g} and is {float(flat_f[worst]):.6g}"
 
 
-def _perturbed(graph: Graph) -> Graph:
+def _perturbed(graph: Graph, by: float = PERTURBATION) -> Graph:
     """A copy of the graph, its float parameters changed in their last digits."""
     generator = torch.Generator().manual_seed(0)
     changed = graph.copy()
     for _, parameter in changed.named_parameters():
         if parameter.is_floating_point():
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            parameter.data = parameter.data * (1 + PERTURBATION * noise)
+            parameter.data = parameter.data * (1 + by * noise)
     return changed
 
 
 def verify_artifact(graph: Graph, run: Callable[..., Any], inputs: Iterable[tuple[Any, ...]]) -> float:
     """Check that the lowered artifact computes what the graph does.
 
-    A float graph must agree within float rounding; where activations are quantized, rounding steps may flip, so the
-    difference is judged by its norm, beside what flips when the parameters change in their last digits.
+    A float graph must agree within float rounding, or what a change in the last bits does to it; where activations are
+    quantized, rounding steps may flip, so the difference is judged by its norm, beside what flips when the parameters
+    change in their last digits.
 
     Returns:
         the largest difference seen, relative to the largest output.
@@ -287,6 +292,8 @@ def verify_artifact(graph: Graph, run: Callable[..., Any], inputs: Iterable[tupl
             name = graph.signature.outputs[i]
             error, scale = _difference(e, f)
             apart, bound = _beside_flips(e, f, p, QUANTIZED_NORM) if rounds[i] else (error, ROUNDING * scale)
+            if not apart <= bound and not rounds[i]:
+                bound = _moved(graph, sample, i, e)
             if not apart <= bound:
                 raise VerificationError(
                     f"the artifact differs from its graph: output {name} {_values_text(e, f)}",
@@ -297,3 +304,10 @@ def verify_artifact(graph: Graph, run: Callable[..., Any], inputs: Iterable[tupl
                 )
             largest = max(largest, error / scale)
     return largest
+
+
+def _moved(graph: Graph, sample: tuple[Any, ...], output: int, expected: Tensor) -> float:
+    """How far an output moves, at most, when parameters change in their last bits."""
+    with torch.no_grad():
+        moved, _ = _difference(expected, _outputs(_perturbed(graph, LAST_BITS), sample)[output])
+    return moved if math.isfinite(moved) else 0.0

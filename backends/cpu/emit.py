@@ -24,7 +24,13 @@ from mcc.backends.cpu.kernels.lookup import lookup_function
 from mcc.backends.cpu.kernels.tiles import leading_dims
 from mcc.backends.cpu.lookups import lookups
 from mcc.backends.cpu.microkernel import Parameter, flat, kernel_function, product
-from mcc.backends.cpu.unweighted import RECURRENT, Unweighted, enlarged_before_cats, norms_before_quantizers
+from mcc.backends.cpu.unweighted import (
+    RECURRENT,
+    Unweighted,
+    decodes_before_attention,
+    enlarged_before_cats,
+    norms_before_quantizers,
+)
 from mcc.backends.relax import RULES
 from mcc.backends.relax.emitter import DTYPES, Emitter, Expression, is_tensor, known_dims
 from mcc.cost import LARGEST_GROWTH, weight_expression
@@ -103,6 +109,7 @@ class _Writer:
         self.absorbed = self._absorbed()
         self.lookups = lookups(lowering)
         taken_in = norms_before_quantizers(self.graph, lowering.target) | enlarged_before_cats(self.graph)
+        taken_in |= decodes_before_attention(self.graph, lowering.target)
         self.merged = taken_in - set(lowering.choices)
         self.unweighted = Unweighted(
             lowering.target, self._value, self.merged, lambda node: self.sizes.shape(node.value)
@@ -257,7 +264,8 @@ class _Writer:
         own = self.unweighted.call(emitter, node)
         if own is not None:
             if node.op.macs(node.fx):
-                self._row(node, node.op.name.removeprefix("mcc."), node.op.name.removeprefix("mcc."), ("", 0), "")
+                name = node.op.name.removeprefix("mcc.")
+                self._row(node, name, self.unweighted.kernel_name(node), (self.unweighted.stored_text(node), 0), "")
             return own
         rule = RULES.get(node.op.name)
         if rule is None:

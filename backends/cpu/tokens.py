@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mcc.target import Target
 
 _SWAP = (0, 2, 1, 3)
+_EXPAND, _UNSQUEEZE, _REPEAT = OPS["expand"], OPS["unsqueeze"], OPS["repeat_interleave.self_int"]
 
 
 def attend_by_tokens(graph: Graph, target: Target) -> None:
@@ -39,8 +40,8 @@ def refusal(node: Node, target: Target) -> str | None:
         return "its heads or depth vary"
     if value.shape[3] < target.vector_lanes:
         return f"its values have fewer than {target.vector_lanes} elements"
-    if query.shape[2] == 1:
-        return "a single query is faster by the op library"
+    if query.shape[2] == 1 and (node.argument(5, False) or int(query.shape[3]) % target.vector_lanes):
+        return f"its single query is causal or of a depth that is no multiple of {target.vector_lanes}"
     if int(query.shape[1]) % int(key.shape[1]) or key.shape[1] != value.shape[1]:
         return "its heads are no multiple of those of the keys"
     if any(str(x.shape[0]) != str(query.shape[0]) for x in operands):
@@ -54,11 +55,41 @@ def refusal(node: Node, target: Target) -> str | None:
     return None if fits and mask.dtype in (torch.bool, torch.float32) else "its mask has another shape or type"
 
 
+def reads_codes(decode: Node, target: Target) -> bool:
+    """Whether the attention kernel reads codes of these: a vector of elements lies in one group, and in one half."""
+    scale, size, lanes = decode.operand(1), int(decode.shape[-1]), target.vector_lanes
+    assert scale is not None
+    groups = int(scale.shape[-1])
+    run = size // groups if decode.argument(2) == 8 else math.gcd(size // groups, size // 2)
+    whole = groups == 1 and decode.argument(2) == 8  # vectors may start anywhere, and the last ones overlap
+    return whole or run % lanes == 0
+
+
+def _shared_heads(node: Node) -> Node:
+    """Keys or values [batch, heads, tokens, size] before each head was repeated for the queries that share it."""
+    if node.op is _REPEAT and isinstance(node.argument(1), int) and (node.argument(2) or 0) % 4 == 1:
+        return node.operand(0) or node
+    spread = node.operand(0) if node.op is ops.RESHAPE else None
+    alone = spread.operand(0) if spread is not None and spread.op is _EXPAND else None
+    if spread is None or alone is None or alone.op is not _UNSQUEEZE or alone.argument(1) % 5 != 2:
+        return node
+    source = alone.operand(0)
+    assert source is not None
+    batch, heads, repeats, *rest = spread.shape
+    shapes = (node.shape, (batch, heads * repeats, *rest)), (source.shape, (batch, heads, *rest))
+    return source if all([*map(str, found)] == [*map(str, wanted)] for found, wanted in shapes) else node
+
+
 def _replace(node: Node) -> None:
     graph = node.graph
     sources, flags = [], []
-    for i in range(3):
-        operand = node.operand(i)
+    keys, values = (node.operand(i) for i in (1, 2))
+    assert keys is not None
+    assert values is not None
+    shared = [_shared_heads(keys), _shared_heads(values)]
+    if shared[0].shape[1] != shared[1].shape[1]:
+        shared = [keys, values]
+    for operand in (node.operand(0), *shared):
         assert operand is not None
         before = operand.operand(0) if order_of(operand) == _SWAP else None
         sources.append((operand if before is None else before).fx)

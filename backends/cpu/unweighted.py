@@ -8,11 +8,13 @@ from tvm import relax
 
 from mcc import ops
 from mcc.backends.cpu.fuse import requantize_step
-from mcc.backends.cpu.kernels.attention import attention_function, attention_shape
+from mcc.backends.cpu.kernels.attention import TokenCodes, attention_function, attention_shape
+from mcc.backends.cpu.kernels.attention_step import attention_step_function
 from mcc.backends.cpu.kernels.concatenate import SHORTEST_RUN, Part, concatenate_function, run_of
 from mcc.backends.cpu.kernels.norm import NormShape, norm_function
 from mcc.backends.cpu.kernels.quantize import quantize_function
 from mcc.backends.cpu.kernels.recurrent import NARROWEST, RecurrentShape, recurrent_function
+from mcc.backends.cpu.tokens import reads_codes
 from mcc.backends.relax.emitter import known_dims, rank, static
 from mcc.errors import BackendError
 from mcc.graph import Node
@@ -45,6 +47,17 @@ def norms_before_quantizers(graph: Graph, target: Target) -> set[fx.Node]:
     return found
 
 
+def decodes_before_attention(graph: Graph, target: Target) -> set[fx.Node]:
+    """Decodes of keys and values that the attention behind them reads as codes: nothing else reads their floats."""
+    found = set()
+    for node in graph.nodes:
+        if node.op is not ops.DEQUANTIZE_TOKENS or node.is_output or not reads_codes(node, target):
+            continue
+        if all(user.op is OPS["mcc.attention"] and user.operand(0) != node for user in node.users):
+            found.add(node.fx)
+    return found
+
+
 def enlarged_before_cats(graph: Graph) -> set[fx.Node]:
     """Images made larger that the concatenation behind them takes in: nothing else reads them."""
     found = set()
@@ -69,16 +82,25 @@ def _repeats(node: Node) -> tuple[int, int] | None:
     return (sizes[0][0] // sizes[0][1], sizes[1][0] // sizes[1][1]) if all(a % b == 0 for a, b in sizes) else None
 
 
+def _rows(attention: Node) -> Any:
+    """Queries of each head."""
+    query = attention.operand(0)
+    assert query is not None
+    return query.shape[1 if attention.argument(6)[0] else 2]
+
+
 def takes_cat(node: Node) -> bool:
-    """Whether the concatenation kernel takes this node: float32 or codes, runs of some elements in every input."""
+    """Whether the concatenation kernel takes this node: float32 or codes, in runs of some elements or of any length."""
     kind = str(node.dtype).removeprefix("torch.")
     rank = len(node.shape)
     dim = node.argument(1, 0) % max(rank, 1)
     sources = _concatenated(node)
-    if kind not in ("float32", "uint8") or any(s.dtype != node.dtype or len(s.shape) != rank for s in sources):
+    if kind not in ("float32", "uint8", "int8") or any(s.dtype != node.dtype or len(s.shape) != rank for s in sources):
+        return False
+    if not all(isinstance(size, int) for s in sources for size in s.shape[dim + 1 :]):
         return False
     runs = [run_of(Part(s.shape), dim) for s in sources]
-    return all(run is not None and run >= SHORTEST_RUN for run in runs)
+    return None in runs or all(run is not None and run >= SHORTEST_RUN for run in runs)
 
 
 def takes_norm(node: Node, target: Target) -> bool:
@@ -97,7 +119,8 @@ class Unweighted:
     Args:
         target: of the kernels.
         value: the relax value of a node.
-        merged: norms that a quantizer takes in, and images that a concatenation enlarges.
+        merged: norms that a quantizer takes in, images that a concatenation enlarges, keys and values that attention
+            decodes.
         sizes: the dims of a node as relax has them.
     """
 
@@ -127,22 +150,56 @@ class Unweighted:
             return self._quantize(emitter, source, step)
         return None
 
+    def kernel_name(self, node: Node) -> str:
+        """The kernel of a node that has an own one here, for the report."""
+        assert node.op is not None
+        single = node.op is OPS["mcc.attention"] and _rows(node) == 1
+        return "attention_step" if single else node.op.name.removeprefix("mcc.")
+
+    def stored_text(self, node: Node) -> str:
+        """How the keys and values of an attention are stored where they are no floats, for the report."""
+        decodes = [x for x in (node.operand(i) for i in (1, 2)) if x is not None and x.fx in self._merged]
+        return f"int{decodes[0].argument(2)} keys, values" if decodes else ""
+
     def _attention(self, emitter: Emitter, node: Node) -> Any:
-        operands = [self._value(n.fx) for n in (node.operand(i) for i in range(4)) if n is not None]
-        if len(operands) > 3:
-            mask = operands[3]
-            operands[3] = emitter(relax.op.reshape(mask, [*[1] * (4 - rank(mask)), *mask.ty.shape]))
-        mask_dtype = str(operands[3].ty.dtype) if len(operands) > 3 else ""
+        query, key, value, mask = (node.operand(i) for i in range(4))
+        assert query is not None
+        assert key is not None
+        assert value is not None
+        stored = [self._stored(x) for x in (key, value)]
+        operands = [self._value(query.fx), *(x for parts, _ in stored for x in parts)]
+        dims = [known_dims(operands[0]), *(self._logical(parts[0], codes) for parts, codes in stored)]
+        mask_dtype = ""
+        if mask is not None:
+            given = self._value(mask.fx)
+            operands.append(emitter(relax.op.reshape(given, [*[1] * (4 - rank(given)), *given.ty.shape])))
+            dims.append(known_dims(operands[-1]))
+            mask_dtype = str(given.ty.dtype)
         first = node.argument(6)
         shape = attention_shape(
-            [known_dims(x) for x in operands], mask_dtype, first, causal=node.argument(4), scale=node.argument(5)
+            dims, mask_dtype, first, causal=node.argument(4), scale=node.argument(5), codes=(stored[0][1], stored[1][1])
         )
-        function = emitter.builder.add_func(attention_function(shape, self.target), "attention")
-        query, value = operands[0].ty.shape, operands[2].ty.shape
-        outer, inner = (query[1], query[2]) if first[0] == first[3] else (query[2], query[1])
-        return emitter(
-            relax.call_tir(function, operands, relax.TensorType([query[0], outer, inner, value[3]], "float32"))
-        )
+        make = attention_step_function if _rows(node) == 1 else attention_function
+        function = make(shape, self.target)
+        added = emitter.builder.add_func(function, self.kernel_name(node))
+        sizes = operands[0].ty.shape
+        outer, inner = (sizes[1], sizes[2]) if first[0] == first[3] else (sizes[2], sizes[1])
+        output = relax.TensorType([sizes[0], outer, inner, shape.width], "float32")
+        return emitter(relax.call_tir(added, operands, output))
+
+    def _stored(self, node: Node) -> tuple[list[Any], TokenCodes | None]:
+        """What the attention kernel reads for keys or values: floats, or codes and scales."""
+        if node.fx not in self._merged:
+            return [self._value(node.fx)], None
+        codes, scale = (node.operand(i) for i in range(2))
+        assert codes is not None
+        assert scale is not None
+        return [self._value(codes.fx), self._value(scale.fx)], TokenCodes(node.argument(2), int(scale.shape[-1]))
+
+    @staticmethod
+    def _logical(data: Any, codes: TokenCodes | None) -> tuple[Any, ...]:
+        *outer, size = known_dims(data)
+        return (*outer, size * 2 if codes is not None and codes.bits == 4 else size)
 
     def _cat(self, emitter: Emitter, node: Node) -> Any:
         parts, read = [], []

@@ -311,6 +311,15 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     "mcc.dequantize": (
         S(lambda n: (i(256, n, 6).to(torch.uint8), torch.tensor(0.05), torch.tensor(9, dtype=torch.int32), None)),
     ),
+    "mcc.token_scales": (S(lambda n: (f(n, 3, 12), 8, 1)), S(lambda n: (f(n, 2, 12), 4, 3))),
+    "mcc.quantize_tokens": (
+        S(lambda n: (f(n, 3, 12), positive(n, 3, 1) / 20, 8), (0, 1)),
+        S(lambda n: (f(n, 2, 12), positive(n, 2, 3) / 2, 4), (0, 1)),
+    ),
+    "mcc.dequantize_tokens": (
+        S(lambda n: (i(256, n, 3, 12).to(torch.int8), positive(n, 3, 1), 8), (0, 1)),
+        S(lambda n: (i(256, n, 2, 6).to(torch.uint8), positive(n, 2, 3), 4), (0, 1)),
+    ),
 }
 
 NOT_CALLED = {

@@ -86,7 +86,7 @@ class Logits(nn.Module):
 
 
 class DecodeStep(nn.Module):
-    """A token [1, 1], and keys and values of those before it by layer, to logits and the longer keys and values."""
+    """Tokens [1, n], and keys and values of those before them by layer, to logits and the longer keys and values."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -113,4 +113,28 @@ def perplexity(run: Callable[[Tensor], Any], ids: Tensor, count: int) -> float:
     """Of the first `count` windows, each by itself."""
     with torch.no_grad():
         losses = [float(F.cross_entropy(run(w)[0, :-1].float(), w[0, 1:])) for w in windows(ids, count)]
+    return math.exp(sum(losses) / len(losses))
+
+
+Step = Callable[[Tensor, list[Any], list[Any]], tuple[Tensor, list[Any], list[Any]]]
+
+
+def cached_perplexity(run: Step, ids: Tensor, count: int, chunk: int, empty: Any) -> float:
+    """Of the first `count` windows, each in chunks that see what came before them through the cache alone.
+
+    Args:
+        run: a compiled or plain DecodeStep.
+        ids: of the text.
+        count: windows.
+        chunk: tokens of a call; divides a window.
+        empty: keys, and values, of no tokens for each layer.
+    """
+    losses = []
+    with torch.no_grad():
+        for window in windows(ids, count):
+            keys, values, logits = empty, empty, []
+            for tokens in window.split(chunk, 1):
+                found, keys, values = run(tokens, keys, values)
+                logits.append(found[0].float())
+            losses.append(float(F.cross_entropy(torch.cat(logits)[:-1], window[0, 1:])))
     return math.exp(sum(losses) / len(losses))

@@ -1,5 +1,7 @@
 """Scaled dot-product attention: softmax(q k^T * scale + mask) v, one head after another, a few rows at a time.
 
+Keys and values are float32, or codes with scales for each token (`mcc.token_formats`), read as they are stored.
+
 For a block of rows the scores of all keys lie in a small buffer that stays in cache, so that nothing of the size rows x
 keys reaches memory. The keys of a head are transposed once into panels of a vector, so that lanes are keys; for the
 product with the values lanes are the values' own. Causal blocks leave out the keys none of their rows sees.
@@ -27,6 +29,7 @@ from mcc.backends.cpu.microkernel import (
     serial,
 )
 from mcc.backends.cpu.vector_math import exp
+from mcc.token_formats import ZERO
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,6 +39,19 @@ if TYPE_CHECKING:
 LOWEST = float("-inf")  # the score of a key that is not seen
 SMALLEST = -87.0  # e to less than this is 0
 ROWS_MANY, ROWS_FEW = 6, 4  # rows of a block, with 32 and with 16 vector registers
+
+
+@dataclass(frozen=True)
+class TokenCodes:
+    """How keys or values are stored.
+
+    Attributes:
+        bits: of a code, 8 or 4.
+        groups: of a row, each with a scale.
+    """
+
+    bits: int
+    groups: int
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,7 @@ class AttentionShape:
         mask_dtype: "bool" to leave out where false, "float32" to add.
         causal: row i sees keys up to i.
         scale: of the products.
+        codes: of keys and of values, None where they are float32.
     """
 
     batch: Any
@@ -67,10 +84,17 @@ class AttentionShape:
     mask_dtype: str
     causal: bool
     scale: float
+    codes: tuple[TokenCodes | None, TokenCodes | None] = (None, None)
 
 
 def attention_shape(
-    operands: Sequence[tuple[Any, ...]], mask_dtype: str, tokens_first: Sequence[bool], *, causal: bool, scale: float
+    operands: Sequence[tuple[Any, ...]],
+    mask_dtype: str,
+    tokens_first: Sequence[bool],
+    *,
+    causal: bool,
+    scale: float,
+    codes: tuple[TokenCodes | None, TokenCodes | None] = (None, None),
 ) -> AttentionShape:
     """The sizes of an attention whose query, key, value and mask, if any, have these dims; equal symbols stay equal."""
     variables: dict[str, tirx.Var] = {}
@@ -87,24 +111,102 @@ def attention_shape(
     mask = dims[3] if len(dims) > 3 else None
     return AttentionShape(
         batch=query[0], heads=query[1], key_heads=key[1], rows=query[2], keys=key[2], depth=query[3], width=value[3],
-        tokens_first=first, mask=mask, mask_dtype=mask_dtype, causal=causal, scale=scale,
+        tokens_first=first, mask=mask, mask_dtype=mask_dtype, causal=causal, scale=scale, codes=codes,
     )  # fmt: skip
 
 
 def attention_function(shape: AttentionShape, target: Target) -> tirx.PrimFunc:
-    """A kernel over query, key, value, the mask if there is one, and the output."""
-    body = _Body(shape, Vectors(target))
-    parameters = [
-        Parameter("Q", body.dims(0, shape.heads, shape.rows, shape.depth), "float32"),
-        Parameter("K", body.dims(1, shape.key_heads, shape.keys, shape.depth), "float32"),
-        Parameter("V", body.dims(2, shape.key_heads, shape.keys, shape.width), "float32"),
-        *([Parameter("M", shape.mask, shape.mask_dtype)] if shape.mask is not None else []),
-        Parameter("Y", body.dims(3, shape.heads, shape.rows, shape.width), "float32"),
-    ]
-    return kernel_function("attention", parameters, body.emit).without_attr("global_symbol")
+    """A kernel over query, keys, values, the mask if there is one, and the output; scales follow their codes."""
+    return AttentionBody(shape, Vectors(target)).function()
 
 
-class _Body:
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one of query, keys, values and output.
+
+    Attributes:
+        v: the vectors.
+        data: float32, or codes.
+        scales: float32; None where there are no codes.
+        codes: how they are stored; None where there are none.
+        heads, tokens, size: dims besides the batch; `size` elements, however many bytes they have.
+        tokens_first: [batch, tokens, heads, …].
+    """
+
+    v: Vectors
+    data: Expression
+    scales: Expression | None
+    codes: TokenCodes | None
+    heads: int
+    tokens: Any
+    size: int
+    tokens_first: bool
+
+    def place(self, b: Expression, h: Expression, size: int | None = None) -> tuple[Expression, int]:
+        """Index of the first element of a batch and head, where rows have `size`, and how far apart tokens are."""
+        size = self.size if size is None else size
+        if self.tokens_first:
+            return b * (self.tokens * (self.heads * size)) + h * size, self.heads * size
+        return (b * self.heads + h) * (self.tokens * size), size
+
+    def head(self, b: Expression, h: Expression) -> Head:
+        """The rows of a batch and head."""
+        stored = self.size // 2 if self.codes is not None and self.codes.bits == 4 else self.size
+        groups = 1 if self.codes is None else self.codes.groups
+        return Head(self, self.place(b, h, stored), self.place(b, h, groups))
+
+
+@dataclass(frozen=True)
+class Head:
+    """Rows of one head.
+
+    Attributes:
+        rows: all of them.
+        start: index of the first row's data, and how far apart rows are.
+        scale_start: the same of the scales.
+    """
+
+    rows: Rows
+    start: tuple[Expression, int]
+    scale_start: tuple[Expression, int]
+
+    def load(self, token: Expression, at: Expression, lanes: int | None = None) -> Expression:
+        """`lanes` elements from `at` of a row, float32; a group holds all of them."""
+        rows, v = self.rows, self.rows.v
+        n, first = lanes or v.lanes, self.start[0] + token * self.start[1]
+        if rows.codes is None or rows.scales is None:
+            return _read(rows.data, first + at, n)
+        size = rows.size // rows.codes.groups
+        group = at // size if isinstance(at, int) else tirx.floordiv(at, size)
+        scale = rows.scales[self.scale_start[0] + token * self.scale_start[1] + group]
+        if rows.codes.bits == 4:
+            half = rows.size // 2
+            high = int(at >= half) if isinstance(at, int) else T.cast(at >= half, "int32")
+            packed = T.cast(_read(rows.data, first + at - high * half, n), _vector("int32", n))
+            shifted = T.shift_right(packed, _splat(T.cast(high * 4, "int32"), n))
+            codes = T.bitwise_and(shifted, _splat(T.int32(15), n)) - _splat(T.int32(ZERO), n)
+        else:
+            codes = T.cast(_read(rows.data, first + at, n), _vector("int32", n))
+        return T.cast(codes, _vector("float32", n)) * _splat(scale, n)
+
+
+def _read(data: Expression, index: Expression, lanes: int) -> Expression:
+    return data[index] if lanes == 1 else tirx.BufferLoad(data, [T.ramp(index, 1, lanes)])
+
+
+def _vector(kind: str, lanes: int) -> str:
+    return kind if lanes == 1 else f"{kind}x{lanes}"
+
+
+def _splat(value: Expression, lanes: int) -> Expression:
+    return value if lanes == 1 else T.broadcast(value, lanes)
+
+
+class AttentionBody:
+    """Emits the kernel for one attention."""
+
+    name = "attention"
+
     def __init__(self, shape: AttentionShape, vectors: Vectors) -> None:
         self.shape, self.v = shape, vectors
         self.block = ROWS_MANY if vectors.target.vector_registers == 32 else ROWS_FEW
@@ -112,29 +214,47 @@ class _Body:
         self.panels = tirx.floordiv(shape.keys + vectors.lanes - 1, vectors.lanes)
         self.padded = self.panels * vectors.lanes
 
-    def dims(self, which: int, heads: int, tokens: Any, size: int) -> tuple[Any, ...]:
+    def function(self) -> tirx.PrimFunc:
+        """The whole function."""
+        s = self.shape
+        parameters = [Parameter("Q", self._dims(0, s.heads, s.rows, s.depth), "float32")]
+        for name, which, size in (("K", 1, s.depth), ("V", 2, s.width)):
+            codes = s.codes[which - 1]
+            packed = size // 2 if codes is not None and codes.bits == 4 else size
+            kind = "float32" if codes is None else "int8" if codes.bits == 8 else "uint8"
+            parameters.append(Parameter(name, self._dims(which, s.key_heads, s.keys, packed), kind))
+            if codes is not None:
+                dims = self._dims(which, s.key_heads, s.keys, codes.groups)
+                parameters.append(Parameter(f"{name}S", dims, "float32"))
+        if s.mask is not None:
+            parameters.append(Parameter("M", s.mask, s.mask_dtype))
+        parameters.append(Parameter("Y", self._dims(3, s.heads, s.rows, s.width), "float32"))
+        return kernel_function(self.name, parameters, self._body).without_attr("global_symbol")
+
+    def _dims(self, which: int, heads: int, tokens: Any, size: int) -> tuple[Any, ...]:
         """Dims of one of query, key, value and output."""
         batch = self.shape.batch
         return (batch, tokens, heads, size) if self.shape.tokens_first[which] else (batch, heads, tokens, size)
 
-    def _place(self, which: int, heads: int, tokens: Any, size: int) -> Callable[..., tuple[Expression, int]]:
-        """Given batch and head: index of its first element, and how far apart its tokens are."""
-        if self.shape.tokens_first[which]:
-            return lambda b, h: (b * (tokens * (heads * size)) + h * size, heads * size)
-        return lambda b, h: ((b * heads + h) * (tokens * size), size)
+    def _body(self, *buffers: Expression) -> None:
+        s, given = self.shape, iter(buffers)
 
-    def emit(self, q: Expression, k: Expression, value: Expression, *rest: Expression) -> None:
-        """Emit the whole kernel."""
+        def rows(which: int, heads: int, tokens: Any, size: int, codes: TokenCodes | None = None) -> Rows:
+            stored = size // 2 if codes is not None and codes.bits == 4 else size
+            data = flat(next(given), s.batch * (heads * stored) * tokens)
+            scales = None if codes is None else flat(next(given), s.batch * (heads * codes.groups) * tokens)
+            return Rows(self.v, data, scales, codes, heads, tokens, size, s.tokens_first[which])
+
+        self.query = rows(0, s.heads, s.rows, s.depth)
+        self.keys = rows(1, s.key_heads, s.keys, s.depth, s.codes[0])
+        self.values = rows(2, s.key_heads, s.keys, s.width, s.codes[1])
+        self.mask = flat(next(given), product(s.mask)) if s.mask is not None else None
+        self.out = rows(3, s.heads, s.rows, s.width)
+        self.emit()
+
+    def emit(self) -> None:
+        """Emit the loops."""
         s = self.shape
-        buffers = [
-            flat(x, s.batch * (heads * size) * tokens)
-            for x, heads, tokens, size in (
-                (q, s.heads, s.rows, s.depth), (k, s.key_heads, s.keys, s.depth),
-                (value, s.key_heads, s.keys, s.width), (rest[-1], s.heads, s.rows, s.width),
-            )
-        ]  # fmt: skip
-        self.q, self.k, self.values, self.out = buffers
-        self.mask = flat(rest[0], product(s.mask)) if s.mask is not None else None
         group = s.heads // s.key_heads
 
         def head(i: Expression) -> None:
@@ -143,17 +263,14 @@ class _Body:
                 B.Bind(T.cast(tirx.floormod(i, s.heads), "int64")),
             )
             shared = tirx.floordiv(h, group)
-            query = self._place(0, s.heads, s.rows, s.depth)(b, h)
-            key = self._place(1, s.key_heads, s.keys, s.depth)(b, shared)
-            values = self._place(2, s.key_heads, s.keys, s.width)(b, shared)
-            out = self._place(3, s.heads, s.rows, s.width)(b, h)
             panels = B.alloc_buffer((self.padded * s.depth,), "float32", layout=None)
             scores = B.alloc_buffer((self.padded * self.block,), "float32", layout=None)
-            self._transpose_keys(key, panels)
+            self._transpose_keys(self.keys.head(b, shared), panels)
+            values = self.values.head(b, shared)
             whole = tirx.floordiv(s.rows, self.block)
 
             def block(first: Expression, rows: int) -> None:
-                self._block((b, h, first, rows), (query, values, out), (panels, scores))
+                self._block((b, h, first, rows), values, (panels, scores))
 
             serial(whole, lambda r: block(r * self.block, self.block))
             left = s.rows - whole * self.block
@@ -162,38 +279,37 @@ class _Body:
 
         parallel(s.batch * s.heads, head)
 
-    def _transpose_keys(self, key: tuple[Expression, int], panels: Expression) -> None:
+    def _transpose_keys(self, key: Head, panels: Expression) -> None:
         """[keys, depth] to [panel][depth][lane]; past the last key, it again."""
         v, s = self.v, self.shape
         lanes = v.lanes
-        first, apart = key
 
         def panel(p: Expression) -> None:
-            rows = [B.Bind(first + tirx.min(p * lanes + lane, s.keys - 1) * apart) for lane in range(lanes)]
+            tokens = [B.Bind(tirx.min(p * lanes + lane, s.keys - 1)) for lane in range(lanes)]
             whole = s.depth // lanes
 
             def square(c: Expression) -> None:
-                columns = v.transpose([B.Bind(v.load(self.k, row + c * lanes)) for row in rows])
+                columns = v.transpose([B.Bind(key.load(token, c * lanes)) for token in tokens])
                 for d, column in enumerate(columns):
                     v.store(panels, (p * s.depth + c * lanes + d) * lanes, column)
 
             serial(whole, square)
             for d in range(whole * lanes, s.depth):
-                for lane, row in enumerate(rows):
-                    B.buffer_store(panels, self.k[row + d], [(p * s.depth + d) * lanes + lane])
+                for lane, token in enumerate(tokens):
+                    B.buffer_store(panels, key.load(token, d, 1), [(p * s.depth + d) * lanes + lane])
 
         serial(self.panels, panel)
 
     def _block(
         self,
         place: tuple[Expression, Expression, Expression, int],
-        operands: tuple[tuple[Expression, int], ...],
+        values: Head,
         rooms: tuple[Expression, Expression],
     ) -> None:
         b, h, first, rows = place
-        query, values, out = operands
         panels, scores = rooms
         s, lanes = self.shape, self.v.lanes
+        query, out = self.query.place(b, h), self.out.place(b, h)
         seen: Expression = s.keys
         if s.causal:
             seen = B.Bind(tirx.min(s.keys, first + rows))
@@ -220,7 +336,7 @@ class _Body:
             def step(d: Expression) -> None:
                 keys = [B.Bind(v.load(panels, ((p + j) * s.depth + d) * v.lanes)) for j in range(vectors)]
                 for i, row in enumerate(sums):
-                    element = B.Bind(v.splat(self.q[query + i * apart + d]))
+                    element = B.Bind(v.splat(self.query.data[query + i * apart + d]))
                     for register, key in zip(row, keys, strict=True):
                         register.set(v.fma(element, key, register.get()))
 
@@ -286,7 +402,7 @@ class _Body:
         self,
         rows: int,
         weights: tuple[Expression, Expression],
-        values: tuple[Expression, int],
+        values: Head,
         out: tuple[Expression, int],
         inverse: list[Expression],
     ) -> None:
@@ -301,11 +417,11 @@ class _Body:
                 for register in row:
                     register.set(v.constant(0.0))
             with B.serial(0, seen) as t:
-                loaded = [B.Bind(v.load(self.values, values[0] + t * values[1] + start)) for start in part]
+                loaded = [B.Bind(values.load(t, start)) for start in part]
                 for i, row in enumerate(sums):
                     weight = B.Bind(v.splat(scores[i * self.padded + t]))
                     for register, value in zip(row, loaded, strict=True):
                         register.set(v.fma(weight, value, register.get()))
             for i, row in enumerate(sums):
                 for register, start in zip(row, part, strict=True):
-                    v.store(self.out, out[0] + i * out[1] + start, register.get() * v.splat(inverse[i]))
+                    v.store(self.out.data, out[0] + i * out[1] + start, register.get() * v.splat(inverse[i]))

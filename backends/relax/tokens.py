@@ -1,0 +1,67 @@
+"""Formats of tokens that come at run time, in relax: see `mcc.token_formats`."""
+
+from __future__ import annotations
+
+from tvm import relax, te, tirx
+
+from mcc.backends.relax.emitter import Emitter, Expression, shape
+from mcc.formats import SMALLEST_ROW
+from mcc.token_formats import LIMITS, ZERO
+
+R = relax.op
+
+
+def _token_scales(e: Emitter, x: Expression, bits: int, groups: int) -> Expression:
+    *outer, size = shape(x)
+    by_group = e(R.reshape(x, [*outer, groups, int(size) // groups]))
+    largest = e(R.max(e(R.abs(by_group)), axis=-1))
+    positive = e(R.maximum(largest, e.scalar(SMALLEST_ROW, "float32")))
+    return e(R.divide(positive, e.scalar(LIMITS[bits], "float32")))
+
+
+def _quantize_tokens(e: Emitter, x: Expression, scale: Expression, bits: int) -> Expression:
+    limit, size = tirx.const(LIMITS[bits], "float32"), int(shape(x)[-1])
+    group = size // int(shape(scale)[-1])
+
+    def body(values: Expression, scales: Expression) -> Expression:
+        def code(outer: tuple[Expression, ...], i: Expression) -> Expression:
+            in_steps = tirx.round(values(*outer, i) / scales(*outer, tirx.floordiv(i, group)))
+            return tirx.max(tirx.min(in_steps, limit), -limit)
+
+        def byte(*place: Expression) -> Expression:
+            *outer, i = place
+            if bits == 8:
+                return code(tuple(outer), i).astype("int8")
+            low, high = (code(tuple(outer), at) + tirx.const(ZERO, "float32") for at in (i, i + size // 2))
+            return (low + high * tirx.const(16, "float32")).astype("uint8")
+
+        return te.compute([*values.shape[:-1], size * bits // 8], byte)
+
+    return e.compute(body, x, scale, name="quantize_tokens")
+
+
+def _dequantize_tokens(e: Emitter, codes: Expression, scale: Expression, bits: int) -> Expression:
+    size = int(shape(codes)[-1]) * 8 // bits
+    group = size // int(shape(scale)[-1])
+
+    def body(stored: Expression, scales: Expression) -> Expression:
+        def value(*place: Expression) -> Expression:
+            *outer, i = place
+            if bits == 8:
+                code = stored(*outer, i).astype("float32")
+            else:
+                half = size // 2
+                byte = stored(*outer, tirx.floormod(i, half)).astype("int32")
+                shifted = tirx.shift_right(byte, tirx.floordiv(i, half).astype("int32") * 4)
+                code = (tirx.bitwise_and(shifted, tirx.const(15, "int32")) - ZERO).astype("float32")
+            return code * scales(*outer, tirx.floordiv(i, group))
+
+        return te.compute([*stored.shape[:-1], size], value)
+
+    return e.compute(body, codes, scale, name="dequantize_tokens")
+
+
+RULES = {
+    "mcc.token_scales": _token_scales, "mcc.quantize_tokens": _quantize_tokens,
+    "mcc.dequantize_tokens": _dequantize_tokens,
+}  # fmt: skip
