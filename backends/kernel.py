@@ -117,6 +117,8 @@ class StoredWeight:
             float values.
         zero_point: of groups, int8 or float16 [out, groups]; None where all are zero.
         bits: of a code as the graph stores it.
+        table: float32 [entries, size], of which codes, from -entries / 2 on, stand for rows: values of `size`
+            neighbouring inputs in units of the scale; `dense` is [out, in / size] then. None where codes are numbers.
     """
 
     name: str
@@ -126,6 +128,12 @@ class StoredWeight:
     scale: NDArray[Any] | None
     zero_point: NDArray[Any] | None = None
     bits: int = 8
+    table: NDArray[Any] | None = None
+
+    @property
+    def span(self) -> int:
+        """Inputs that share a code."""
+        return 1 if self.table is None else int(self.table.shape[1])
 
     @property
     def grouped(self) -> bool:
@@ -149,6 +157,8 @@ class StoredWeight:
     def text(self) -> str:
         """The format in words, for the report."""
         kind = self.dtype if self.bits == 8 else "binary" if self.bits == 1 else f"int{self.bits}"
+        if self.table is not None:
+            kind = f"{self.bits}-bit codes of a table" + (" of pairs" if self.span > 1 else "")
         if self.grouped:
             kind += f" in groups of {self.group_size}"
         return ("sparse " if self.sparse is not None else "") + kind
@@ -158,6 +168,15 @@ class StoredWeight:
         """The largest sum of absolute codes that an output has."""
         rows = self.decoded().reshape(self.shape[0], -1)
         return int(np.abs(rows.astype(np.int64)).sum(1).max(initial=0))
+
+    @property
+    def in_scales(self) -> NDArray[Any]:
+        """What grouped codes stand for, [out, in] in units of their groups' scales."""
+        assert self.dense is not None
+        if self.table is not None:
+            return self.table[self.dense.astype(np.int64) + len(self.table) // 2].reshape(self.shape)
+        zeros = 0 if self.zero_point is None else self.zero_point.repeat(self.group_size, 1)
+        return np.asarray(self.dense - np.float64(zeros))
 
     def decoded(self) -> NDArray[Any]:
         """The dense codes or values."""

@@ -18,6 +18,9 @@ LARGEST_GROWTH = 1 << 20
 WIDEST_PACKED = 4  # bits; wider codes are bytes, which every kernel reads
 
 
+_QUANTIZERS = (ops.FAKE_QUANTIZE, ops.QUANTIZE, ops.DEQUANTIZE, ops.FAKE_CODEBOOK, ops.DECODE_CODEBOOK)
+
+
 @dataclass(frozen=True)
 class LayerCost:
     """The cost of one call.
@@ -44,7 +47,7 @@ class WeightExpression:
     Attributes:
         root: the node that reads the stored tensor (of a sparse weight, its values).
         mask: the 0/1 mask it is multiplied by, or None.
-        quantizer: the fake_quantize, quantize or dequantize node over it, or None.
+        quantizer: the fake_quantize, quantize, dequantize, fake_codebook or decode_codebook node over it, or None.
         sparse: the decode_sparse node over it, or None.
         packed: the unpack node over it, or None.
     """
@@ -58,7 +61,7 @@ class WeightExpression:
     @property
     def elements(self) -> int:
         """Elements of the dense weight."""
-        shape = (self.sparse or self.packed or self.root).shape
+        shape = (self.quantizer or self.sparse or self.packed or self.root).shape
         return math.prod(int(s) for s in shape)
 
     @property
@@ -66,6 +69,8 @@ class WeightExpression:
         """Elements stored as non-zero; of packed codes those that stand for something else than zero."""
         if self.packed is not None and self.quantizer is not None:
             codes = unpack(self.root.tensor, *self.packed.fx.args[1:])
+            if (table := _table(self.quantizer)) is not None:
+                return int(torch.count_nonzero(table[codes.to(torch.int64) + len(table) // 2]))
             zero_point = self.quantizer.operand(2)
             assert zero_point is not None
             return int(torch.count_nonzero(codes - along_axis(zero_point.tensor, codes, self.quantizer.argument(3))))
@@ -82,9 +87,10 @@ class WeightExpression:
         """Bytes of the weight with its indices and scales, in the format `encode` would choose by size."""
         element = self.root.tensor.element_size()
         size = self.elements * element
-        if self.quantizer is not None and self.quantizer.op is ops.FAKE_QUANTIZE:
-            element = 1
-            size = packed_bytes(self.elements, code_bits(self.quantizer))
+        if self.quantizer is not None and self.quantizer.op in (ops.FAKE_QUANTIZE, ops.FAKE_CODEBOOK):
+            element, table = 1, _table(self.quantizer)
+            codes = self.elements // (1 if table is None else table.shape[1])
+            size = packed_bytes(codes, code_bits(self.quantizer))
         if self.packed is not None:
             size = self.root.tensor.numel()
         if self.mask is not None:
@@ -98,8 +104,16 @@ class WeightExpression:
         return size
 
 
+def _table(quantizer: Node) -> Tensor | None:
+    """The table that a weight's codes stand for entries of, or None."""
+    table = quantizer.operand(2) if quantizer.op in (ops.FAKE_CODEBOOK, ops.DECODE_CODEBOOK) else None
+    return None if table is None else table.tensor
+
+
 def code_bits(quantizer: Node) -> int:
     """Bits that a fake-quantized weight's codes take as `encode` stores them: 1 to 4 packed, else 8."""
+    if (table := _table(quantizer)) is not None:
+        return (len(table) - 1).bit_length()
     bits = int(quantizer.argument(5) - quantizer.argument(4)).bit_length()
     return bits if bits <= WIDEST_PACKED else 8
 
@@ -118,7 +132,7 @@ def weight_expression(node: Node | None) -> WeightExpression | None:
             if other.tensor.shape != node.value.shape:
                 return None
             mask = other.tensor if mask is None else mask & other.tensor
-        elif node.op in (ops.FAKE_QUANTIZE, ops.QUANTIZE, ops.DEQUANTIZE):
+        elif node.op in _QUANTIZERS:
             quantizer = node
         elif node.op is ops.DECODE_SPARSE:
             sparse = node
@@ -136,7 +150,7 @@ def layer_costs(graph: Graph) -> tuple[LayerCost, ...]:
     rows = []
     for node in graph.nodes:
         row = node.op
-        if row is None or row in (ops.MUL, ops.DECODE_SPARSE, ops.UNPACK, ops.DEQUANTIZE, ops.FAKE_QUANTIZE):
+        if row is None or row in (ops.MUL, ops.DECODE_SPARSE, ops.UNPACK) or row in _QUANTIZERS:
             continue
         macs, parameters, stored = row.macs(node.fx), 0, 0
         for position in range(len(node.fx.args)):

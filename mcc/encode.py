@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from mcc import ops
+from mcc.codebooks import codebook_codes
 from mcc.cost import WIDEST_PACKED, WeightExpression, code_bits, weight_expression
 from mcc.formats import encode_sparse, pack, packed_bytes, quantize, sparse_bytes
 from mcc.graph import Graph, Node, identifier
 from mcc.report import Declined
 from mcc.rewrite import Rewriter
 
+_TOPS = (ops.MUL, ops.FAKE_QUANTIZE, ops.FAKE_CODEBOOK)
 GROUPED = 2  # dims of scales that belong to groups of inputs
 SparseVerdict = Callable[[Node, float], str | None]
 """Given an op and its weight's density: why the backend would rather have the weight dense, or None if not."""
@@ -41,12 +43,12 @@ def encode(graph: Graph, prefer_dense: SparseVerdict) -> tuple[Graph, list[Decli
 
 def _is_weight_top(node: Node) -> bool:
     """Whether this is the outermost mask or quantizer over a stored weight."""
-    if node.op not in (ops.MUL, ops.FAKE_QUANTIZE):
+    if node.op not in _TOPS:
         return False
     expression = weight_expression(node)
     if expression is None or (expression.mask is None and expression.quantizer is None):
         return False
-    return all(user.op not in (ops.MUL, ops.FAKE_QUANTIZE) or weight_expression(user) is None for user in node.users)
+    return all(user.op not in _TOPS or weight_expression(user) is None for user in node.users)
 
 
 def _encode_activation(node: Node) -> None:
@@ -82,7 +84,9 @@ def _encode_weight(node: Node, prefer_dense: SparseVerdict) -> str | None:
         made = _read_codes(rewriter, name, stored, expression.quantizer)
     else:
         made = rewriter.read(f"{name}_dense", stored)
-    if expression.quantizer is not None:
+    if expression.quantizer is not None and expression.quantizer.op is ops.FAKE_CODEBOOK:
+        made = rewriter.call(ops.DECODE_CODEBOOK, made, *(expression.quantizer.operand(i) for i in (1, 2)))
+    elif expression.quantizer is not None:
         scale, zero_point = expression.quantizer.operand(1), expression.quantizer.operand(2)
         made = rewriter.call(ops.DEQUANTIZE, made, scale, zero_point, expression.quantizer.argument(3))
     made.take_place_of(node)
@@ -90,7 +94,8 @@ def _encode_weight(node: Node, prefer_dense: SparseVerdict) -> str | None:
 
 
 def _read_codes(rewriter: Rewriter, name: str, codes: Tensor, quantizer: Node) -> Node:
-    bits, low = code_bits(quantizer), quantizer.argument(4)
+    bits = code_bits(quantizer)
+    low = -(1 << (bits - 1)) if quantizer.op is ops.FAKE_CODEBOOK else quantizer.argument(4)
     if bits > WIDEST_PACKED:
         return rewriter.read(f"{name}_codes", codes)
     packed = rewriter.read(f"{name}_packed", pack(codes, bits, low))
@@ -107,6 +112,9 @@ def _stored_values(expression: WeightExpression) -> Tensor:
     scale, zero_point = quantizer.operand(1), quantizer.operand(2)
     assert scale is not None
     assert zero_point is not None
+    if quantizer.op is ops.FAKE_CODEBOOK:
+        entries: Tensor = codebook_codes(values, scale.tensor, zero_point.tensor)
+        return entries
     axis, low, high = (quantizer.argument(i) for i in range(3, 6))
     codes: Tensor = quantize(values, scale.tensor, zero_point.tensor, axis, low, high, torch.int8)
     return codes
@@ -116,6 +124,8 @@ def _dense_reason(node: Node, expression: WeightExpression, stored: Tensor, pref
     assert expression.mask is not None
     density = expression.kept / max(expression.elements, 1)
     dense_bytes = stored.numel() * stored.element_size()
+    if expression.quantizer is not None and expression.quantizer.op is ops.FAKE_CODEBOOK:
+        return "stored dense: no sparse kernel reads codes of a table"
     if expression.quantizer is not None:
         scale, zero_point = expression.quantizer.operand(1), expression.quantizer.operand(2)
         if zero_point is not None and bool(zero_point.tensor.any()):

@@ -20,7 +20,10 @@ from mcc import ops
 from mcc.errors import MccError
 from mcc.text import graph_text
 
-WEIGHT_WRAPPERS = (ops.MUL, ops.FAKE_QUANTIZE, ops.DEQUANTIZE, ops.DECODE_SPARSE, ops.UNPACK, ops.QUANTIZE)
+WEIGHT_WRAPPERS = (
+    ops.MUL, ops.FAKE_QUANTIZE, ops.DEQUANTIZE, ops.DECODE_SPARSE, ops.UNPACK, ops.QUANTIZE, ops.FAKE_CODEBOOK,
+    ops.DECODE_CODEBOOK,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from mcc.rewrite import Context, Rewriter
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-QUANTIZERS = (ops.FAKE_QUANTIZE, ops.FAKE_QUANTIZE_PER_TOKEN)
+QUANTIZERS = (ops.FAKE_QUANTIZE, ops.FAKE_QUANTIZE_PER_TOKEN, ops.FAKE_CODEBOOK)
 GROUP_STEP = 32  # whole words of every width
 MANY_CODES = 63
 MIDPOINT = -0.5  # the zero point where codes stand for (code + 1/2) * scale

@@ -10,16 +10,17 @@ from mcc.passes.fold_constants import FoldConstants
 from mcc.passes.gptq import Gptq
 from mcc.passes.prune_weights import PruneWeights
 from mcc.passes.quantize import Quantize
+from mcc.passes.quantize_codebook import QuantizeCodebook
 from mcc.passes.quantize_kv_cache import QuantizeKvCache
 from mcc.passes.smooth_quant import SmoothQuant
 from mcc.rewrite import Pass
 
 PASSES: tuple[type[Pass], ...] = (
     EliminateIdentity, FoldBatchNorm, FoldConstants, PruneWeights, FineTune, SmoothQuant, Awq, Gptq, Quantize,
-    AdaRound, CorrectBias, QuantizeKvCache,
+    AdaRound, CorrectBias, QuantizeKvCache, QuantizeCodebook,
 )  # fmt: skip
 
 __all__ = [
     "PASSES", "AdaRound", "Awq", "CorrectBias", "EliminateIdentity", "FineTune", "FoldBatchNorm", "FoldConstants",
-    "Gptq", "PruneWeights", "Quantize", "QuantizeKvCache", "SmoothQuant",
+    "Gptq", "PruneWeights", "Quantize", "QuantizeCodebook", "QuantizeKvCache", "SmoothQuant",
 ]  # fmt: skip

@@ -119,7 +119,7 @@ class PruneWeights(Pass):
         if node.weight is None:
             return "its weight is computed"
         direct = node.operand(1)
-        if direct is not None and direct.op in (ops.DEQUANTIZE, ops.DECODE_SPARSE):
+        if direct is not None and direct.op in ops.FIXED:
             return "its weight is already encoded: prune before that"
         return None
 

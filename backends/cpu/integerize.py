@@ -57,12 +57,15 @@ def integerize(lowering: Lowering) -> Lowering:
 def stored_weight(top: Node) -> StoredWeight | None:
     """How a layer's weight is stored, or None where it is computed; `top` gives its values."""
     shape = tuple(int(s) for s in top.shape)
-    weight = _stored_codes(top.operand(0) if top.op is ops.DEQUANTIZE else top, shape)
-    if weight is None or top.op is not ops.DEQUANTIZE:
+    decodes = top.op in (ops.DEQUANTIZE, ops.DECODE_CODEBOOK)
+    weight = _stored_codes(top.operand(0) if decodes else top, shape)
+    if weight is None or not decodes:
         return weight
     scale, zero_point = top.operand(1), top.operand(2)
     assert scale is not None
     assert zero_point is not None
+    if top.op is ops.DECODE_CODEBOOK:
+        return replace(weight, scale=scale.tensor.numpy(), table=zero_point.tensor.numpy())
     if top.argument(3) != 0:
         return None
     zeros = zero_point.tensor.numpy()
@@ -85,7 +88,7 @@ def _stored_codes(inner: Node | None, shape: tuple[int, ...]) -> StoredWeight | 
         packed = inner.operand(0)
         assert packed is not None
         bits, low = inner.argument(1), inner.argument(2)
-        codes = unpack(packed.tensor, bits, low, list(shape)).numpy()
+        codes = unpack(packed.tensor, bits, low, inner.argument(3)).numpy()
         return StoredWeight(str(packed.fx.target).removesuffix("_packed"), shape, codes, None, None, bits=bits)
     if not inner.is_parameter or inner.dtype not in (torch.float32, torch.int8):
         return None

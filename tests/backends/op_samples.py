@@ -311,6 +311,14 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     "mcc.dequantize": (
         S(lambda n: (i(256, n, 6).to(torch.uint8), torch.tensor(0.05), torch.tensor(9, dtype=torch.int32), None)),
     ),
+    "mcc.decode_codebook": (
+        S(lambda n: (i(16, n, 12).to(torch.int8) - 8, positive(n, 3), f(16, 1)), (0, 1)),
+        S(lambda n: (i(4, n, 6).to(torch.int8) - 2, positive(n, 1), f(4, 2)), (0, 1)),
+    ),
+    "mcc.fake_codebook": (
+        S(lambda n: (f(n, 12), positive(n, 3), f(16, 1).sort(0).values), (0, 1)),
+        S(lambda n: (f(n, 12), positive(n, 1), f(4, 2)), (0, 1)),
+    ),
     "mcc.token_scales": (S(lambda n: (f(n, 3, 12), 8, 1)), S(lambda n: (f(n, 2, 12), 4, 3))),
     "mcc.quantize_tokens": (
         S(lambda n: (f(n, 3, 12), positive(n, 3, 1) / 20, 8), (0, 1)),

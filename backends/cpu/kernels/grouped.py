@@ -31,8 +31,9 @@ def not_grouped(weight: StoredWeight, multiple: Mapping[int, int]) -> str | None
         return "the weight is not dense codes of 1 to 4 or 8 bits with scales for groups"
     if int(weight.decoded().max(initial=0)) >> (weight.bits - 1):
         return f"its codes are not signed ones of {weight.bits} bits"
-    if weight.scale is not None and weight.scale.shape[1] > 1 and weight.group_size % multiple[weight.bits]:
-        return f"groups of {weight.group_size} are no multiple of {multiple[weight.bits]}"
+    inputs = multiple[weight.bits] * weight.span
+    if weight.scale is not None and weight.scale.shape[1] > 1 and weight.group_size % inputs:
+        return f"groups of {weight.group_size} are no multiple of {inputs}"
     return None
 
 
@@ -49,9 +50,9 @@ class GroupedBody:
         weight = plan.region.weight
         assert weight.scale is not None
         self.plan, self.v, self.bits = plan, plan.vectors, weight.bits
-        self.groups, self.group = weight.scale.shape[1], weight.group_size
+        self.groups, self.group, self.span = weight.scale.shape[1], weight.group_size, weight.span
         self.block_codes = codes
-        self.blocks = -(-self.group // codes)
+        self.blocks = -(-(self.group // self.span) // codes)
         self.words = codes * self.bits // 32  # of a block
         self.packed: dict[str, NDArray[Any]] = {
             "weight": self._panels(words), "scale": self._panels(weight.scale[:, :, None])

@@ -9,6 +9,7 @@ memory as few bits and never written out.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -47,9 +48,10 @@ class LowBitDense:
 
     def refuses(self, region: Region, target: Target) -> str | None:
         """Takes linear with a grouped weight."""
-        del target
         if (reason := not_grouped(region.weight, CODES)) is not None:
             return reason
+        if region.weight.table is not None and target.isa == "neon":
+            return "its table is in no register"
         return "the activations are quantized" if region.activation is not None else None
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
@@ -66,15 +68,14 @@ class LowBitDense:
         """See the module's text."""
         plan = PanelPlan(region, Vectors(target), parse_tile(tile))
         body = _Body(plan)
-        return Lowered(plan.function(self.name, body.packed, body.emit), body.packed, body.element)
+        element = body.element if region.weight.table is None else None
+        return Lowered(plan.function(self.name, body.packed, body.emit), body.packed, element)
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """Float64 sums over dequantized weights."""
         weight = region.weight
         assert weight.scale is not None
-        size = weight.group_size
-        zeros = 0 if weight.zero_point is None else weight.zero_point.repeat(size, 1)
-        values = (weight.decoded() - np.float64(zeros)) * weight.scale.astype(np.float64).repeat(size, 1)
+        values = weight.in_scales * weight.scale.astype(np.float64).repeat(weight.group_size, 1)
         bias = np.float32(0) if region.bias is None else region.bias
         return apply_epilogue((source @ values.T + bias).astype(np.float32), region.epilogue, operands)
 
@@ -102,12 +103,12 @@ class _Body(GroupedBody):
     def __init__(self, plan: PanelPlan) -> None:
         weight = plan.region.weight
         assert weight.dense is not None
-        super().__init__(plan, _words(weight.dense, weight.bits, weight.group_size), CODES[weight.bits])
+        super().__init__(plan, _words(weight.dense, weight.bits, weight.group_size // weight.span), CODES[weight.bits])
 
     def emit(self, x: Expression, *arrays: Expression) -> None:
         """Emit the whole kernel."""
         self.x, self.arrays = x, dict(zip(self.packed, arrays, strict=True))
-        self.table = self._table()
+        self.tables = self._tables()
         self.plan.loops(self._tile)
 
     def signed_code(self, word: Callable[[Expression], Expression], c: Expression) -> Expression:
@@ -121,14 +122,23 @@ class _Body(GroupedBody):
         unused = T.int32(32 - self.bits)
         return T.shift_right(T.shift_left(raised, unused), unused)
 
-    def _table(self) -> Expression | None:
-        """The value of each code in a register, over and over, so that the bits beyond it do not matter."""
-        v = self.v
-        if v.neon or 1 << self.bits > v.lanes:
-            return None
-        signed = [(c + (1 << (self.bits - 1))) % (1 << self.bits) - (1 << (self.bits - 1)) for c in range(v.lanes)]
-        lanes = [tirx.const(float(c), "float32") for c in signed]
-        return v.hold(tirx.Shuffle([*lanes], list(range(v.lanes))))
+    def _tables(self) -> list[list[Expression]]:
+        """The values of codes in registers, by input of a code; over and over, so that bits beyond it do not matter.
+
+        A table that is larger than a register is in two; one of numbers is left out then, and codes are converted.
+        """
+        v, codes, table = self.v, 1 << self.bits, self.plan.region.weight.table
+        if table is None and (v.neon or codes > v.lanes):
+            return []
+        values = np.arange(-codes // 2, codes // 2)[:, None] if table is None else table
+        by_bits = np.roll(values, codes // 2, 0)  # codes are signed: 0 comes first
+        held = max(codes, v.lanes)
+        columns = np.resize(by_bits.T, (by_bits.shape[1], held)) if codes >= held else np.tile(by_bits.T, held // codes)
+        return [[self._held(column[i : i + v.lanes]) for i in range(0, held, v.lanes)] for column in columns]
+
+    def _held(self, values: NDArray[Any]) -> Expression:
+        lanes = [tirx.const(float(value), "float32") for value in values]
+        return self.v.hold(tirx.Shuffle([*lanes], list(range(self.v.lanes))))
 
     def _tile(self, panel: Expression, width: PanelWidth, first: Expression, count: int) -> None:
         plan, v, vectors = self.plan, self.v, width.vectors
@@ -149,15 +159,16 @@ class _Body(GroupedBody):
         scales, offsets = self.group_vectors(self.arrays, tile.panel, tile.vectors, g)
         offsets = offsets or [self.v.constant(0.0)] * tile.vectors
         size = min(PART, self.block_codes)
-        whole, left = divmod(self.group, self.block_codes)
+        whole, left = divmod(self.group // self.span, self.block_codes)
 
         def part(b: Expression, p: Expression, codes: int = size) -> None:
             words = self._part_words(tile, g * self.blocks + b, p)
-            for c in range(codes):
-                values = (self._value(w, c) for w in words)
+            for c, one in itertools.product(range(codes), range(self.span)):
+                values = (self._value(w, c, one) for w in words)
                 weights = [B.Bind(self.v.fma(*part)) for part in zip(values, scales, offsets, strict=True)]
                 for i, row in enumerate(tile.sums):
-                    index = (tile.first + i) * self.plan.inputs + g * self.group + b * self.block_codes + p * size + c
+                    code = b * self.block_codes + p * size + c
+                    index = (tile.first + i) * self.plan.inputs + g * self.group + code * self.span + one
                     x = B.Bind(self.v.splat(self.x[index]))
                     for weight, register in zip(weights, row, strict=True):
                         register.set(self.v.fma(x, weight, register.get()))
@@ -187,13 +198,18 @@ class _Body(GroupedBody):
 
         return [words(j) for j in range(vectors)]
 
-    def _value(self, words: list[Expression], code: int) -> Expression:
-        """Code number `code` of a part, as float."""
+    def _value(self, words: list[Expression], code: int, one: int) -> Expression:
+        """What code number `code` of a part stands for, for one of the inputs that share it, as float."""
         v = self.v
         index = self._raised(words, code)
-        if self.table is not None:
+        if self.tables:
             name = "llvm.x86.avx512.permvar.sf.512" if v.lanes == 16 else "llvm.x86.avx2.permps"
-            return tirx.call_llvm_pure_intrin(f"float32x{v.lanes}", name, self.table, index)
+            kind = f"float32x{v.lanes}"
+            found = [tirx.call_llvm_pure_intrin(kind, name, part, index) for part in self.tables[one]]
+            if len(found) == 1:
+                return found[0]
+            high = T.bitwise_and(index, v.constant(v.lanes, "int32"))
+            return v.select(T.NE(high, v.constant(0, "int32")), found[1], found[0])
         unused = v.constant(32 - self.bits, "int32")
         return v.to_float(T.shift_right(T.shift_left(index, unused), unused))
 

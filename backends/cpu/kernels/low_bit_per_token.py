@@ -53,6 +53,8 @@ class LowBitPerToken:
         weight = region.weight
         if (reason := not_grouped(weight, dict.fromkeys(PLANES, BLOCK))) is not None:
             return reason
+        if region.weight.table is not None:
+            return "its codes stand for entries of a table"
         if region.activation is None or not region.activation.per_token:
             return "the activations are not quantized per token"
         if weight.group_size * PER_TOKEN_LIMIT << weight.bits > LARGEST_INT32:

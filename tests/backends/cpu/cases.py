@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
-from regions import Symbolic, Value, make_grouped_weight, make_region, make_weight
+from regions import Symbolic, Value, make_grouped_weight, make_region, make_table_weight, make_weight
 
 from mcc import ops
 from mcc.backends.cpu.kernels.conv2d import Conv2dFloat, Conv2dInt8
@@ -22,6 +22,7 @@ from mcc.target import Target
 
 ROWS = [1, 2, 3, 5, 7, 16, 33, 64, 65, 131]
 OTHER = Value()
+TABLES = (2, 3, 4)  # bits
 FORMATS = ("float32", "int8", "codes")  # "int8": the weight alone, "codes": weight and activations
 ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "gelu_tanh", "hardsigmoid", "hardswish")
 FAMILIES = (
@@ -94,12 +95,18 @@ def _dense(draw: Any, target: Target, form: str) -> tuple[Kernel, Region, list[t
 
 
 @st.composite
-def _low_bit(draw: Any, per_token: bool) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
+def _low_bit(draw: Any, target: Target, per_token: bool) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
     bits, outputs = draw(st.sampled_from([1, 2, 3, 4, 8])), draw(channels)
     zeros = draw(st.sampled_from(["none", "affine", "halves"]))
     groups = draw(st.integers(1, 4))
-    inputs = draw(channels) if groups == 1 else groups * draw(st.sampled_from([32, 64]))
-    weight = make_grouped_weight((outputs, inputs), bits, groups, 5, zeros)
+    tables = bits in TABLES and not per_token and target.isa != "neon"
+    span = draw(st.sampled_from([0, 1, 2])) if tables else 0  # 0 for codes that are numbers
+    inputs = max(span, 1) * draw(channels) if groups == 1 else groups * draw(st.sampled_from([64, 128]))
+    weight = (
+        make_table_weight((outputs, inputs), bits, groups, 5, span)
+        if span
+        else make_grouped_weight((outputs, inputs), bits, groups, 5, zeros)
+    )
     rows = Symbolic(draw(st.sampled_from([1, 64])))
     activation = PER_TOKEN if per_token else None
     region = make_region(ops.LINEAR, (rows, inputs), weight, draw(epilogues()), activation, bias=draw(st.booleans()))
@@ -167,8 +174,8 @@ _DRAWN = {
     "dense_float": lambda t: _dense(t, "float"),
     "dense_int8": lambda t: _dense(t, "one scale"),
     "dense_per_token": lambda t: _dense(t, "per token"),
-    "low_bit": lambda _: _low_bit(per_token=False),
-    "low_bit_per_token": lambda _: _low_bit(per_token=True),
+    "low_bit": lambda target: _low_bit(target, per_token=False),
+    "low_bit_per_token": lambda target: _low_bit(target, per_token=True),
     "sparse": _sparse,
     "conv2d": lambda t: _conv2d(t, "conv2d"),
     "depthwise": lambda t: _conv2d(t, "depthwise"),

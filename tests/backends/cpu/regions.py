@@ -69,6 +69,14 @@ def make_grouped_weight(shape: tuple[int, int], bits: int, groups: int, seed: in
     return StoredWeight("w", shape, codes, None, scale, points[zeros], bits)
 
 
+def make_table_weight(shape: tuple[int, int], bits: int, groups: int, seed: int, span: int) -> StoredWeight:
+    """Codes of a table of any numbers, each for `span` inputs."""
+    random = np.random.default_rng(seed)
+    codes = make_grouped_weight((shape[0], shape[1] // span), bits, groups, seed)
+    table = random.standard_normal((1 << bits, span)).astype(np.float32)
+    return dataclasses.replace(codes, shape=shape, table=table)
+
+
 def make_region(
     op: ops.Op, source: tuple[Any, ...], weight: StoredWeight, epilogue: tuple[EpilogueStep, ...] = (),
     activation: QuantizedInput | None = None, options: tuple[Any, ...] = (), bias: bool = True,
