@@ -234,7 +234,7 @@ def compile_graph(graph: Graph, example: tuple[Any, ...], steps: tuple[Pass, ...
     """Run passes over a captured graph, encode, lower and verify."""
     target = options.resolved_target
     runnable = not missing_features(target)
-    with _progress() as progress:
+    with progress_display() as progress:
 
         def latency(state: Graph, inputs: tuple[Any, ...]) -> float:
             return median_latency(_lower(state, options)[0], inputs)
@@ -286,7 +286,7 @@ def tune_layers(
             f"this machine cannot time kernels for {target}: it lacks {', '.join(missing)}",
             remedy="tune on a machine that `mcc targets` says can run it",
         )
-    with _progress() as progress:
+    with progress_display() as progress:
         pipeline = Pipeline(steps, target, options.data, options.seed, options.verify)
         compressed, _ = pipeline.run(graph, example, progress)
         encoded, _ = _encoded(compressed, options)
@@ -345,7 +345,7 @@ def median_latency(artifact: Callable[..., Any], example: tuple[Any, ...]) -> fl
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
+def progress_display() -> Iterator[Progress]:
     """A progress display on standard error, where that is a terminal."""
     from rich.console import Console
     from rich.progress import Progress

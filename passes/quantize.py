@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
@@ -28,12 +28,16 @@ from mcc.quantization import (
     round_weight,
 )
 from mcc.rewrite import Context, Lossy, Pass, Rewriter
+from mcc.sensitivity import choose, damages
 from mcc.statistics import OBSERVERS, Observer, affine_parameters, observe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mcc.sensitivity import Formats
+
 BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+FLOAT = 32  # bits
 FEW = {"ternary": (-1, 1), "binary": (-1, 0)}  # codes
 EMBEDDING_CODES = (-127, 127)
 TOKEN_LIMIT = 127  # the largest code of a token, as `mcc.fake_quantize_per_token` and its kernels have it
@@ -64,7 +68,8 @@ class Quantize(Pass):
 
     Attributes:
         weights: "int8", "int4", "int3", "int2", "ternary" (-1, 0 and 1, stored in two bits) or "binary" (one bit),
-            rounded to nearest.
+            rounded to nearest; "auto" gives each layer one of int8 to int2, or leaves it in float, by what that does to
+            `data.evaluate`.
         activations: "int8", "int4", "int3" or "int2" need calibration data; None quantizes weights alone. Codes of
             fewer bits are bytes all the same: they cost accuracy, which training wins back, and save no time on CPUs.
             "dynamic" has int8 codes with a scale for each token (row), chosen when it comes; layers whose weights a
@@ -77,23 +82,27 @@ class Quantize(Pass):
             outliers out; "mse" has the least squared error.
         weight_range: "target" keeps codes within what the target's fast int8 kernel adds exactly (±63 on AVX2, ±127
             with VNNI); "full" is ±127 everywhere.
-        exclude: patterns of layer names to leave in float, shell style.
+        max_drop: of the metric, which "auto" weights may cost: what `data.evaluate` gives, in its own units.
+        include: patterns of layer names to quantize, shell style.
+        exclude: patterns of layer names to leave in float.
     """
 
-    weights: Literal["int8", "int4", "int3", "int2", "ternary", "binary"] = "int8"
+    weights: Literal["int8", "int4", "int3", "int2", "ternary", "binary", "auto"] = "int8"
     activations: Literal["int8", "int4", "int3", "int2", "dynamic"] | None = "int8"
     group_size: int | None = None
     symmetric: bool = True
     midpoints: bool = False
     observer: Observer = "mse"
     weight_range: Literal["target", "full"] = "target"
+    max_drop: float = 0.005
+    include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
 
     guarantee = Lossy()
 
     def __post_init__(self) -> None:
         for option, allowed in (
-            ("weights", (*BITS, *FEW)), ("activations", (*BITS, "dynamic", None)), ("observer", OBSERVERS),
+            ("weights", (*BITS, *FEW, "auto")), ("activations", (*BITS, "dynamic", None)), ("observer", OBSERVERS),
             ("weight_range", ("target", "full")),
         ):  # fmt: skip
             if getattr(self, option) not in allowed:
@@ -115,24 +124,18 @@ class Quantize(Pass):
 
     @property
     def needs_data(self) -> tuple[str, ...]:
-        """Activation ranges come from calibration data."""
-        return ("calibration",) if self._static else ()
+        """Activation ranges come from calibration data, formats of "auto" weights from the metric."""
+        return (("calibration",) if self._static else ()) + (("evaluate",) if self.weights == "auto" else ())
 
     def run(self, graph: Graph, context: Context) -> Graph:
         """Quantize weights, then observe the graph with quantized weights and quantize activations."""
         self._check_patterns(graph)
         multiplying = (n for n in graph.nodes if n.op is not None and (n.op in ops.LAYERS or n.op.macs(n.fx)))
         layers = nodes_taken(multiplying, context, self._refusal)
-        plain = [n for n in layers if not _has_quantizer(n) and not (self._grouped and n.op is ops.LINEAR)]
-        codes = self._codes(context) if plain else (0, 0)
-        for node in layers:
-            if _has_quantizer(node):
-                context.note(f"{node.layer}: its weight is quantized already, its activations are now")
-            elif self._grouped and node.op is ops.LINEAR:
-                self._quantize_groups(node)
-            else:
-                _quantize_weight(node, codes)
-            context.edited()
+        if self.weights == "auto":
+            layers = self._quantize_mixed(graph, layers, context)
+        else:
+            self.quantize_weights(layers, context)
         # the layers come first: an embedding that is tied to one reads what that reads
         embeddings = nodes_taken((n for n in graph.nodes if n.op is ops.EMBEDDING), context, self._embedding_refusal)
         for node in embeddings:
@@ -149,6 +152,57 @@ class Quantize(Pass):
             self._quantize_activations(graph, layers, BITS[self.activations], context)
         return graph
 
+    def savings(self, graph: Graph) -> dict[str, list[int]]:
+        """By layer that this pass would take, the bytes that each of `BITS` saves."""
+        layers = {n.layer: n for n in graph.nodes if self._takes(n)}
+        elements = {name: layer_weight(node)[1].numel() for name, node in layers.items()}
+        return {name: [count * (FLOAT - bits) // 8 for bits in BITS.values()] for name, count in elements.items()}
+
+    def in_formats(self, graph: Graph, formats: Formats, context: Context) -> Graph:
+        """The graph, edited: the weights of some layers in formats of their own."""
+        for kind in dict.fromkeys(formats.values()):
+            same = [n for n in graph.nodes if formats.get(n.layer) == kind and self._takes(n)]
+            replace(self, weights=kind).quantize_weights(same, context)  # type: ignore[arg-type]  # a key of BITS
+        return graph
+
+    def _takes(self, node: Node) -> bool:
+        """Whether a node is a layer whose weight this pass would quantize."""
+        return node.op in ops.LAYERS and self._refusal(node) is None and not _has_quantizer(node)
+
+    def quantize_weights(self, layers: list[Node], context: Context) -> None:
+        """Put quantizers on the weights of layers that this pass takes; one that has some is noted."""
+        plain = [n for n in layers if not _has_quantizer(n) and not (self._grouped and n.op is ops.LINEAR)]
+        codes = self._codes(context) if plain else (0, 0)
+        for node in layers:
+            if _has_quantizer(node):
+                context.note(f"{node.layer}: its weight is quantized already, its activations are now")
+            elif self._grouped and node.op is ops.LINEAR:
+                self._quantize_groups(node)
+            else:
+                _quantize_weight(node, codes)
+            context.edited()
+
+    def _quantize_mixed(self, graph: Graph, layers: list[Node], context: Context) -> list[Node]:
+        """Give each layer the format that its measured damage allows; returns those that got one."""
+        evaluate = context.data.evaluate
+        assert evaluate is not None
+        tried = Context(context.target, context.data, context.seed)
+
+        def measure(formats: Formats) -> float:
+            return float(evaluate(self.in_formats(graph.copy(), formats, tried).clean()))
+
+        older = [n for n in layers if _has_quantizer(n)]
+        found = damages(measure, self.savings(graph), list(BITS), context.progress)
+        chosen = choose(measure, found, list(BITS), self.max_drop, context.progress)
+        self.in_formats(graph, chosen, context)
+        self.quantize_weights(older, context)
+        for node in (n for n in layers if n not in older):
+            if node.layer in chosen:
+                context.note(f"{node.layer}: {chosen[node.layer]}")
+            else:
+                context.decline(node, f"float: any format of it drops the metric by more than {self.max_drop:g}")
+        return older + [n for n in layers if n.layer in chosen]
+
     @property
     def _static(self) -> bool:
         """Whether activations have stored scales."""
@@ -162,7 +216,9 @@ class Quantize(Pass):
     @property
     def _grouped(self) -> bool:
         """Whether linear layers get scales for groups, one group where no size is given."""
-        alone = self.weights != "int8" or self.group_size is not None or not self.symmetric or self.midpoints
+        alone = (
+            self.weights not in ("int8", "auto") or self.group_size is not None or not self.symmetric or self.midpoints
+        )
         return not self._static and alone
 
     @property
@@ -225,6 +281,8 @@ class Quantize(Pass):
         return ragged(node, self.group_size) if self._grouped and node.op is ops.LINEAR else None
 
     def _excluded(self, node: Node) -> str | None:
+        if not any(fnmatchcase(node.layer, p) for p in self.include):
+            return "not included"
         pattern = next((p for p in self.exclude if fnmatchcase(node.layer, p)), None)
         return None if pattern is None else f"excluded by {pattern!r}"
 
@@ -253,8 +311,8 @@ class Quantize(Pass):
     def _check_patterns(self, graph: Graph) -> None:
         """Raise a PassError where a pattern matches nothing."""
         names = sorted({n.layer for n in graph.nodes if n.op in (*ops.LAYERS, ops.EMBEDDING)})
-        for pattern in self.exclude:
-            if not any(fnmatchcase(name, pattern) for name in names):
+        for pattern in (*self.include, *self.exclude):
+            if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
                 raise PassError(
                     f"{self}: pattern {pattern!r} matches no layer",
                     remedy=f"layers that can be quantized: {', '.join(names) or 'none'}",

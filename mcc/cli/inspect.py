@@ -9,6 +9,7 @@ import typer
 
 from mcc import compiler
 from mcc.cli.arguments import clear_errors, print_json, read_data, read_inputs, read_model
+from mcc.cli.sensitivity import show_sensitivity
 from mcc.cost import graph_size, layer_costs
 from mcc.graph import Graph
 from mcc.pipeline import Pipeline
@@ -21,10 +22,15 @@ def inspect_model(
     inputs: Annotated[list[str] | None, typer.Option("--input", "-i", help="name=f32[batch:8,784]")] = None,
     passes: Annotated[str, typer.Option("--passes", "-p", help="show the model after these passes, too")] = "",
     data: Annotated[Path | None, typer.Option(help=".npz for passes that need data")] = None,
+    sensitivity: Annotated[bool, typer.Option("--sensitivity", help="rank layers by what few bits do to them")] = False,
+    plot: Annotated[Path | None, typer.Option(help="with --sensitivity: draw it to this .svg, .png or .pdf")] = None,
     graph: Annotated[bool, typer.Option("--graph", help="print the graph as text")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Show layers with parameters, bytes and MACs; with passes, before and after.
+
+    --sensitivity shows what weights of 8 to 2 bits, layer by layer, do to the accuracy on the data's labels, or, where
+    it has none, to the outputs.
 
     Example: mcc inspect nets:make_mlp -i input=f32[batch:64,784] -p "prune-weights{ratio=0.9}"
     """
@@ -45,6 +51,9 @@ def inspect_model(
         if steps:
             pipeline = Pipeline(steps, parse_target("cpu"), read_data(data))
             states["after"], _ = pipeline.run(before, example or compiler.example_of(before))
+        if sensitivity:
+            show_sensitivity(states.get("after", before), example, read_data(data), plot, as_json=as_json)
+            return
         if as_json:
             print_json({name: [vars(row) for row in layer_costs(state)] for name, state in states.items()})
             return

@@ -85,6 +85,36 @@ def test_inspect_shows_layers_before_and_after(mcc):
     assert "%linear_0: f32[batch, 40] = linear(%input_1, @0.weight, @0.bias)" in output
 
 
+def test_inspect_ranks_layers_by_what_few_bits_do_to_them(mcc, tmp_path):
+    inspect = "inspect", "tiny_nets:make_mlp", *INPUT, "--sensitivity"
+    code, output = mcc(*inspect)
+    assert code == 0
+    assert "1 - relative distance of the outputs" in " ".join(output.split())
+    found = json.loads(mcc(*inspect, "--json")[1])
+    drops = [row["drop"] for row in found["damages"]]
+    assert drops == sorted(drops, reverse=True)
+    assert {(row["layer"], row["format"]) for row in found["damages"]} == {
+        (layer, kind) for layer in ("0", "2") for kind in ("int8", "int4", "int3", "int2")
+    }
+    assert found["damages"][0]["format"] == "int2"
+    data = tmp_path / "data.npz"
+    x = np.random.default_rng(0).standard_normal((10, 12)).astype(np.float32)
+    np.savez(data, x=x, y=np.zeros(10, np.int64))
+    found = json.loads(mcc(*inspect, "--json", "--data", str(data))[1])
+    assert found["metric"] == "accuracy"
+    assert all(round(row["drop"] * 10) == pytest.approx(row["drop"] * 10) for row in found["damages"])
+    code, output = mcc(*inspect, "--plot", "bars.txt")
+    assert code == 2
+    assert "end the name in .svg, .png or .pdf" in output
+
+
+def test_inspect_draws_the_layers(mcc, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra bench")
+    path = tmp_path / "bars.svg"
+    assert mcc("inspect", "tiny_nets:make_mlp", *INPUT, "--sensitivity", "--plot", str(path))[0] == 0
+    assert "<svg" in path.read_text()
+
+
 def test_inspect_shows_an_artifact_as_text_and_json(mcc, artifact):
     assert "dense_f32" in mcc("inspect", artifact)[1]
     assert [row["layer"] for row in json.loads(mcc("inspect", artifact, "--json")[1])["layers"]] == ["0", "2"]

@@ -1,0 +1,146 @@
+"""`mcc inspect --sensitivity`: what few bits do to each layer."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mcc import compiler
+from mcc.cli.arguments import print_json
+from mcc.data import Data
+from mcc.errors import SpecError
+from mcc.passes import Quantize
+from mcc.passes.quantize import BITS
+from mcc.rewrite import Context
+from mcc.sensitivity import Damage, damages
+from mcc.target import parse_target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mcc.graph import Graph
+    from mcc.sensitivity import Formats
+
+WIDEST_BAR = 30  # characters
+
+
+def show_sensitivity(
+    graph: Graph, example: tuple[Tensor, ...], data: Data, plot: Path | None, *, as_json: bool
+) -> None:
+    """Measure every layer in every format, print the layers, the weakest first, and draw them.
+
+    Args:
+        graph: whose weights are in float.
+        example: inputs, where there are no data.
+        data: with labels, accuracy counts; else how near outputs stay.
+        plot: where to draw to, or None.
+        as_json: print JSON.
+
+    Raises:
+        SpecError: the plot's file has an unknown ending, or matplotlib is not installed.
+    """
+    if plot is not None and plot.suffix not in (".svg", ".png", ".pdf"):
+        raise SpecError(f"cannot draw to {plot}", remedy="end the name in .svg, .png or .pdf")
+    with compiler.progress_display() as progress:
+        found, metric = sensitivity(graph, example, data, progress)
+    if as_json:
+        print_json({"metric": metric, "damages": [vars(d) for d in found]})
+    else:
+        _print(found, metric)
+    if plot is not None:
+        _draw(found, metric, plot)
+
+
+def sensitivity(
+    graph: Graph, example: tuple[Tensor, ...], data: Data, progress: Any = None
+) -> tuple[list[Damage], str]:
+    """Every layer's damage in int8 to int2, alone, and what is measured."""
+    evaluate, metric = _metric(graph, example, data)
+    step, context = Quantize("int8", None), Context(parse_target("cpu"), data)
+
+    def measure(formats: Formats) -> float:
+        return evaluate(step.in_formats(graph.copy(), formats, context).clean())
+
+    return damages(measure, step.savings(graph), list(BITS), progress), metric
+
+
+def _metric(graph: Graph, example: tuple[Tensor, ...], data: Data) -> tuple[Callable[[Graph], float], str]:
+    if data.train is not None:
+        batches = list(data.train)
+
+        def accuracy(state: Graph) -> float:
+            with torch.no_grad():
+                right = sum(int((state(*xs).argmax(-1) == labels).sum()) for *xs, labels in batches)
+            return right / sum(len(batch[-1]) for batch in batches)
+
+        return accuracy, "accuracy"
+    given = [(b,) if isinstance(b, Tensor) else tuple(b) for b in data.calibration or ()]
+    inputs = given or [example or compiler.example_of(graph)]
+    with torch.no_grad():
+        expected = [_outputs(graph, xs) for xs in inputs]
+    size = math.sqrt(sum(float(e.square().sum()) for e in expected))
+
+    def closeness(state: Graph) -> float:
+        with torch.no_grad():
+            pairs = zip(inputs, expected, strict=True)
+            squared = [float((_outputs(state, xs) - e).square().sum()) for xs, e in pairs]
+        return 1 - math.sqrt(sum(squared)) / max(size, 1e-30)
+
+    return closeness, "1 - relative distance of the outputs"
+
+
+def _outputs(graph: Graph, inputs: Sequence[Tensor]) -> Tensor:
+    leaves = [x for x in pytree.tree_leaves(graph(*inputs)) if isinstance(x, Tensor)]
+    return torch.cat([x.double().flatten() for x in leaves])
+
+
+def _by_layer(found: list[Damage]) -> dict[str, dict[str, Damage]]:
+    """The layers, the one with the largest sum of drops first."""
+    rows: dict[str, dict[str, Damage]] = {}
+    for damage in found:
+        rows.setdefault(damage.layer, {})[damage.format] = damage
+    return dict(sorted(rows.items(), key=lambda row: -sum(d.drop for d in row[1].values())))
+
+
+def _print(found: list[Damage], metric: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = _by_layer(found)
+    worst = max((abs(d.drop) for d in found), default=0.0) or 1.0
+    table = Table(title=f"drop of the metric ({metric}) with one layer's weights in")
+    table.add_column("layer")
+    for kind in BITS:
+        table.add_column(kind, justify="right")
+    table.add_column(f"{list(BITS)[-1]} drawn")
+    for layer, by_format in rows.items():
+        last = by_format[list(BITS)[-1]].drop
+        bar = "█" * round(max(last, 0.0) / worst * WIDEST_BAR)
+        table.add_row(layer, *(f"{by_format[kind].drop:.4f}" for kind in BITS), bar)
+    Console().print(table)
+
+
+def _draw(found: list[Damage], metric: str, path: Path) -> None:
+    try:
+        import matplotlib as mpl
+    except ModuleNotFoundError as error:
+        raise SpecError("a plot needs matplotlib", remedy="pip install matplotlib") from error
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    rows = _by_layer(found)
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.25 * len(rows)), layout="constrained")
+    height = 0.8 / len(BITS)
+    for i, kind in enumerate(BITS):
+        places = [y + (i - len(BITS) / 2 + 0.5) * height for y in range(len(rows))]
+        axes.barh(places, [by_format[kind].drop for by_format in rows.values()], height, label=kind)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"drop of {metric}")
+    axes.legend()
+    figure.savefig(path)
