@@ -102,6 +102,24 @@ def group_parameters(
     return scale.to(kind), alike if symmetric else zero.to(torch.int8)
 
 
+def power_of_two(values: Tensor, scale: Tensor, codes: tuple[int, int]) -> Tensor:
+    """Of the two powers of two about each scale, the one with the least squared error.
+
+    Args:
+        values: what is rounded, [..., size].
+        scale: of symmetric codes, [...].
+        codes: the least and the largest.
+    """
+    below = torch.exp2(torch.floor(torch.log2(scale.float())))
+
+    def error(step: Tensor) -> Tensor:
+        in_steps = values.float() / step[..., None]
+        rounded = torch.round(in_steps).clamp(*codes)
+        return ((rounded - in_steps) * step[..., None]).square().sum(-1)
+
+    return torch.where(error(below) < error(2 * below), below, 2 * below).to(scale.dtype)
+
+
 def _shrinks(high: int) -> list[float]:
     """Scales to try beside that of the whole range, largest first; with codes up to 1 they leave outliers out."""
     found: list[float] = (torch.logspace(0, -0.7, 33) if high > 1 else torch.logspace(0, -1.7, 81)).tolist()

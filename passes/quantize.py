@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
@@ -23,6 +24,7 @@ from mcc.quantization import (
     layer_weight,
     new_quantizers,
     nodes_taken,
+    power_of_two,
     quantizer_tensors,
     ragged,
     round_weight,
@@ -78,10 +80,13 @@ class Quantize(Pass):
             are None or "dynamic".
         symmetric: False gives each group of a linear layer a zero point. Needs the same.
         midpoints: codes stand for halves, none for zero: linear layers alone can read them. Needs the same.
-        observer: how the range of an activation is chosen: "min-max"; "percentile-99.9", "-99.99", "-99.999" leave
-            outliers out; "mse" has the least squared error.
+        observer: how the range of an activation is chosen: "min-max"; "moving-average" of the batches' ranges;
+            "percentile-99.9", "-99.99", "-99.999" leave outliers out; "mse" has the least squared error, "entropy" the
+            least Kullback-Leibler divergence.
         weight_range: "target" keeps codes within what the target's fast int8 kernel adds exactly (±63 on AVX2, ±127
             with VNNI); "full" is ±127 everywhere.
+        scales: "power-of-two" for targets that shift instead of multiplying; they are the nearest in squared error, of
+            activations the next above, which leaves nothing out. Needs weights that are symmetric.
         max_drop: of the metric, which "auto" weights may cost: what `data.evaluate` gives, in its own units.
         include: patterns of layer names to quantize, shell style.
         exclude: patterns of layer names to leave in float.
@@ -94,6 +99,7 @@ class Quantize(Pass):
     midpoints: bool = False
     observer: Observer = "mse"
     weight_range: Literal["target", "full"] = "target"
+    scales: Literal["any", "power-of-two"] = "any"
     max_drop: float = 0.005
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -103,7 +109,7 @@ class Quantize(Pass):
     def __post_init__(self) -> None:
         for option, allowed in (
             ("weights", (*BITS, *FEW, "auto")), ("activations", (*BITS, "dynamic", None)), ("observer", OBSERVERS),
-            ("weight_range", ("target", "full")),
+            ("weight_range", ("target", "full")), ("scales", ("any", "power-of-two")),
         ):  # fmt: skip
             if getattr(self, option) not in allowed:
                 raise SpecError(
@@ -119,6 +125,11 @@ class Quantize(Pass):
             )
         if self.midpoints and self.weights == "ternary":
             raise SpecError("quantize: midpoints of three codes", remedy="leave midpoints out, or use int2 or binary")
+        if self.scales == "power-of-two" and (not self.symmetric or self._halves or self.activations == "dynamic"):
+            raise SpecError(
+                "quantize: scales of powers of two are those of symmetric weights and stored activations",
+                remedy="leave symmetric=False, midpoints, binary weights and dynamic activations out",
+            )
         if self._halves and not self.symmetric:
             raise SpecError("quantize: midpoints have one zero point", remedy="leave symmetric=False out")
 
@@ -139,7 +150,7 @@ class Quantize(Pass):
         # the layers come first: an embedding that is tied to one reads what that reads
         embeddings = nodes_taken((n for n in graph.nodes if n.op is ops.EMBEDDING), context, self._embedding_refusal)
         for node in embeddings:
-            _quantize_weight(node, EMBEDDING_CODES)
+            self._quantize_weight(node, EMBEDDING_CODES)
             context.edited()
         if not layers and not embeddings:
             raise PassError(
@@ -179,8 +190,23 @@ class Quantize(Pass):
             elif self._grouped and node.op is ops.LINEAR:
                 self._quantize_groups(node)
             else:
-                _quantize_weight(node, codes)
+                self._quantize_weight(node, codes)
             context.edited()
+
+    def _quantize_weight(self, node: Node, codes: tuple[int, int]) -> None:
+        name, weight = layer_weight(node)
+        axis = 1 if node.op is ops.CONV_TRANSPOSE2D else 0
+
+        def parameters() -> tuple[Tensor, Tensor]:
+            scales = channel_scales(weight, axis, codes)
+            scales = self._allowed(weight.movedim(axis, 0).flatten(1), scales, codes)
+            return scales, torch.zeros(scales.shape, dtype=torch.int32)
+
+        insert_quantizer(node, name, parameters, axis, codes)
+
+    def _allowed(self, values: Tensor, scale: Tensor, codes: tuple[int, int]) -> Tensor:
+        """The scales, or the powers of two that are to stand for them."""
+        return power_of_two(values, scale, codes) if self.scales == "power-of-two" else scale
 
     def _quantize_mixed(self, graph: Graph, layers: list[Node], context: Context) -> list[Node]:
         """Give each layer the format that its measured damage allows; returns those that got one."""
@@ -231,7 +257,10 @@ class Quantize(Pass):
         groups = 1 if self.group_size is None else weight.shape[1] // self.group_size
 
         def parameters() -> tuple[Tensor, Tensor]:
-            return group_parameters(weight, groups, self._range, symmetric=self.symmetric, midpoints=self._halves)
+            scale, zero = group_parameters(
+                weight, groups, self._range, symmetric=self.symmetric, midpoints=self._halves
+            )
+            return self._allowed(weight.reshape(len(weight), groups, -1), scale, self._range), zero
 
         insert_quantizer(node, name, parameters, 0, self._range)
 
@@ -328,6 +357,9 @@ class Quantize(Pass):
         for x in values.values():
             chosen = histograms[x.name].choose_range(self.observer, high - low + 1)
             scale, zero_point = affine_parameters(*chosen, low, high)
+            if self.scales == "power-of-two":
+                scale = 2.0 ** math.ceil(math.log2(scale))
+                zero_point = min(max(round(-chosen[0] / scale), low), high)
             readers = [node.fx for node in layers if node.operand(0) == x]
             convolutions = all(ops.lookup(reader.target) in ops.CONVOLUTIONS for reader in readers)
             if convolutions and bits == BITS["int8"]:
@@ -370,17 +402,6 @@ def _round_tokens(graph: Graph, quantizer: Node) -> None:
         return codes * (largest / TOKEN_LIMIT)
 
     _compute_instead(graph, quantizer, plain)
-
-
-def _quantize_weight(node: Node, codes: tuple[int, int]) -> None:
-    name, weight = layer_weight(node)
-    axis = 1 if node.op is ops.CONV_TRANSPOSE2D else 0
-
-    def parameters() -> tuple[Tensor, Tensor]:
-        scales = channel_scales(weight, axis, codes)
-        return scales, torch.zeros(scales.shape, dtype=torch.int32)
-
-    insert_quantizer(node, name, parameters, axis, codes)
 
 
 def _round_activation(graph: Graph, quantizer: Node) -> None:

@@ -90,6 +90,52 @@ def test_a_percentile_leaves_an_outlier_out_and_mse_shrinks_towards_the_bulk():
     assert histogram.choose_range("mse", 256)[1] < 400
 
 
+def test_a_moving_average_follows_the_batches_and_entropy_keeps_the_distribution():
+    generator = torch.Generator().manual_seed(1)
+    histogram = Histogram()
+    for largest in (1.0, 1.0, 11.0):
+        histogram.add(torch.tensor([0.0, largest]))
+    assert histogram.choose_range("moving-average", 256) == (0.0, pytest.approx(2.0))
+    tails = Histogram()
+    torch.manual_seed(1)
+    tails.add(torch.distributions.StudentT(3.0).sample((100_000,)))
+    low, high = tails.choose_range("entropy", 256)
+    assert high < 0.7 * tails.high
+    assert low > 0.7 * tails.low
+    assert (tails.counts * ((tails.centers() < low) | (tails.centers() > high))).sum() < 100  # of 100,000
+    uniform = Histogram()
+    uniform.add(torch.rand(100_000, generator=generator))
+    assert uniform.choose_range("entropy", 256)[1] > 0.97
+
+
+def test_each_end_of_a_range_shrinks_by_itself():
+    """An outlier above does not take resolution from below, nor range."""
+    histogram = Histogram()
+    histogram.add(torch.cat([-torch.rand(100_000, generator=torch.Generator().manual_seed(1)), torch.tensor([30.0])]))
+    low, high = histogram.choose_range("mse", 16)
+    assert low < -0.8
+    assert high < 15
+
+
+@pytest.mark.parametrize(("weights", "activations"), [("int8", "int8"), ("int4", None), ("int8", None)])
+def test_scales_may_be_powers_of_two(weights, activations):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)).eval(), torch.randn(99, 64)
+    step = Quantize(weights, activations, scales="power-of-two")
+    graph, _ = run(model, x, step)
+    scales = [t for n, t in graph.module.named_buffers() if n.endswith("_scale")]
+    assert len(scales) == (4 if activations else 2)
+    for scale in scales:
+        assert torch.equal(torch.log2(scale.float()).round(), torch.log2(scale.float()))
+    free, _ = run(model, x, Quantize(weights, activations))
+    with torch.no_grad():
+        errors = [float((g(x) - model(x)).norm()) for g in (graph, free)]
+    assert errors[0] < 2 * errors[1]
+    for options in ({"symmetric": False, "activations": None}, {"activations": "dynamic"}):
+        with pytest.raises(SpecError, match="symmetric weights and stored activations"):
+            Quantize(scales="power-of-two", **options)
+
+
 def test_a_histogram_of_growing_ranges_counts_everything():
     histogram = Histogram()
     for scale in (1e-3, 1.0, 1e3):
