@@ -93,7 +93,7 @@ class WeightExpression:
             size = packed_bytes(codes, code_bits(self.quantizer))
         if self.packed is not None:
             size = self.root.tensor.numel()
-        if self.mask is not None:
+        if self.mask is not None and (self.quantizer is None or self.quantizer.op is not ops.FAKE_CODEBOOK):
             size = min(size, sparse_bytes(self.mask, element))
         if self.sparse is not None:
             operands = (self.sparse.operand(i) for i in range(3))

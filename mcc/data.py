@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mcc.errors import DataError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -36,3 +38,19 @@ class Data:
     def lacks(self, field: str) -> bool:
         """Whether `field`, one of DATA_FIELDS, was not given."""
         return getattr(self, field) is None
+
+    def measure(self, model: Callable[..., Tensor]) -> float:
+        """The metric of a model.
+
+        Raises:
+            DataError: `evaluate` failed.
+        """
+        assert self.evaluate is not None
+        try:
+            return float(self.evaluate(model))
+        except Exception as error:
+            text = (str(error) or repr(error)).splitlines()[0]
+            raise DataError(
+                f"data.evaluate failed: {type(error).__name__}: {text}",
+                remedy="it gets a model to call with the inputs of a batch, and gives a number",
+            ) from error

@@ -109,14 +109,14 @@ def _stored_values(expression: WeightExpression) -> Tensor:
     quantizer = expression.quantizer
     if quantizer is None:
         return values
-    scale, zero_point = quantizer.operand(1), quantizer.operand(2)
+    scale, third = quantizer.operand(1), quantizer.operand(2)
     assert scale is not None
-    assert zero_point is not None
+    assert third is not None
     if quantizer.op is ops.FAKE_CODEBOOK:
-        entries: Tensor = codebook_codes(values, scale.tensor, zero_point.tensor)
+        entries: Tensor = codebook_codes(values, scale.tensor, third.tensor)
         return entries
     axis, low, high = (quantizer.argument(i) for i in range(3, 6))
-    codes: Tensor = quantize(values, scale.tensor, zero_point.tensor, axis, low, high, torch.int8)
+    codes: Tensor = quantize(values, scale.tensor, third.tensor, axis, low, high, torch.int8)
     return codes
 
 

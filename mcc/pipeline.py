@@ -107,6 +107,7 @@ class Pipeline:
     def _step(
         self, step: Pass, before: Graph, inputs: list[tuple[Any, ...]], progress: Progress | None
     ) -> tuple[Graph, list[tuple[Any, ...]], PassRow]:
+        measured = not any(s.changes_signature for s in self.passes[: self.passes.index(step) + 1])
         started = time.perf_counter()
         context = Context(self.target, self.data, self.seed, progress)
         try:
@@ -118,15 +119,18 @@ class Pipeline:
                 f"{step} failed: {type(error).__name__}: {(str(error) or repr(error)).splitlines()[0]}",
                 remedy="this is a defect of the pass: its cause stands above in the traceback",
             ) from error
-        inputs = [step.convert_inputs(before, after, sample) for sample in inputs]
-        largest = verify_pass(step, before, after, inputs) if self.verify else None
-        return after, inputs, PassRow(
-            str(step), context.edits, tuple(context.declined), graph_size(after), largest, self._metric(after),
-            self._latency(after, inputs[0]), time.perf_counter() - started, tuple(context.notes),
+        converted = [step.convert_inputs(before, after, sample) for sample in inputs]
+        largest = verify_pass(step, before, after, converted) if self.verify else None
+        if not measured and self.data.evaluate is not None:
+            context.note("the metric is not measured: what the graph takes is no longer what the model takes")
+        metric = self._metric(after) if measured else None
+        return after, converted, PassRow(
+            str(step), context.edits, tuple(context.declined), graph_size(after), largest, metric,
+            self._latency(after, converted[0]), time.perf_counter() - started, tuple(context.notes),
         )  # fmt: skip
 
     def _metric(self, graph: Graph) -> float | None:
-        return None if self.data.evaluate is None else float(self.data.evaluate(graph))
+        return None if self.data.evaluate is None else self.data.measure(graph)
 
     def _latency(self, graph: Graph, example: tuple[Any, ...]) -> float | None:
         return None if self.measure_latency is None else self.measure_latency(graph, example)

@@ -25,8 +25,10 @@ MIDPOINT = -0.5  # the zero point where codes stand for (code + 1/2) * scale
 
 def check_group_size(step: str, group_size: int | None) -> None:
     """Raise a SpecError where no kernel reads groups of this size."""
-    if group_size is not None and (group_size < GROUP_STEP or group_size % GROUP_STEP):
-        raise SpecError(f"{step}: group_size={group_size}", remedy=f"use a multiple of {GROUP_STEP}, or None")
+    if group_size is not None and (
+        not isinstance(group_size, int) or group_size < GROUP_STEP or group_size % GROUP_STEP
+    ):
+        raise SpecError(f"{step}: group_size={group_size!r}", remedy=f"use a multiple of {GROUP_STEP}, or None")
 
 
 def ragged(node: Node, group_size: int | None) -> str | None:
@@ -161,6 +163,19 @@ def _least_error(
         best_error = torch.where(better, error, best_error)
         best, zeros = torch.where(better, scale, best), torch.where(better, zero, zeros)
     return best, zeros
+
+
+def multiplying(graph: Graph) -> list[Node]:
+    """The calls that multiply: layers, and others such as attention, which passes decline with a reason."""
+    return [n for n in graph.nodes if n.op is not None and (n.op in ops.LAYERS or n.op.macs(n.fx))]
+
+
+def reader_in_float(node: Node) -> Node | None:
+    """What reads a linear layer's weight besides linear layers, such as an embedding that is tied to it; or None."""
+    top = node.weight_operand
+    assert top is not None
+    others = (ops.LINEAR, *QUANTIZERS)
+    return next((user for user in top.users if user.op not in others), None)
 
 
 def layers_taken(

@@ -33,30 +33,26 @@ class Damage:
 
 
 def damages(
-    measure: Measure, saved: Mapping[str, Sequence[int]], formats: Sequence[str], progress: Progress | None = None
+    measure: Measure, base: float, saved: Mapping[str, Mapping[str, int]], progress: Progress | None = None
 ) -> list[Damage]:
     """Measure every layer in every format by itself, the largest drop first.
 
     Args:
         measure: the metric, higher is better, with layers in these formats.
-        saved: by layer, bytes that each format saves.
-        formats: in the order of `saved`.
+        base: the metric in float.
+        saved: by layer, its formats with the bytes that each saves.
         progress: where to show what is under way.
     """
-    with _step(progress, "sensitivity", 1 + len(saved) * len(formats)) as advance:
-        base = measure({})
-        advance()
+    with _step(progress, "sensitivity", sum(map(len, saved.values()))) as advance:
         found = []
         for layer, sizes in saved.items():
-            for kind, size in zip(formats, sizes, strict=True):
+            for kind, size in sizes.items():
                 found.append(Damage(layer, kind, base - measure({layer: kind}), size))
                 advance()
     return sorted(found, key=lambda d: -d.drop)
 
 
-def choose(
-    measure: Measure, found: Sequence[Damage], formats: Sequence[str], max_drop: float, progress: Progress | None = None
-) -> dict[str, str]:
+def choose(measure: Measure, least: float, found: Sequence[Damage], progress: Progress | None = None) -> dict[str, str]:
     """Formats that save much within a drop of the metric.
 
     Layers go on to smaller formats step by step, the step with the least drop a saved byte first; of that order the
@@ -65,16 +61,14 @@ def choose(
 
     Args:
         measure: as in `damages`.
-        found: what that gave.
-        formats: from the largest to the smallest.
-        max_drop: of the metric with all layers in their formats, from that of the float model.
+        least: that the metric may be with all layers in their formats.
+        found: what `damages` gave.
         progress: where to show what is under way.
 
     Returns:
         a format for each layer that gets one.
     """
-    steps = _order(found, formats)
-    least = measure({}) - max_drop
+    steps = _order(found)
     taken, beyond = 0, len(steps) + 1
     with _step(progress, "mixed precision", max(beyond, 1).bit_length()) as advance:
         while beyond - taken > 1:
@@ -87,12 +81,11 @@ def choose(
     return dict(steps[:taken])
 
 
-def _order(found: Sequence[Damage], formats: Sequence[str]) -> list[tuple[str, str]]:
+def _order(found: Sequence[Damage]) -> list[tuple[str, str]]:
     """Layers and the formats they go on to, in the order in which that is done."""
-    by_layer: dict[str, dict[str, Damage]] = {}
-    for damage in found:
-        by_layer.setdefault(damage.layer, {})[damage.format] = damage
-    left = {layer: [by_format[f] for f in formats if f in by_format] for layer, by_format in by_layer.items()}
+    left: dict[str, list[Damage]] = {}
+    for damage in sorted(found, key=lambda d: d.saved):
+        left.setdefault(damage.layer, []).append(damage)
     reached = dict.fromkeys(left, (0.0, 0))
     order = []
     while any(left.values()):

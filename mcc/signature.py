@@ -29,6 +29,7 @@ def split_input(graph: Graph, old: Node, parts: Mapping[str, Tensor]) -> list[No
     with graph.module.graph.inserting_before(old.fx):
         for suffix, value in parts.items():
             part = graph.module.graph.placeholder(f"{old.name}_{suffix}")
+            part.target = part.name  # a free one
             part.meta["val"] = value
             made.append(Node(part, graph))
     return made

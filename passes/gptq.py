@@ -20,6 +20,7 @@ from mcc.quantization import (
     insert_quantizer,
     layer_weight,
     layers_taken,
+    multiplying,
     new_quantizers,
     ragged,
     round_weight,
@@ -116,8 +117,7 @@ class Gptq(Pass):
             f"{self}: no layer can be quantized",
             remedy="give a group_size that divides their inputs, or None for one group; or leave the pass out",
         )
-        multiplying = (n for n in graph.nodes if n.op is not None and (n.op in ops.LAYERS or n.op.macs(n.fx)))
-        return layers_taken(multiplying, context, self._refusal, failure)
+        return layers_taken(multiplying(graph), context, self._refusal, failure)
 
     def _refusal(self, node: Node) -> str | None:
         if node.op is not ops.LINEAR:

@@ -18,8 +18,10 @@ from mcc.quantization import (
     insert_quantizer,
     layer_weight,
     layers_taken,
+    multiplying,
     new_quantizers,
     ragged,
+    reader_in_float,
     round_weight,
 )  # fmt: skip
 from mcc.rewrite import Context, Lossy, Pass
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 NORM, PENALTY, GROWTH = 0.7, 10.0, 1.01  # as its authors have them
 ROUNDS = 10
+LARGEST_ZERO = 1000
 SHRINKS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of scales that span a group's whole range
 
 
@@ -66,8 +69,7 @@ class Hqq(Pass):
             f"{self}: no layer can be quantized",
             remedy="give a group_size that divides their inputs, or None for one group; or leave the pass out",
         )
-        multiplying = (n for n in graph.nodes if n.op is not None and (n.op in ops.LAYERS or n.op.macs(n.fx)))
-        for node in layers_taken(multiplying, context, self._refusal, failure):
+        for node in layers_taken(multiplying(graph), context, self._refusal, failure):
             name, weight = layer_weight(node)
             groups = 1 if self.group_size is None else weight.shape[1] // self.group_size
             grid = half_quadratic(weight.detach().reshape(len(weight), groups, -1), code_range(self.bits))
@@ -95,6 +97,8 @@ class Hqq(Pass):
             return "its weight is already quantized or encoded"
         if expression.mask is not None:
             return "its pruned weights would not stay zero: no code stands for it"
+        if (reader := reader_in_float(node)) is not None:
+            return f"its weight is read by {reader.op} as well"
         return ragged(node, self.group_size)
 
 
@@ -111,9 +115,10 @@ def half_quadratic(groups: Tensor, codes: tuple[int, int]) -> tuple[Tensor, Tens
     low, high = codes
     least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     whole = (most - least) / (high - low)
-    # a constant group is code 1 of a scale that is the constant
-    flat = whole <= torch.finfo(torch.float32).tiny
-    whole = torch.where(flat, torch.where(least == 0, 1.0, least), whole)
+    # of a group that hardly varies code 1 stands for the middle: its zero point would be beyond float16's whole numbers
+    middle = (least + most) / 2
+    flat = (whole <= torch.finfo(torch.float32).tiny) | (middle.abs() > LARGEST_ZERO * whole)
+    whole = torch.where(flat, torch.where(middle == 0, 1.0, middle), whole)
     half = torch.finfo(torch.float16)
     kind = (
         torch.float16

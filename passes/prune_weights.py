@@ -121,6 +121,9 @@ class PruneWeights(Pass):
         direct = node.operand(1)
         if direct is not None and direct.op in ops.FIXED:
             return "its weight is already encoded: prune before that"
+        zero = direct.operand(2) if direct is not None and direct.op is ops.FAKE_QUANTIZE else None
+        if zero is not None and bool((zero.tensor % 1 != 0).any()):
+            return "its pruned weights would not stay zero: no code stands for it"
         return None
 
 

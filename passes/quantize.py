@@ -22,6 +22,7 @@ from mcc.quantization import (
     group_parameters,
     insert_quantizer,
     layer_weight,
+    multiplying,
     new_quantizers,
     nodes_taken,
     power_of_two,
@@ -71,7 +72,8 @@ class Quantize(Pass):
     Attributes:
         weights: "int8", "int4", "int3", "int2", "ternary" (-1, 0 and 1, stored in two bits) or "binary" (one bit),
             rounded to nearest; "auto" gives each layer one of int8 to int2, or leaves it in float, by what that does to
-            `data.evaluate`.
+            `data.evaluate`; fewer than 8 bits where they are stored as such: in linear layers whose activations are
+            float or "dynamic".
         activations: "int8", "int4", "int3" or "int2" need calibration data; None quantizes weights alone. Codes of
             fewer bits are bytes all the same: they cost accuracy, which training wins back, and save no time on CPUs.
             "dynamic" has int8 codes with a scale for each token (row), chosen when it comes; layers whose weights a
@@ -87,7 +89,8 @@ class Quantize(Pass):
             with VNNI); "full" is ±127 everywhere.
         scales: "power-of-two" for targets that shift instead of multiplying; they are the nearest in squared error, of
             activations the next above, which leaves nothing out. Needs weights that are symmetric.
-        max_drop: of the metric, which "auto" weights may cost: what `data.evaluate` gives, in its own units.
+        max_drop: of the metric, which "auto" weights may cost: what `data.evaluate` gives, in its own units. What
+            activations in codes cost comes on top.
         include: patterns of layer names to quantize, shell style.
         exclude: patterns of layer names to leave in float.
     """
@@ -117,6 +120,8 @@ class Quantize(Pass):
                     remedy=f"use one of {', '.join(map(repr, allowed))}",
                 )
         check_group_size("quantize", self.group_size)
+        if not isinstance(self.max_drop, int | float) or math.isnan(self.max_drop):
+            raise SpecError(f"quantize: max_drop={self.max_drop!r}", remedy="give a number")
         if self._static and (self.group_size is not None or not self.symmetric or self._halves):
             raise SpecError(
                 "quantize: integer sums need one scale and no zero point for each output",
@@ -141,44 +146,50 @@ class Quantize(Pass):
     def run(self, graph: Graph, context: Context) -> Graph:
         """Quantize weights, then observe the graph with quantized weights and quantize activations."""
         self._check_patterns(graph)
-        multiplying = (n for n in graph.nodes if n.op is not None and (n.op in ops.LAYERS or n.op.macs(n.fx)))
-        layers = nodes_taken(multiplying, context, self._refusal)
+        layers = nodes_taken(multiplying(graph), context, self._refusal)
         if self.weights == "auto":
             layers = self._quantize_mixed(graph, layers, context)
         else:
-            self.quantize_weights(layers, context)
-        # the layers come first: an embedding that is tied to one reads what that reads
-        embeddings = nodes_taken((n for n in graph.nodes if n.op is ops.EMBEDDING), context, self._embedding_refusal)
-        for node in embeddings:
-            self._quantize_weight(node, EMBEDDING_CODES)
-            context.edited()
-        if not layers and not embeddings:
-            raise PassError(
-                f"{self}: there is no layer to quantize: {context.reasons}",
-                remedy="change the options, or leave it out",
-            )
+            self._quantize_all(graph, layers, context)
         if self.activations == "dynamic":
             _quantize_tokens(graph, layers)
         elif self.activations is not None and layers:
             self._quantize_activations(graph, layers, BITS[self.activations], context)
         return graph
 
-    def savings(self, graph: Graph) -> dict[str, list[int]]:
-        """By layer that this pass would take, the bytes that each of `BITS` saves."""
-        layers = {n.layer: n for n in graph.nodes if self._takes(n)}
-        elements = {name: layer_weight(node)[1].numel() for name, node in layers.items()}
-        return {name: [count * (FLOAT - bits) // 8 for bits in BITS.values()] for name, count in elements.items()}
+    def _quantize_all(self, graph: Graph, layers: list[Node], context: Context) -> None:
+        self.quantize_weights(layers, context)
+        # the layers come first: an embedding that is tied to one reads what that reads
+        embeddings = nodes_taken(_embeddings(graph), context, self._embedding_refusal)
+        for node in embeddings:
+            self._quantize_weight(node, EMBEDDING_CODES)
+            context.edited()
+        if not layers and not embeddings:
+            raise self._nothing(context)
+
+    def _nothing(self, context: Context) -> PassError:
+        return PassError(
+            f"{self}: there is no layer to quantize: {context.reasons}", remedy="change the options, or leave it out"
+        )
+
+    def candidates(self, graph: Graph) -> dict[str, Node]:
+        """The layers and embeddings that "auto" weights would give a format, by name."""
+        taken = {n.layer: n for n in _embeddings(graph) if self._embedding_refusal(n) is None}
+        fresh = (n for n in graph.nodes if n.op in ops.LAYERS and not _has_quantizer(n) and self._refusal(n) is None)
+        return taken | {n.layer: n for n in fresh}
 
     def in_formats(self, graph: Graph, formats: Formats, context: Context) -> Graph:
-        """The graph, edited: the weights of some layers in formats of their own."""
+        """The graph, edited: the weights of some candidates in formats of their own."""
+        found = {name: node for name, node in self.candidates(graph).items() if name in formats}
         for kind in dict.fromkeys(formats.values()):
-            same = [n for n in graph.nodes if formats.get(n.layer) == kind and self._takes(n)]
+            named = [n.layer for n in found.values() if n.op in ops.LAYERS and formats[n.layer] == kind]
+            same = [n for n in graph.nodes if n.op in ops.LAYERS and n.layer in named]
             replace(self, weights=kind).quantize_weights(same, context)  # type: ignore[arg-type]  # a key of BITS
+        for node in _embeddings(graph):
+            if node.layer in formats and self._embedding_refusal(node) is None:
+                self._quantize_weight(node, EMBEDDING_CODES)
+                context.edited()
         return graph
-
-    def _takes(self, node: Node) -> bool:
-        """Whether a node is a layer whose weight this pass would quantize."""
-        return node.op in ops.LAYERS and self._refusal(node) is None and not _has_quantizer(node)
 
     def quantize_weights(self, layers: list[Node], context: Context) -> None:
         """Put quantizers on the weights of layers that this pass takes; one that has some is noted."""
@@ -209,25 +220,36 @@ class Quantize(Pass):
         return power_of_two(values, scale, codes) if self.scales == "power-of-two" else scale
 
     def _quantize_mixed(self, graph: Graph, layers: list[Node], context: Context) -> list[Node]:
-        """Give each layer the format that its measured damage allows; returns those that got one."""
-        evaluate = context.data.evaluate
-        assert evaluate is not None
+        """Give each layer and embedding the format that its measured damage allows; returns layers that have one."""
         tried = Context(context.target, context.data, context.seed)
 
         def measure(formats: Formats) -> float:
-            return float(evaluate(self.in_formats(graph.copy(), formats, tried).clean()))
+            return context.data.measure(self.in_formats(graph.copy(), formats, tried).clean())
 
-        older = [n for n in layers if _has_quantizer(n)]
-        found = damages(measure, self.savings(graph), list(BITS), context.progress)
-        chosen = choose(measure, found, list(BITS), self.max_drop, context.progress)
+        older, candidates = [n for n in layers if _has_quantizer(n)], self.candidates(graph)
+        if not older and not candidates:
+            raise self._nothing(context)
+        base = measure({})
+        found = damages(measure, base, {name: self._savings(n) for name, n in candidates.items()}, context.progress)
+        chosen = choose(measure, base - self.max_drop, found, context.progress)
         self.in_formats(graph, chosen, context)
         self.quantize_weights(older, context)
-        for node in (n for n in layers if n not in older):
-            if node.layer in chosen:
-                context.note(f"{node.layer}: {chosen[node.layer]}")
+        for name, node in candidates.items():
+            if name in chosen:
+                context.note(f"{name}: {chosen[name]}")
             else:
-                context.decline(node, f"float: any format of it drops the metric by more than {self.max_drop:g}")
+                context.decline(
+                    node, f"float: with it in any format, the metric would drop by more than {self.max_drop:g}"
+                )
         return older + [n for n in layers if n.layer in chosen]
+
+    def _savings(self, node: Node) -> dict[str, int]:
+        """Bytes that each format saves which a kernel reads as it is."""
+        expression = weight_expression(node.weight_operand)
+        assert expression is not None
+        packed = node.op is ops.LINEAR and not self._static
+        formats = BITS if packed else {"int8": BITS["int8"]}
+        return {kind: expression.elements * (FLOAT - bits) // 8 for kind, bits in formats.items()}
 
     @property
     def _static(self) -> bool:
@@ -374,6 +396,10 @@ class Quantize(Pass):
             made.rename(f"{x.name}_quantized")
             for reader in readers:
                 reader.replace_input_with(x.fx, made.fx)
+
+
+def _embeddings(graph: Graph) -> list[Node]:
+    return [n for n in graph.nodes if n.op is ops.EMBEDDING]
 
 
 def _has_quantizer(node: Node) -> bool:

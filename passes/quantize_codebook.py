@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from mcc import ops
-from mcc.channels import weight_is_shared
 from mcc.codebooks import nearest_entries
 from mcc.cost import weight_expression
 from mcc.errors import PassError, SpecError
 from mcc.graph import identifier
-from mcc.quantization import check_group_size, layer_weight, layers_taken, ragged
+from mcc.quantization import check_group_size, layer_weight, layers_taken, multiplying, ragged, reader_in_float
 from mcc.rewrite import Context, Lossy, Pass, Rewriter
 
 if TYPE_CHECKING:
@@ -65,6 +64,11 @@ class QuantizeCodebook(Pass):
         if self.kind != "k-means" and (self.bits, self.vector) != (4, 1):
             raise SpecError(f"quantize-codebook: {self.kind} has 4 bits a weight", remedy="use kind='k-means'")
         check_group_size("quantize-codebook", self.group_size)
+        if self.vector > 1 and self.bits == 3 and self.group_size is not None and self.group_size % 64:
+            raise SpecError(
+                f"quantize-codebook: no kernel reads pairs of 3 bits in groups of {self.group_size}",
+                remedy="use a group_size of 64 or a multiple",
+            )
 
     def run(self, graph: Graph, context: Context) -> Graph:
         """Quantize every linear layer."""
@@ -72,8 +76,7 @@ class QuantizeCodebook(Pass):
             f"{self}: no layer can be quantized",
             remedy="give a group_size that divides their inputs, or None for one group; or leave the pass out",
         )
-        multiplying = (n for n in graph.nodes if n.op is not None and (n.op in ops.LAYERS or n.op.macs(n.fx)))
-        for node in layers_taken(multiplying, context, self._refusal, failure):
+        for node in layers_taken(multiplying(graph), context, self._refusal, failure):
             self._quantize(node, context.seed)
             context.edited()
         return graph
@@ -105,8 +108,8 @@ class QuantizeCodebook(Pass):
             return "its weight is already quantized or encoded"
         if expression.mask is not None and self.kind == "k-means":
             return "its pruned weights would not stay zero: no entry stands for it"
-        if weight_is_shared(node):
-            return "its weight is shared with a reader that stays in float"
+        if (reader := reader_in_float(node)) is not None:
+            return f"its weight is read by {reader.op} as well"
         inputs = expression.root.tensor.shape[1]
         return f"its {inputs} inputs are no pairs" if inputs % self.vector else ragged(node, self.group_size)
 
@@ -114,16 +117,23 @@ class QuantizeCodebook(Pass):
         name, weight = layer_weight(node)
         size = self.group_size or weight.shape[1]
         grouped = weight.reshape(len(weight), -1, size)
+        top = node.operand(1)
+        assert top is not None
+        shared = next((user for user in top.users if user.op is ops.FAKE_CODEBOOK), None)
+        if shared is not None:
+            node.fx.replace_input_with(top.fx, shared.fx)
+            return
         largest = grouped.abs().amax(-1)
-        full = torch.where(largest > torch.finfo(torch.float16).tiny, largest, 1.0)
+        full = torch.where(largest > torch.finfo(torch.float32).tiny, largest, 1.0)
+        half = torch.finfo(torch.float16)
+        kind = torch.float16 if bool(((full * SHRINKS[-1] >= half.tiny) & (full < half.max)).all()) else torch.float32
         table = self._table(grouped / full[..., None], seed)
-        scale = _least_error(grouped, full, table)
+        scale = _least_error(grouped, full, table, kind)
         for _ in range(REFITS if self.kind == "k-means" else 0):
             table = k_means((grouped / scale[..., None]).reshape(-1, self.vector), 1 << self.bits, seed, table)
-            scale = _least_error(grouped, full, table)
-        scale = scale.to(torch.float16)
-        rewriter, top = Rewriter(node.graph, node), node.operand(1)
-        assert top is not None
+            scale = _least_error(grouped, full, table, kind)
+        scale = scale.to(kind)
+        rewriter = Rewriter(node.graph, node)
         operands = (rewriter.read(f"{name}_{part}", value) for part, value in (("scale", scale), ("table", table)))
         made = rewriter.call(ops.FAKE_CODEBOOK, top, *operands)
         made.rename(f"{identifier(name)}_quantized")
@@ -181,11 +191,14 @@ def k_means(vectors: Tensor, entries: int, seed: int, start: Tensor | None = Non
     return centres.contiguous()
 
 
-def _least_error(grouped: Tensor, full: Tensor, table: Tensor) -> Tensor:
-    """Of scales shrunken from `full`, those whose groups [out, groups, size] have the least squared error."""
+def _least_error(grouped: Tensor, full: Tensor, table: Tensor, kind: torch.dtype) -> Tensor:
+    """Of scales shrunken from `full`, those whose groups [out, groups, size] have the least squared error.
+
+    They are float32 numbers that `kind` can hold.
+    """
     best, least = full.clone(), torch.full_like(full, float("inf"))
     for shrink in SHRINKS:
-        scale = (full * shrink).to(torch.float16).float()
+        scale = (full * shrink).to(kind).float()
         rounded = _rounded(grouped.flatten(1), scale, table).reshape(grouped.shape)
         error = (rounded - grouped).square().sum(-1)
         better = error < least

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mcc import ops
-from mcc.errors import PassError, SpecError
+from mcc.errors import DataError, PassError, SpecError
 from mcc.formats import SMALLEST_ROW
 from mcc.graph import Graph, Node
 from mcc.ops import OPS
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
     from torch import fx
 
-CAT = OPS["cat"]
+CAT, _REPEAT = OPS["cat"], OPS["repeat_interleave.self_int"]
+_PRODUCTS = tuple(OPS[name] for name in ("matmul", "bmm", "baddbmm"))  # of attention that is spelled out
+_ATTENDING = (ops.ATTENTION, *_PRODUCTS)
 
 Codes = Callable[[Rewriter, Node], tuple[Node, Node]]
 Values = Callable[[Rewriter, Node, Node], Node]
@@ -61,10 +63,11 @@ class QuantizeKvCache(Pass):
         %cat: f32[1, 2, past + 1, 16] = mcc.dequantize_tokens(%cat_codes, %cat_scale, bits=8)
         return %y, %cat_codes, %cat_scale
 
-    Where the model takes or returns a tensor of the cache, the compiled one takes and returns a tuple (codes, scale). A
-    cache is what a graph returns and takes back with more tokens; or, in the graph of a prompt, what it returns and
-    attends to. `encode_cache` makes such tuples of float caches. Sheng et al.: FlexGen: high-throughput generative
-    inference of large language models with a single GPU. ICML 2023 (there in groups, of 4 bits).
+    Where the model takes or returns a tensor of the cache, the compiled one takes and returns a tuple (codes, scale);
+    `encode_cache` makes such tuples of float caches. A cache is what a graph attends to and returns: an input with more
+    tokens behind it, or, in the graph of a prompt, keys and values [batch, heads, tokens, size] that are no input's.
+    Sheng et al.: FlexGen: high-throughput generative inference of large language models with a single GPU. ICML 2023
+    (there in groups, of 4 bits).
 
     Attributes:
         bits: of a code, 8 or 4.
@@ -78,7 +81,7 @@ class QuantizeKvCache(Pass):
     changes_signature = True
 
     def __post_init__(self) -> None:
-        if self.bits not in LIMITS:
+        if self.bits not in tuple(LIMITS):
             raise SpecError(f"quantize-kv-cache: bits={self.bits!r}", remedy="use 8 or 4")
         if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
             raise SpecError(f"quantize-kv-cache: group_size={self.group_size!r}", remedy="give a number of elements")
@@ -114,7 +117,15 @@ class QuantizeKvCache(Pass):
         return tuple(value for part in parts for value in part)
 
     def encode_cache(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and scale of float32 keys or values [batch, heads, tokens, size], as the compiled model takes them."""
+        """Codes and scale of float32 keys or values [batch, heads, tokens, size], as the compiled model takes them.
+
+        Raises:
+            DataError: they are of another type, or of a size that has no such codes.
+        """
+        if not isinstance(values, Tensor) or values.dtype is not torch.float32 or values.dim() == 0:
+            raise DataError(f"{self}: a cache is a float32 tensor", remedy="convert it")
+        if (reason := self._unfit(values.shape[-1])) is not None:
+            raise DataError(f"{self}: {reason}", remedy="choose bits and group_size for that size")
         scale = token_scales(values, self.bits, self._groups(values))
         return quantize_tokens(values, scale, self.bits), scale
 
@@ -122,14 +133,15 @@ class QuantizeKvCache(Pass):
         return 1 if self.group_size is None else int(values.shape[-1]) // self.group_size
 
     def _caches(self, graph: Graph, context: Context | None) -> Iterator[_Cache]:
-        attended = {root.fx for node in graph.nodes if node.op is ops.ATTENTION for root in _attended(node)}
+        attended = {root.fx for node in graph.nodes if node.op in _ATTENDING for root in _attended(node)}
+        asked = {query.fx for node in graph.nodes if node.op is ops.ATTENTION if (query := node.operand(0)) is not None}
         seen = set()
         for node in graph.output_nodes:
             if node.fx in seen:
                 continue
             seen.add(node.fx)
             past = _continued(node)
-            if past is None and node.fx not in attended:
+            if node.fx not in attended or (past is None and (node.value.dim() != 4 or node.fx in asked)):
                 continue
             reason = self._refusal(node, past)
             if reason is None:
@@ -144,12 +156,20 @@ class QuantizeKvCache(Pass):
             return f"it is {str(kept.dtype).removeprefix('torch.')}, not float32"
         if not isinstance(size, int):
             return "the size of a head varies"
+        if past is None and (given := _passed_on(kept)) is not None:
+            return f"it holds %{given.name}, but not with more tokens behind it"
         if past is not None:
+            if Node(kept.argument(0)[1], kept.graph) == past:
+                return f"it is %{past.name} twice"
             readers = [user for user in past.users if user.op is not ops.SYM_SIZE and user != kept]
             if readers or past.is_output:
                 return f"its past %{past.name} is read by {readers[0].op if readers else 'the output'} as well"
             if kept.argument(1, 0) % len(kept.shape) == len(kept.shape) - 1:
                 return "it grows along its last dim, along which scales would run"
+        return self._unfit(size)
+
+    def _unfit(self, size: int) -> str | None:
+        """Why rows of this size have no such codes, or None if they have."""
         if self.bits == 4 and size % 2:
             return f"{size} elements cannot lie two in a byte"
         if self.group_size is not None and size % self.group_size:
@@ -231,9 +251,29 @@ def _continued(node: Node) -> Node | None:
 
 
 def _attended(attention: Node) -> Iterator[Node]:
-    """Keys and values of an attention, and what they are views of."""
+    """Keys and values of an attention, and what they are views of, rows as they are or transposed."""
     for position in (1, 2):
         node = attention.operand(position)
+        sizes = (
+            () if node is None else tuple(map(str, node.shape[-2:] if attention.op in _PRODUCTS else node.shape[-1:]))
+        )
         while node is not None and node.op is not None:
-            yield node
-            node = node.operand(0) if node.op.family == "move" else None
+            if str(node.shape[-1]) in sizes:
+                yield node
+            node = node.operand(0) if node.op.family == "move" or node.op is _REPEAT else None
+
+
+def _passed_on(kept: Node) -> Node | None:
+    """A float input that goes into a value without being computed with, such as a cache that rolls; or None."""
+    queue, seen = [kept.fx], set()
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder" and node.meta["val"].is_floating_point():
+            return Node(node, kept.graph)
+        row = ops.lookup(node.target) if node.op == "call_function" else None
+        if row is not None and row.family in ("move", "cut", "index", "along"):
+            queue += node.all_input_nodes
+    return None

@@ -61,14 +61,14 @@ def stored_weight(top: Node) -> StoredWeight | None:
     weight = _stored_codes(top.operand(0) if decodes else top, shape)
     if weight is None or not decodes:
         return weight
-    scale, zero_point = top.operand(1), top.operand(2)
+    scale, third = top.operand(1), top.operand(2)
     assert scale is not None
-    assert zero_point is not None
+    assert third is not None
     if top.op is ops.DECODE_CODEBOOK:
-        return replace(weight, scale=scale.tensor.numpy(), table=zero_point.tensor.numpy())
+        return replace(weight, scale=scale.tensor.numpy(), table=third.tensor.numpy())
     if top.argument(3) != 0:
         return None
-    zeros = zero_point.tensor.numpy()
+    zeros = third.tensor.numpy()
     if not zeros.any():
         return replace(weight, scale=scale.tensor.numpy())
     grouped = replace(weight, scale=scale.tensor.numpy(), zero_point=np.broadcast_to(zeros, scale.tensor.shape))

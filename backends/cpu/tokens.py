@@ -40,8 +40,6 @@ def refusal(node: Node, target: Target) -> str | None:
         return "its heads or depth vary"
     if value.shape[3] < target.vector_lanes:
         return f"its values have fewer than {target.vector_lanes} elements"
-    if query.shape[2] == 1 and (node.argument(5, False) or int(query.shape[3]) % target.vector_lanes):
-        return f"its single query is causal or of a depth that is no multiple of {target.vector_lanes}"
     if int(query.shape[1]) % int(key.shape[1]) or key.shape[1] != value.shape[1]:
         return "its heads are no multiple of those of the keys"
     if any(str(x.shape[0]) != str(query.shape[0]) for x in operands):

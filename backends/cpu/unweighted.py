@@ -82,11 +82,12 @@ def _repeats(node: Node) -> tuple[int, int] | None:
     return (sizes[0][0] // sizes[0][1], sizes[1][0] // sizes[1][1]) if all(a % b == 0 for a, b in sizes) else None
 
 
-def _rows(attention: Node) -> Any:
-    """Queries of each head."""
+def _single(attention: Node, target: Target) -> bool:
+    """Whether one query of each head sees all keys, in whole vectors."""
     query = attention.operand(0)
     assert query is not None
-    return query.shape[1 if attention.argument(6)[0] else 2]
+    rows, depth = query.shape[1 if attention.argument(6)[0] else 2], int(query.shape[3])
+    return isinstance(rows, int) and rows == 1 and not attention.argument(4) and depth % target.vector_lanes == 0
 
 
 def takes_cat(node: Node) -> bool:
@@ -153,7 +154,7 @@ class Unweighted:
     def kernel_name(self, node: Node) -> str:
         """The kernel of a node that has an own one here, for the report."""
         assert node.op is not None
-        single = node.op is OPS["mcc.attention"] and _rows(node) == 1
+        single = node.op is OPS["mcc.attention"] and _single(node, self.target)
         return "attention_step" if single else node.op.name.removeprefix("mcc.")
 
     def stored_text(self, node: Node) -> str:
@@ -179,7 +180,7 @@ class Unweighted:
         shape = attention_shape(
             dims, mask_dtype, first, causal=node.argument(4), scale=node.argument(5), codes=(stored[0][1], stored[1][1])
         )
-        make = attention_step_function if _rows(node) == 1 else attention_function
+        make = attention_step_function if _single(node, self.target) else attention_function
         function = make(shape, self.target)
         added = emitter.builder.add_func(function, self.kernel_name(node))
         sizes = operands[0].ty.shape

@@ -54,6 +54,11 @@ def bench_model(
         arrays = [x.numpy() for x in example]
         missing = _add_peers(engines, found, example, arrays, threads)
         artifact = compiler.compile(graph, example, passes=passes, data=read_data(data), threads=threads)
+        if len(artifact.inputs) != len(arrays):
+            raise SpecError(
+                f"{passes} changes what the model takes: there is nothing to compare it with",
+                remedy="leave that pass out, or see --layers",
+            )
         engines[f"mcc {passes}".strip()] = lambda: artifact(*arrays)
         timings = interleave(engines, runs)
     if as_json:

@@ -11,6 +11,7 @@ from mcc import compiler
 from mcc.cli.arguments import clear_errors, print_json, read_data, read_inputs, read_model
 from mcc.cli.sensitivity import show_sensitivity
 from mcc.cost import graph_size, layer_costs
+from mcc.errors import SpecError
 from mcc.graph import Graph
 from mcc.pipeline import Pipeline
 from mcc.runtime import load
@@ -35,7 +36,11 @@ def inspect_model(
     Example: mcc inspect nets:make_mlp -i input=f32[batch:64,784] -p "prune-weights{ratio=0.9}"
     """
     with clear_errors():
+        if plot is not None and not sensitivity:
+            raise SpecError("--plot draws what --sensitivity measures", remedy="add --sensitivity")
         if model.endswith(".mcc"):
+            if sensitivity:
+                raise SpecError("an artifact's weights are what they are", remedy="give the model it was made from")
             artifact = load(model)
             if as_json:
                 print_json(artifact.report.as_dict())
@@ -46,13 +51,13 @@ def inspect_model(
             return
         example, dims = read_inputs(inputs or [])
         before = compiler.load_graph(read_model(model), example, {}, dims)
-        states = {"before": before}
+        states, taken = {"before": before}, example or compiler.example_of(before)
         steps = compiler.resolve_passes(passes)
         if steps:
             pipeline = Pipeline(steps, parse_target("cpu"), read_data(data))
-            states["after"], _ = pipeline.run(before, example or compiler.example_of(before))
+            states["after"], _, taken = pipeline.run_with_inputs(before, taken)
         if sensitivity:
-            show_sensitivity(states.get("after", before), example, read_data(data), plot, as_json=as_json)
+            show_sensitivity(states.get("after", before), taken, read_data(data), plot, as_json=as_json)
             return
         if as_json:
             print_json({name: [vars(row) for row in layer_costs(state)] for name, state in states.items()})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mcc import compiler
+from mcc import compiler, ops
 from mcc.cli.arguments import print_json
 from mcc.data import Data
 from mcc.errors import SpecError
@@ -42,10 +42,13 @@ def show_sensitivity(
         as_json: print JSON.
 
     Raises:
-        SpecError: the plot's file has an unknown ending, or matplotlib is not installed.
+        SpecError: no layer is in float, the plot's file has an unknown ending or no folder, or matplotlib is missing.
+        DataError: the data do not fit the model.
     """
     if plot is not None and plot.suffix not in (".svg", ".png", ".pdf"):
         raise SpecError(f"cannot draw to {plot}", remedy="end the name in .svg, .png or .pdf")
+    if plot is not None and not plot.parent.is_dir():
+        raise SpecError(f"cannot draw to {plot}: there is no folder {plot.parent}", remedy="make it")
     with compiler.progress_display() as progress:
         found, metric = sensitivity(graph, example, data, progress)
     if as_json:
@@ -60,32 +63,38 @@ def sensitivity(
     graph: Graph, example: tuple[Tensor, ...], data: Data, progress: Any = None
 ) -> tuple[list[Damage], str]:
     """Every layer's damage in int8 to int2, alone, and what is measured."""
-    evaluate, metric = _metric(graph, example, data)
     step, context = Quantize("int8", None), Context(parse_target("cpu"), data)
+    layers = [name for name, node in step.candidates(graph).items() if node.op in ops.LAYERS]
+    if not layers:
+        raise SpecError("the model has no layer in float whose weights could be quantized")
+    evaluate, metric = _metric(graph, example, data)
+    measured = Data(evaluate=evaluate)
 
     def measure(formats: Formats) -> float:
-        return evaluate(step.in_formats(graph.copy(), formats, context).clean())
+        return measured.measure(step.in_formats(graph.copy(), formats, context).clean())
 
-    return damages(measure, step.savings(graph), list(BITS), progress), metric
+    saved = {layer: dict.fromkeys(BITS, 0) for layer in layers}
+    return damages(measure, measure({}), saved, progress), metric
 
 
-def _metric(graph: Graph, example: tuple[Tensor, ...], data: Data) -> tuple[Callable[[Graph], float], str]:
-    if data.train is not None:
-        batches = list(data.train)
+def _metric(graph: Graph, example: tuple[Tensor, ...], data: Data) -> tuple[Callable[..., float], str]:
+    batches = list(data.train or ())
+    if batches:
 
-        def accuracy(state: Graph) -> float:
+        def accuracy(state: Callable[..., Any]) -> float:
             with torch.no_grad():
-                right = sum(int((state(*xs).argmax(-1) == labels).sum()) for *xs, labels in batches)
-            return right / sum(len(batch[-1]) for batch in batches)
+                found = [(pytree.tree_leaves(state(*xs))[0].argmax(-1), labels) for *xs, labels in batches]
+            right = sum(int((answers == labels).sum()) for answers, labels in found)
+            return right / max(sum(labels.numel() for _, labels in found), 1)
 
         return accuracy, "accuracy"
     given = [(b,) if isinstance(b, Tensor) else tuple(b) for b in data.calibration or ()]
-    inputs = given or [example or compiler.example_of(graph)]
+    inputs = given or [example]
     with torch.no_grad():
         expected = [_outputs(graph, xs) for xs in inputs]
     size = math.sqrt(sum(float(e.square().sum()) for e in expected))
 
-    def closeness(state: Graph) -> float:
+    def closeness(state: Callable[..., Any]) -> float:
         with torch.no_grad():
             pairs = zip(inputs, expected, strict=True)
             squared = [float((_outputs(state, xs) - e).square().sum()) for xs, e in pairs]
@@ -94,9 +103,10 @@ def _metric(graph: Graph, example: tuple[Tensor, ...], data: Data) -> tuple[Call
     return closeness, "1 - relative distance of the outputs"
 
 
-def _outputs(graph: Graph, inputs: Sequence[Tensor]) -> Tensor:
-    leaves = [x for x in pytree.tree_leaves(graph(*inputs)) if isinstance(x, Tensor)]
-    return torch.cat([x.double().flatten() for x in leaves])
+def _outputs(run: Callable[..., Any], inputs: Sequence[Tensor]) -> Tensor:
+    """All outputs as one vector; what is no number counts as zero."""
+    leaves = [x for x in pytree.tree_leaves(run(*inputs)) if isinstance(x, Tensor)]
+    return torch.cat([x.double().flatten() for x in leaves]).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _by_layer(found: list[Damage]) -> dict[str, dict[str, Damage]]:

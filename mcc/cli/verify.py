@@ -10,7 +10,7 @@ import typer
 
 from mcc import compiler
 from mcc.cli.arguments import clear_errors, read_inputs, read_model
-from mcc.errors import VerificationError
+from mcc.errors import SpecError, VerificationError
 from mcc.runtime import load
 from mcc.verify import sample_inputs
 
@@ -32,6 +32,11 @@ def verify_file(
             return
         example, dims = read_inputs(inputs or [])
         graph = compiler.load_graph(read_model(model), example, {}, dims)
+        if len(loaded.inputs) != len(graph.inputs):
+            raise SpecError(
+                f"{artifact} takes {len(loaded.inputs)} inputs, the model {len(graph.inputs)}: its passes changed them",
+                remedy="verify it without the model",
+            )
         sample = sample_inputs(example or compiler.example_of(graph), 1)
         with torch.no_grad():
             expected = torch.utils._pytree.tree_leaves(graph(*sample))

@@ -103,9 +103,15 @@ def test_inspect_ranks_layers_by_what_few_bits_do_to_them(mcc, tmp_path):
     found = json.loads(mcc(*inspect, "--json", "--data", str(data))[1])
     assert found["metric"] == "accuracy"
     assert all(round(row["drop"] * 10) == pytest.approx(row["drop"] * 10) for row in found["damages"])
-    code, output = mcc(*inspect, "--plot", "bars.txt")
-    assert code == 2
-    assert "end the name in .svg, .png or .pdf" in output
+    for arguments, message in (
+        ((*inspect, "--plot", "bars.txt"), "end the name in .svg, .png or .pdf"),
+        ((*inspect, "--plot", "none/bars.svg"), "there is no folder none"),
+        ((*inspect[:-1], "--plot", "bars.svg"), "add --sensitivity"),
+        ((*inspect, "-p", "quantize{activations=None}"), "no layer in float"),
+    ):
+        code, output = mcc(*arguments)
+        assert code == 2
+        assert message in output
 
 
 def test_inspect_draws_the_layers(mcc, tmp_path):

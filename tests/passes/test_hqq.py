@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from networks import TiedLanguageModel
 from torch import nn
 
 import mcc
@@ -52,6 +53,16 @@ def test_the_kernels_read_zero_points_between_codes(bits, activations):
     assert [row.reason for row in artifact.report.layers] == [""]
 
 
+@pytest.mark.parametrize("spread", [0.0, 1e-7, 1e-5, 1e-3, 1e-2])
+def test_groups_that_hardly_vary_keep_their_value(spread):
+    model = nn.Linear(64, 3, bias=False)
+    model.weight.data = (1 + spread * torch.randn(3, 64)) / 64
+    graph, _ = run(model, torch.eye(64), Hqq())
+    with torch.no_grad():
+        found = graph(torch.eye(64)).T
+    assert (found - model.weight).abs().max() <= max(4 * spread, 1e-3) / 64
+
+
 @pytest.mark.parametrize("value", [0.0, 0.3, -7.0, 1e-30, 1e6])
 def test_constant_and_extreme_groups_come_out_as_they_are(value):
     groups = torch.full((2, 3, 32), value)
@@ -68,6 +79,11 @@ def test_what_is_not_taken_is_listed_with_the_reason():
     assert [d.reason for d in rows[1].declined] == ["its 96 inputs are no multiple of 64"]
     with pytest.raises(PassError, match="its pruned weights would not stay zero: no code stands for it"):
         run(nn.Linear(64, 8), x, PruneWeights(ratio=0.5), Hqq())
+    with pytest.raises(PassError, match="there is no layer to prune"):
+        run(nn.Linear(64, 8), x, Hqq(), PruneWeights(ratio=0.5))
+    steps = Hqq(group_size=None), Quantize(activations="dynamic")
+    _, rows = run(TiedLanguageModel(), torch.randint(0, 50, (2, 6)), *steps)
+    assert ("embed", "its weight is read by embedding as well") in [(d.layer, d.reason) for d in rows[1].declined]
     with pytest.raises(PassError, match="conv1d is not linear"):
         run(nn.Conv1d(4, 4, 3), torch.randn(1, 4, 8), Hqq())
     with pytest.raises(SpecError, match="bits=5"):

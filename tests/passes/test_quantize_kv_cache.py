@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import mcc
 from mcc.data import Data
-from mcc.errors import PassError, SpecError
+from mcc.errors import DataError, PassError, SpecError
 from mcc.passes import Quantize, QuantizeKvCache
 from mcc.pipeline import Pipeline
 from mcc.target import missing_features, parse_target
@@ -157,10 +157,91 @@ class ReadTwice(Step):
         return y + keys[0].mean(), k, v
 
 
-class Doubles(Step):
-    def forward(self, x, keys, values):
-        k, v = torch.cat([keys[0], keys[0]], 2), torch.cat([values[0].half(), values[0].half()], 2)
-        return x, k, v
+class Other(Step):
+    """Something else is kept of the past, as `keep` says."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, x, past):
+        q, n = (f(x).unflatten(-1, (h, -1)).transpose(1, 2) for f, h in self.parts()[:2])
+        k = self.keep(past, n)
+        return F.scaled_dot_product_attention(q, k, k, enable_gqa=True), k
+
+
+@pytest.mark.parametrize("keep", [
+    lambda past, n: torch.cat([past[:, :, 1:], n], 2), lambda past, n: torch.cat([past, n], 2)[:, :, 1:],
+    lambda past, n: torch.cat([past, n, n], 2), lambda past, n: torch.cat([n, past], 2),
+    lambda past, n: torch.slice_scatter(past, n, 2, 4, 5),
+])  # fmt: skip
+def test_a_cache_that_rolls_is_left_alone_and_named(keep):
+    with pytest.raises(PassError, match="it holds %past, but not with more tokens behind it"):
+        run(Other(keep), (torch.randn(1, 1, 24), caches(1, 5)[0][0]), QuantizeKvCache())
+
+
+class Features(nn.Module):
+    """Attends to a value that it also asks with, and joins inputs that it does not attend to."""
+
+    def forward(self, h, a, b):
+        h = F.relu(h)
+        return F.scaled_dot_product_attention(h, h, h), h, torch.cat([a, b], 1)
+
+
+def test_values_that_are_no_cache_stay_what_they_are():
+    images = torch.randn(1, 3, 8, 8)
+    with pytest.raises(PassError, match="keeps no cache: there is none"):
+        run(Features(), (torch.randn(1, 2, 5, 16), images, images), QuantizeKvCache())
+    with pytest.raises(PassError, match="it is %past twice"):
+        run(
+            Other(lambda past, _: torch.cat([past, past], 2)),
+            (torch.randn(1, 1, 24), caches(1, 5)[0][0]),
+            QuantizeKvCache(),
+        )
+    with pytest.raises(PassError, match="keeps no cache"):
+        run(Step(), (torch.randn(1, 1, 24), *caches(1, 5)), QuantizeKvCache(), QuantizeKvCache(4))
+
+
+class SpelledOut(Step):
+    """Attention as products and a softmax, with inputs of names that are taken."""
+
+    def forward(self, x, k_codes, k):
+        q, n = (f(x).unflatten(-1, (h, -1)).transpose(1, 2) for f, h in self.parts()[:2])
+        k = torch.cat([k, n], 2)
+        wide = k.repeat_interleave(HEADS // KEY_HEADS, 1)
+        return torch.softmax(q @ wide.transpose(2, 3), -1) @ wide + k_codes, k
+
+
+def test_attention_that_is_spelled_out_and_names_that_are_taken():
+    model, step = SpelledOut().eval(), QuantizeKvCache()
+    inputs = torch.randn(1, 1, 24), torch.randn(1), caches(1, 5)[0][0]
+    graph, _ = run(model, inputs, step)
+    assert graph.signature.inputs == ("x", "k_codes", "k_codes_1", "k_scale")
+    artifact = mcc.compile(model, inputs, passes=[step], measure="never", tuning="model")
+    found, expected = artifact(*inputs[:2], *step.encode_cache(inputs[2]))[0], model(*inputs)[0]
+    assert (found - expected).norm() <= 0.05 * expected.norm()
+
+
+def test_the_metric_is_left_out_where_it_can_no_longer_be_measured():
+    x = torch.randn(1, 1, 24), *caches(1, 5)
+    graph = mcc.capture(Step().eval(), x)
+    data = Data(evaluate=lambda run: float(run(*x)[0].mean()))
+    _, rows = Pipeline((QuantizeKvCache(),), parse_target("cpu:avx2"), data).run(
+        graph, torch.utils._pytree.tree_leaves(x)
+    )
+    assert rows[0].metric is not None
+    assert rows[1].metric is None
+    assert "no longer what the model takes" in rows[1].notes[0]
+
+
+def test_what_cannot_be_encoded_is_refused_in_words():
+    for cache, step, message in (
+        (torch.randn(1, 2, 3, 15), QuantizeKvCache(4), "15 elements cannot lie two in a byte"),
+        (torch.randn(1, 2, 3, 16), QuantizeKvCache(group_size=5), "cannot be cut into groups of 5"),
+        (torch.randn(1, 2, 3, 16).half(), QuantizeKvCache(), "a cache is a float32 tensor"),
+    ):
+        with pytest.raises(DataError, match=message):
+            step.encode_cache(cache)
 
 
 def test_what_is_not_taken_is_listed_with_the_reason():

@@ -285,10 +285,7 @@ def test_attention_of_varying_batch_and_length():
 
 
 def test_attention_that_the_kernel_cannot_take_is_in_the_report_with_the_reason():
-    for x, reason in (
-        (floats(2, 1, 40), "its single query is causal or of a depth"),
-        (floats(2, 5, 8), "its values have fewer than"),
-    ):
+    for x, reason in ((floats(2, 5, 8), "its values have fewer than"),):
         row = mcc.compile(Attends(2, 2, causal=False), (x, x, x), measure="never", tuning="model").report.layers[0]
         assert row.kernel == "op library"
         assert reason in row.reason
