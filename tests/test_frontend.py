@@ -243,3 +243,21 @@ def test_a_condition_on_dims_that_torch_cannot_prove_is_tried():
     ):
         _check_asserts(program(6), asked, "Checked")
     _check_asserts(program(1), asked, "Checked")
+
+
+class Cache(nn.Module):
+    """Keys before the first token, in the two ways that libraries write none, and what is written after joining."""
+
+    def forward(self, x):
+        legacy = torch.cat([torch.tensor([]), x], 1)
+        y = torch.cat([x.new_zeros(x.shape[0], 0, 3), x], 1)
+        y[:, :1] += 1
+        return legacy + 0 * y, y, torch.cat([x, x.new_zeros(x.shape[0], 1, 3)], 1)
+
+
+def test_joining_what_is_empty_joins_nothing():
+    x = torch.randn(2, 4, 3)
+    graph = capture(Cache(), (x,), dynamic_shapes=({0: "batch"},))
+    assert [n.op.name for n in graph.nodes].count("cat") == 1
+    for found, expected in zip(graph(x), Cache()(x), strict=True):
+        assert torch.equal(found, expected)

@@ -43,6 +43,33 @@ def test_decoding_token_by_token_gives_the_librarys_tokens(kind, more):
     assert keys[0].shape[2] == 9
 
 
+@pytest.mark.slow
+def test_decoding_with_the_cache_in_codes_follows_the_library():
+    from smollm2 import DecodeStep
+
+    from mcc.passes import QuantizeKvCache
+
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    step, way = DecodeStep(model).eval(), QuantizeKvCache()
+    with torch.no_grad():
+        _, keys, values = step(torch.tensor([[7]]), *first_of(model, torch.tensor([[3, 9, 40]])))
+    past = [{2: "past"}] * len(keys)
+    artifact = mcc.compile(
+        step, (torch.tensor([[7]]), keys, values), passes=[way], dynamic_shapes=({}, past, past), **QUICK
+    )
+    assert [r.kernel for r in artifact.report.layers if r.op == "attention"] == ["attention_step"] * 2
+    coded = ([way.encode_cache(part) for part in parts] for parts in (keys, values))
+    token, wanted, coded = torch.tensor([[11]]), (keys, values), tuple(coded)
+    for _ in range(5):
+        logits, *coded = artifact(token, *coded)
+        with torch.no_grad():
+            expected, *wanted = step(token, *wanted)
+        assert (logits - expected).norm() <= 0.02 * expected.norm()
+        token = expected[:, -1:].argmax(-1)
+    assert coded[0][0][0].shape[2] == 9
+
+
 def first_of(model, ids):
     """Keys and values of a prompt."""
     layers = model(ids, use_cache=True).past_key_values.layers

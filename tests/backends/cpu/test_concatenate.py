@@ -58,3 +58,31 @@ def test_concatenation(target, model, shape, passes):
         assert found.shape == expected.shape
         limit = 0.03 if passes else 1e-6
         assert (found - expected).norm() <= limit * max(expected.norm(), 1)
+
+
+class Grows(nn.Module):
+    """What a decoder keeps, with a token more; of any batch and length."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, past, new):
+        return torch.cat([past, new, past], self.dim)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.int8, torch.uint8])
+@pytest.mark.parametrize(("dim", "inner"), [(2, (16,)), (2, (1,)), (1, (3, 5)), (1, ())])
+def test_parts_of_any_length_are_copied_in_runs(kind, dim, inner):
+    outer = {2: (3,), 1: ()}[dim]
+
+    def made(batch, length):
+        return (torch.randn(batch, *outer, length, *inner) * 50).to(kind)
+
+    names = {0: "batch", dim: "past"}, {0: "batch"}
+    artifact = mcc.compile(
+        Grows(dim), (made(2, 6), made(2, 1)), dynamic_shapes=names, measure="never", tuning="model", verify=False
+    )
+    for batch, length in ((2, 6), (1, 0), (3, 1), (1, 131), (0, 4)):
+        inputs = made(batch, length), made(batch, 1)
+        assert torch.equal(artifact(*inputs), torch.cat([*inputs, inputs[0]], dim))

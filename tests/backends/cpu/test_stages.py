@@ -16,6 +16,7 @@ from mcc.backends.cpu.kernels.dense import DenseFloat
 from mcc.backends.cpu.layout import layout
 from mcc.backends.cpu.lowering import Lowering
 from mcc.backends.cpu.measure import measure
+from mcc.backends.cpu.tokens import attend_by_tokens
 from mcc.backends.tune import Tuner
 from mcc.compiler import Options, compile_graph
 from mcc.data import Data
@@ -265,6 +266,9 @@ def floats(*shape):
     ((2, 2), False, (5, 33, 16), lambda rows, keys: torch.rand(2, 1, rows, keys) > 0.3),
     ((2, 2), False, (6, 16, 64), lambda rows, keys: torch.rand(1, keys) > 0.3),
     ((3, 1), False, (20, 9, 64), lambda rows, keys: torch.randn(rows, keys)),
+    ((4, 4), False, (1, 7, 32), None), ((18, 2), False, (1, 33, 64), lambda rows, keys: torch.randn(rows, keys)),
+    ((2, 1), False, (1, 1, 16), lambda rows, keys: torch.rand(2, 1, rows, keys) > 0.5),
+    ((3, 3), False, (1, 70, 20), None), ((2, 2), True, (1, 5, 32), None),
 ])  # fmt: skip
 def test_attention_reads_and_writes_tokens_where_they_lie(heads, causal, sizes, mask):
     rows, keys, depth = sizes
@@ -272,8 +276,39 @@ def test_attention_reads_and_writes_tokens_where_they_lie(heads, causal, sizes, 
     inputs += [] if mask is None else [mask(rows, keys)]
     model = Attends(*heads, causal).eval()
     artifact = mcc.compile(model, tuple(inputs), measure="never", tuning="model")
-    assert [(r.op, r.kernel) for r in artifact.report.layers] == [("attention", "attention")]
+    single = rows == 1 and not causal and depth % parse_target("cpu").vector_lanes == 0
+    kernel = "attention_step" if single else "attention"
+    assert [(r.op, r.kernel) for r in artifact.report.layers] == [("attention", kernel)]
     torch.testing.assert_close(artifact(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def repeated(x, how):
+    """Keys [batch, 2, tokens, size] for 6 heads, as models write it."""
+    if how == "repeat_interleave":
+        return x.repeat_interleave(3, dim=1)
+    batch, heads, tokens, size = x.shape
+    wide = x[:, :, None] if how == "expand" else x.unsqueeze(1)
+    if how == "expand":
+        return wide.expand(batch, heads, 3, tokens, size).reshape(batch, heads * 3, tokens, size)
+    return wide.expand(batch, 3, heads, tokens, size).reshape(batch, heads * 3, tokens, size)
+
+
+@pytest.mark.parametrize(("how", "heads"), [("repeat_interleave", 2), ("expand", 2), ("tile", 6)])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_keys_of_shared_heads_are_read_before_they_are_repeated(how, heads, rows):
+    """But not where the same heads follow one another: those are shared in another order."""
+
+    class Model(nn.Module):
+        def forward(self, q, k, v):
+            return nn.functional.scaled_dot_product_attention(q, repeated(k, how), repeated(v, how))
+
+    inputs = floats(2, 6, rows, 32), floats(2, 2, 9, 32), floats(2, 2, 9, 32)
+    graph = mcc.capture(Model(), inputs)
+    attend_by_tokens(graph, parse_target("cpu:avx2"))
+    (node,) = (n for n in graph.nodes if n.op is not None and n.op.name == "mcc.attention")
+    assert node.operand(1).shape[1] == node.operand(2).shape[1] == heads
+    artifact = mcc.compile(Model(), inputs, measure="never", tuning="model")
+    torch.testing.assert_close(artifact(*inputs), Model()(*inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_attention_of_varying_batch_and_length():
