@@ -96,7 +96,7 @@ class Pipeline:
         for position, step in enumerate(self.passes):
             label = f"pass {position + 1}/{len(self.passes)}: {step}"
             with _shown(progress, label):
-                graph, inputs, row = self._step(step, graph, inputs, progress)
+                graph, inputs, row = self._step(position, graph, inputs, progress)
             rows.append(row)
         return graph, rows, inputs[0]
 
@@ -105,9 +105,10 @@ class Pipeline:
         return PassRow("capture", 0, (), graph_size(graph), metric=self._metric(graph), latency_ms=latency)
 
     def _step(
-        self, step: Pass, before: Graph, inputs: list[tuple[Any, ...]], progress: Progress | None
+        self, position: int, before: Graph, inputs: list[tuple[Any, ...]], progress: Progress | None
     ) -> tuple[Graph, list[tuple[Any, ...]], PassRow]:
-        measured = not any(s.changes_signature for s in self.passes[: self.passes.index(step) + 1])
+        step = self.passes[position]
+        measured = not any(s.changes_signature for s in self.passes[: position + 1])
         started = time.perf_counter()
         context = Context(self.target, self.data, self.seed, progress)
         try:

@@ -241,6 +241,9 @@ class Quantize(Pass):
                 context.decline(
                     node, f"float: with it in any format, the metric would drop by more than {self.max_drop:g}"
                 )
+        for node in _embeddings(graph):
+            if node.layer not in candidates and (reason := self._embedding_refusal(node)) is not None:
+                context.decline(node, reason)
         return older + [n for n in layers if n.layer in chosen]
 
     def _savings(self, node: Node) -> dict[str, int]:

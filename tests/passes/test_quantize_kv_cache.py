@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import mcc
 from mcc.data import Data
 from mcc.errors import DataError, PassError, SpecError
-from mcc.passes import Quantize, QuantizeKvCache
+from mcc.passes import FoldConstants, Quantize, QuantizeKvCache
 from mcc.pipeline import Pipeline
 from mcc.target import missing_features, parse_target
 from mcc.token_formats import dequantize_tokens
@@ -226,12 +226,10 @@ def test_the_metric_is_left_out_where_it_can_no_longer_be_measured():
     x = torch.randn(1, 1, 24), *caches(1, 5)
     graph = mcc.capture(Step().eval(), x)
     data = Data(evaluate=lambda run: float(run(*x)[0].mean()))
-    _, rows = Pipeline((QuantizeKvCache(),), parse_target("cpu:avx2"), data).run(
-        graph, torch.utils._pytree.tree_leaves(x)
-    )
-    assert rows[0].metric is not None
-    assert rows[1].metric is None
-    assert "no longer what the model takes" in rows[1].notes[0]
+    steps = FoldConstants(), QuantizeKvCache(), FoldConstants()
+    _, rows = Pipeline(steps, parse_target("cpu:avx2"), data).run(graph, torch.utils._pytree.tree_leaves(x))
+    assert [row.metric is None for row in rows] == [False, False, True, True]
+    assert "no longer what the model takes" in rows[2].notes[0]
 
 
 def test_what_cannot_be_encoded_is_refused_in_words():
