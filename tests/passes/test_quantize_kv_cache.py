@@ -225,7 +225,7 @@ def test_attention_that_is_spelled_out_and_names_that_are_taken():
 def test_the_metric_is_left_out_where_it_can_no_longer_be_measured():
     x = torch.randn(1, 1, 24), *caches(1, 5)
     graph = mcc.capture(Step().eval(), x)
-    data = Data(evaluate=lambda run: float(run(*x)[0].mean()))
+    data = Data(evaluate=lambda run: float(run(*x)[0].detach().mean()))
     steps = FoldConstants(), QuantizeKvCache(), FoldConstants()
     _, rows = Pipeline(steps, parse_target("cpu:avx2"), data).run(graph, torch.utils._pytree.tree_leaves(x))
     assert [row.metric is None for row in rows] == [False, False, True, True]
