@@ -17,7 +17,7 @@ from mcc.rewrite import Exact, Lossy, Pass, Within
 from mcc.text import located_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from mcc.graph import Graph
 
@@ -74,8 +74,15 @@ def verify_capture(model: torch.nn.Module, graph: Graph, args: tuple[Any, ...], 
     expected = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     with torch.no_grad():
         found = _outputs(graph, tuple(pytree.tree_leaves((args, named))))
-    remedy = "its eval mode may be random, or depend on values; verify=False takes the captured graph as the model"
-    _check_same("the captured graph differs from the model", "capture", graph, (expected, found), remedy)
+    for name, e, f in zip(graph.signature.outputs, expected, found, strict=True):
+        error, scale = _difference(e, f)
+        if not error <= ROUNDING * scale:
+            raise VerificationError(
+                f"the captured graph differs from the model: output {name} {_values_text(e, f)}",
+                pass_text="capture", node_name=name,
+                remedy="its eval mode may be random, or depend on values; verify=False takes the captured graph as the "
+                "model",
+            )  # fmt: skip
 
 
 def verify_encoding(graph: Graph, encoded: Graph, inputs: Iterable[tuple[Any, ...]]) -> None:
@@ -84,20 +91,11 @@ def verify_encoding(graph: Graph, encoded: Graph, inputs: Iterable[tuple[Any, ..
     Raises:
         VerificationError: naming the output and both values.
     """
-    for sample in inputs:
-        with torch.no_grad():
-            outputs = _outputs(graph, sample), _outputs(encoded, sample)
-        remedy = "this is a defect of mcc: please report it with the model"
-        _check_same("the encoded graph differs from the compressed one", "encode", encoded, outputs, remedy)
-
-
-def _check_same(what: str, step: str, graph: Graph, outputs: tuple[list[Tensor], list[Tensor]], remedy: str) -> None:
-    for name, e, f in zip(graph.signature.outputs, *outputs, strict=True):
-        error, scale = _difference(e, f)
-        if not error <= ROUNDING * scale:
+    for name, e, f, _, within in _compared(graph, lambda *sample: _outputs(encoded, sample), inputs, PASS_NORM):
+        if not within:
             raise VerificationError(
-                f"{what}: output {name} {_values_text(e, f)}",
-                pass_text=step, node_name=name, remedy=remedy,
+                f"the encoded graph differs from the compressed one: output {name} {_values_text(e, f)}",
+                pass_text="encode", node_name=name, remedy="this is a defect of mcc: please report it with the model",
             )  # fmt: skip
 
 
@@ -280,30 +278,42 @@ def verify_artifact(graph: Graph, run: Callable[..., Any], inputs: Iterable[tupl
     Raises:
         VerificationError: naming the output and both values.
     """
+    largest = 0.0
+    for name, e, f, error, within in _compared(graph, run, inputs, QUANTIZED_NORM):
+        if not within:
+            raise VerificationError(
+                f"the artifact differs from its graph: output {name} {_values_text(e, f)}", pass_text="build",
+                node_name=name, node=located_text(graph.node(name)),
+                remedy="this is a defect of the backend: please report it with the model",
+            )  # fmt: skip
+        largest = max(largest, error)
+    return largest
+
+
+def _compared(
+    graph: Graph, run: Callable[..., Any], inputs: Iterable[tuple[Any, ...]], floor: float
+) -> Iterator[tuple[str, Tensor, Tensor, float, bool]]:
+    """Every output on every sample: its name, what it should be and is, how far that is apart, and if it may be so.
+
+    Args:
+        graph: what should be computed.
+        run: what computes it.
+        inputs: samples.
+        floor: of outputs behind quantizers, the part of their norm that they may always be apart.
+    """
     rounds = _rounded_outputs(graph)
     perturbed = _perturbed(graph) if any(rounds) else graph
-    largest = 0.0
     for sample in inputs:
         with torch.no_grad():
             expected = _outputs(graph, sample)
-            flipped = _outputs(perturbed, sample)
-        found = [leaf for leaf in pytree.tree_leaves(run(*sample)) if isinstance(leaf, Tensor)]
+            flipped = expected if perturbed is graph else _outputs(perturbed, sample)
+            found = [leaf for leaf in pytree.tree_leaves(run(*sample)) if isinstance(leaf, Tensor)]
         for i, (e, f, p) in enumerate(zip(expected, found, flipped, strict=True)):
-            name = graph.signature.outputs[i]
             error, scale = _difference(e, f)
-            apart, bound = _beside_flips(e, f, p, QUANTIZED_NORM) if rounds[i] else (error, ROUNDING * scale)
+            apart, bound = _beside_flips(e, f, p, floor) if rounds[i] else (error, ROUNDING * scale)
             if not apart <= bound and not rounds[i]:
                 bound = _moved(graph, sample, i, e)
-            if not apart <= bound:
-                raise VerificationError(
-                    f"the artifact differs from its graph: output {name} {_values_text(e, f)}",
-                    pass_text="build",
-                    node_name=name,
-                    node=located_text(graph.node(name)),
-                    remedy="this is a defect of the backend: please report it with the model",
-                )
-            largest = max(largest, error / scale)
-    return largest
+            yield graph.signature.outputs[i], e, f, error / scale, apart <= bound
 
 
 def _moved(graph: Graph, sample: tuple[Any, ...], output: int, expected: Tensor) -> float:

@@ -15,7 +15,7 @@ from mcc.passes import Quantize
 from mcc.pipeline import Pipeline
 from mcc.rewrite import Exact, Pass
 from mcc.target import parse_target
-from mcc.verify import verify_artifact
+from mcc.verify import verify_artifact, verify_encoding
 
 
 @dataclass(frozen=True)
@@ -70,3 +70,21 @@ def test_an_artifact_beside_an_infinity_is_compared():
     wrong = tuple(torch.full((32, 8), 1e6) + (graph.tensor("mask") if i == 0 else 0) for i in range(2))
     with pytest.raises(VerificationError, match="the artifact differs from its graph"):
         verify_artifact(graph, lambda *_: wrong, [(x,)])
+
+
+def test_an_encoded_graph_may_flip_steps_but_not_compute_something_else():
+    """As where batch norms are folded into layers whose activations have few bits."""
+    model, x, name = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(200_000, 16), "0.weight"
+    pipeline = Pipeline(
+        (Quantize(activations="int2", include=("2",)),), parse_target("cpu:avx512vnni"), Data(calibration=[x])
+    )
+    graph, _ = pipeline.run(mcc.capture(model, (x,)), (x,))
+    near, wrong = graph.copy(), graph.copy()
+    weight = graph.tensor(name).detach()
+    near.set_tensor(name, weight * (1 + 1e-5 * torch.randn(weight.shape)))
+    wrong.set_tensor(name, weight + 0.05)
+    with torch.no_grad():
+        assert (near(x) - graph(x)).abs().max() > 1e-2  # a step has flipped
+    verify_encoding(graph, near, [(x,)])
+    with pytest.raises(VerificationError, match="the encoded graph differs from the compressed one"):
+        verify_encoding(graph, wrong, [(x,)])

@@ -54,6 +54,11 @@ class TokenCodes:
     groups: int
 
 
+def _stored(size: int, codes: TokenCodes | None) -> int:
+    """Elements of a row as it is stored: codes of 4 bits lie two in a byte."""
+    return size // 2 if codes is not None and codes.bits == 4 else size
+
+
 @dataclass(frozen=True)
 class AttentionShape:
     """Sizes of one attention; those marked so may be symbolic.
@@ -151,9 +156,8 @@ class Rows:
 
     def head(self, b: Expression, h: Expression) -> Head:
         """The rows of a batch and head."""
-        stored = self.size // 2 if self.codes is not None and self.codes.bits == 4 else self.size
         groups = 1 if self.codes is None else self.codes.groups
-        return Head(self, self.place(b, h, stored), self.place(b, h, groups))
+        return Head(self, self.place(b, h, _stored(self.size, self.codes)), self.place(b, h, groups))
 
 
 @dataclass(frozen=True)
@@ -220,9 +224,8 @@ class AttentionBody:
         parameters = [Parameter("Q", self._dims(0, s.heads, s.rows, s.depth), "float32")]
         for name, which, size in (("K", 1, s.depth), ("V", 2, s.width)):
             codes = s.codes[which - 1]
-            packed = size // 2 if codes is not None and codes.bits == 4 else size
             kind = "float32" if codes is None else "int8" if codes.bits == 8 else "uint8"
-            parameters.append(Parameter(name, self._dims(which, s.key_heads, s.keys, packed), kind))
+            parameters.append(Parameter(name, self._dims(which, s.key_heads, s.keys, _stored(size, codes)), kind))
             if codes is not None:
                 dims = self._dims(which, s.key_heads, s.keys, codes.groups)
                 parameters.append(Parameter(f"{name}S", dims, "float32"))
@@ -240,8 +243,7 @@ class AttentionBody:
         s, given = self.shape, iter(buffers)
 
         def rows(which: int, heads: int, tokens: Any, size: int, codes: TokenCodes | None = None) -> Rows:
-            stored = size // 2 if codes is not None and codes.bits == 4 else size
-            data = flat(next(given), s.batch * (heads * stored) * tokens)
+            data = flat(next(given), s.batch * (heads * _stored(size, codes)) * tokens)
             scales = None if codes is None else flat(next(given), s.batch * (heads * codes.groups) * tokens)
             return Rows(self.v, data, scales, codes, heads, tokens, size, s.tokens_first[which])
 
