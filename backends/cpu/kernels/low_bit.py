@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 CODES = {1: 32, 2: 16, 3: 32, 4: 8, 8: 4}  # of a block, by bits: what a whole number of words holds
 FEW_ROWS = 4
-PART = 8  # codes of a block that are written out; more take minutes to compile
+PART = 8  # inputs of a block whose codes are written out; more take minutes to compile
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class _Body(GroupedBody):
     def emit(self, x: Expression, *arrays: Expression) -> None:
         """Emit the whole kernel."""
         self.x, self.arrays = x, dict(zip(self.packed, arrays, strict=True))
-        self.tables = self._tables()
+        self.tables, self.part = self._tables(), PART // self.span
         self.plan.loops(self._tile)
 
     def signed_code(self, word: Callable[[Expression], Expression], c: Expression) -> Expression:
@@ -158,7 +158,7 @@ class _Body(GroupedBody):
         """Add group `g` of inputs to the tile's sums."""
         scales, offsets = self.group_vectors(self.arrays, tile.panel, tile.vectors, g)
         offsets = offsets or [self.v.constant(0.0)] * tile.vectors
-        size = min(PART, self.block_codes)
+        size = min(self.part, self.block_codes)
         whole, left = divmod(self.group // self.span, self.block_codes)
 
         def part(b: Expression, p: Expression, codes: int = size) -> None:
@@ -186,7 +186,7 @@ class _Body(GroupedBody):
         base = tile.panel * (self.plan.width * self.groups * self.blocks * self.words)
         base = base + number * (self.words * vectors * v.lanes)
         low, *high = PLANES[self.bits]
-        a_word = max(32 // (PART * low), 1)  # parts
+        a_word = max(32 // (self.part * low), 1)  # parts
 
         def word(n: Expression, j: int, shift: Expression) -> Expression:
             loaded = v.load(self.arrays["weight"], base + (n * vectors + j) * v.lanes)
@@ -194,7 +194,8 @@ class _Body(GroupedBody):
 
         def words(j: int) -> list[Expression]:
             n, p = tirx.floordiv(part, a_word), tirx.floormod(part, a_word)
-            return [word(n, j, p * (PART * low)), *(word(self.words - 1, j, part * (PART * h)) for h in high)]
+            codes = self.part
+            return [word(n, j, p * (codes * low)), *(word(self.words - 1, j, part * (codes * h)) for h in high)]
 
         return [words(j) for j in range(vectors)]
 
