@@ -17,6 +17,7 @@ from mcc.backends.kernel import EpilogueStep, Kernel, QuantizedInput, Region, Sp
 from mcc.target import Target, missing_features, parse_target
 
 TARGETS = [t for t in map(parse_target, ("cpu:avx2", "cpu:avx512", "cpu:avx512vnni")) if not missing_features(t)]
+OFF_STEPS = 40.7  # numbers over this, and codes times the scales of the cases, never lie halfway between two codes
 NEON = parse_target("cpu:neon")
 
 
@@ -111,7 +112,7 @@ def make_operands(kernel: Kernel, region: Region, source: np.ndarray) -> list[np
     """What the epilogue adds."""
     shape = kernel.reference(dataclasses.replace(region, epilogue=()), source).shape
     drawn = [
-        np.random.default_rng(11 + k).integers(0, 256, shape).astype(kind) / (40 if kind == "float32" else 1)
+        np.random.default_rng(11 + k).integers(0, 256, shape).astype(kind) / (OFF_STEPS if kind == "float32" else 1)
         for k, kind in enumerate(region.operand_dtypes)
     ]
     return [a.astype(kind) for a, kind in zip(drawn, region.operand_dtypes, strict=True)]
