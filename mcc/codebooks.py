@@ -35,6 +35,11 @@ def _in_scales(x: Tensor, scale: Tensor, size: int) -> Tensor:
     return grouped.reshape(-1, size)
 
 
+def entries_of(codes: Tensor, table: Tensor) -> Tensor:
+    """The table's rows that codes stand for, [*codes.shape, size]."""
+    return table[codes.to(torch.int64) + len(table) // 2]
+
+
 @torch.library.custom_op("mcc::codebook_codes", mutates_args=())
 def codebook_codes(x: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     """The codes of a weight.
@@ -60,7 +65,7 @@ def _(x: Tensor, scale: Tensor, table: Tensor) -> Tensor:
 @torch.library.custom_op("mcc::decode_codebook", mutates_args=())
 def decode_codebook(codes: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     """Float32 values [out, in] of what `codebook_codes` gives: the table's entries times the scales."""
-    entries = table[codes.to(torch.int64) + len(table) // 2]
+    entries = entries_of(codes, table)
     grouped = entries.reshape(*scale.shape, -1) * scale.to(torch.float32).unsqueeze(-1)
     return grouped.reshape(len(codes), -1)
 

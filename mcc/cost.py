@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mcc import ops
+from mcc.codebooks import entries_of
 from mcc.formats import along_axis, packed_bytes, sparse_bytes, unpack
 from mcc.graph import Graph, Node
 from mcc.report import Size
@@ -16,8 +17,6 @@ from mcc.report import Size
 # bytes: a constant that is larger, and larger than what it is made of, is computed at every call instead of stored
 LARGEST_GROWTH = 1 << 20
 WIDEST_PACKED = 4  # bits; wider codes are bytes, which every kernel reads
-
-
 _QUANTIZERS = (ops.FAKE_QUANTIZE, ops.QUANTIZE, ops.DEQUANTIZE, ops.FAKE_CODEBOOK, ops.DECODE_CODEBOOK)
 
 
@@ -70,7 +69,7 @@ class WeightExpression:
         if self.packed is not None and self.quantizer is not None:
             codes = unpack(self.root.tensor, *self.packed.fx.args[1:])
             if (table := _table(self.quantizer)) is not None:
-                return int(torch.count_nonzero(table[codes.to(torch.int64) + len(table) // 2]))
+                return int(torch.count_nonzero(entries_of(codes, table)))
             zero_point = self.quantizer.operand(2)
             assert zero_point is not None
             return int(torch.count_nonzero(codes - along_axis(zero_point.tensor, codes, self.quantizer.argument(3))))

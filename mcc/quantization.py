@@ -17,6 +17,8 @@ from mcc.rewrite import Context, Rewriter
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from mcc.rewrite import Pass
+
 QUANTIZERS = (ops.FAKE_QUANTIZE, ops.FAKE_QUANTIZE_PER_TOKEN, ops.FAKE_CODEBOOK)
 GROUP_STEP = 32  # whole words of every width
 MANY_CODES = 63
@@ -89,9 +91,7 @@ def group_parameters(
     fixed = MIDPOINT if midpoints else 0.0
     full = torch.maximum(-least, most) / (high - fixed) if symmetric else (most - least) / (high - low)
     full = torch.where(full > torch.finfo(torch.float32).tiny, full, 1.0)
-    normal = torch.finfo(torch.float16)
-    fits = bool((full * _shrinks(high)[-1] > normal.tiny).all() and (full < normal.max).all())
-    kind = torch.float16 if fits else torch.float32
+    kind = scale_dtype(full, _shrinks(high)[-1])
     counts = None if importance is None else importance.float().reshape(groups, -1)
     if high - low == 1:  # one value and its negative: the mean of |w|, as in XNOR-Net, Rastegari et al., ECCV 2016
         shares = torch.ones_like(values) if counts is None else counts.expand_as(values)
@@ -102,6 +102,13 @@ def group_parameters(
         scale, zero = _least_error(values, full, codes, fixed if symmetric else least, kind, counts)
     alike = torch.tensor(fixed, dtype=torch.float16 if midpoints else torch.int8)
     return scale.to(kind), alike if symmetric else zero.to(torch.int8)
+
+
+def scale_dtype(full: Tensor, smallest_shrink: float) -> torch.dtype:
+    """Float16 where it holds positive scales and those shrunken by as much as that, all as normal numbers."""
+    normal = torch.finfo(torch.float16)
+    fits = bool((full * smallest_shrink > normal.tiny).all() and (full < normal.max).all())
+    return torch.float16 if fits else torch.float32
 
 
 def power_of_two(values: Tensor, scale: Tensor, codes: tuple[int, int]) -> Tensor:
@@ -176,6 +183,35 @@ def reader_in_float(node: Node) -> Node | None:
     assert top is not None
     others = (ops.LINEAR, *QUANTIZERS)
     return next((user for user in top.users if user.op not in others), None)
+
+
+def linear_layers_taken(
+    step: Pass, graph: Graph, context: Context, refusal: Callable[[Node], str | None]
+) -> list[Node]:
+    """The linear layers with a float weight that `refusal` gives no reason against, for passes that quantize those.
+
+    Raises:
+        PassError: there is none, with all reasons.
+    """
+    failure = PassError(
+        f"{step}: no layer can be quantized",
+        remedy="give a group_size that divides their inputs, or None for one group; or leave the pass out",
+    )
+    return layers_taken(multiplying(graph), context, lambda node: _not_plain_linear(node) or refusal(node), failure)
+
+
+def _not_plain_linear(node: Node) -> str | None:
+    """Why this is no linear layer with a float weight, or None if it is one."""
+    if node.op is not ops.LINEAR:
+        return f"{node.op} is not linear"
+    expression = weight_expression(node.operand(1))
+    if expression is None:
+        return "its weight is computed"
+    if node.dtype is not torch.float32:
+        return f"it computes in {str(node.dtype).removeprefix('torch.')}, not float32"
+    if expression.quantizer is not None or expression.sparse is not None:
+        return "its weight is already quantized or encoded"
+    return None
 
 
 def layers_taken(
@@ -265,6 +301,14 @@ def quantizer_tensors(node: Node) -> tuple[Tensor, Tensor, int, int]:
     assert scale is not None
     assert zero_point is not None
     return scale.tensor, zero_point.tensor, node.argument(4), node.argument(5)
+
+
+def weights_rounded(before: Graph, after: Graph) -> Graph:
+    """The graph before, reading the weights that a pass quantized rounded in their tensors."""
+    rounded = before.copy()
+    for node in new_quantizers(before, after):
+        round_weight(rounded, node)
+    return rounded.clean()
 
 
 def round_weight(graph: Graph, quantizer: Node) -> None:

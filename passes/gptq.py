@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mcc import ops
 from mcc.channels import weight_is_shared
 from mcc.cost import weight_expression
 from mcc.errors import DataError, PassError, SpecError
@@ -19,11 +18,9 @@ from mcc.quantization import (
     group_parameters,
     insert_quantizer,
     layer_weight,
-    layers_taken,
-    multiplying,
-    new_quantizers,
+    linear_layers_taken,
     ragged,
-    round_weight,
+    weights_rounded,
 )  # fmt: skip
 from mcc.rewrite import Context, Lossy, Pass
 from mcc.statistics import run_in_step
@@ -83,7 +80,7 @@ class Gptq(Pass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         """Quantize layer by layer while the calibration data runs through the graph."""
-        layers = {node.fx: node for node in self._layers(graph, context)}
+        layers = {node.fx: node for node in linear_layers_taken(self, graph, context, self._refusal)}
         parameters: dict[fx.Node, tuple[Tensor, Tensor]] = {}
         assert context.data.calibration is not None
         task = context.progress.add_task("gptq", total=len(layers)) if context.progress is not None else None
@@ -107,28 +104,9 @@ class Gptq(Pass):
 
     def reference(self, before: Graph, after: Graph) -> Graph:
         """The graph before, reading the changed weights rounded in their tensors."""
-        rounded = before.copy()
-        for node in new_quantizers(before, after):
-            round_weight(rounded, node)
-        return rounded.clean()
-
-    def _layers(self, graph: Graph, context: Context) -> list[Node]:
-        failure = PassError(
-            f"{self}: no layer can be quantized",
-            remedy="give a group_size that divides their inputs, or None for one group; or leave the pass out",
-        )
-        return layers_taken(multiplying(graph), context, self._refusal, failure)
+        return weights_rounded(before, after)
 
     def _refusal(self, node: Node) -> str | None:
-        if node.op is not ops.LINEAR:
-            return f"{node.op} is not linear"
-        expression = weight_expression(node.operand(1))
-        if expression is None:
-            return "its weight is computed"
-        if node.dtype is not torch.float32:
-            return f"it computes in {str(node.dtype).removeprefix('torch.')}, not float32"
-        if expression.quantizer is not None or expression.sparse is not None:
-            return "its weight is already quantized or encoded"
         if weight_is_shared(node):
             return "its weight is shared: other readers would see it change"
         return ragged(node, self.group_size)

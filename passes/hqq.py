@@ -8,21 +8,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mcc import ops
 from mcc.cost import weight_expression
-from mcc.errors import PassError, SpecError
+from mcc.errors import SpecError
 from mcc.formats import nearest
 from mcc.quantization import (
     check_group_size,
     code_range,
     insert_quantizer,
     layer_weight,
-    layers_taken,
-    multiplying,
-    new_quantizers,
+    linear_layers_taken,
     ragged,
     reader_in_float,
-    round_weight,
+    scale_dtype,
+    weights_rounded,
 )  # fmt: skip
 from mcc.rewrite import Context, Lossy, Pass
 
@@ -65,11 +63,7 @@ class Hqq(Pass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         """Quantize every linear layer."""
-        failure = PassError(
-            f"{self}: no layer can be quantized",
-            remedy="give a group_size that divides their inputs, or None for one group; or leave the pass out",
-        )
-        for node in layers_taken(multiplying(graph), context, self._refusal, failure):
+        for node in linear_layers_taken(self, graph, context, self._refusal):
             name, weight = layer_weight(node)
             groups = 1 if self.group_size is None else weight.shape[1] // self.group_size
             grid = half_quadratic(weight.detach().reshape(len(weight), groups, -1), code_range(self.bits))
@@ -79,22 +73,12 @@ class Hqq(Pass):
 
     def reference(self, before: Graph, after: Graph) -> Graph:
         """The graph before, reading weights rounded in their tensors."""
-        rounded = before.copy()
-        for node in new_quantizers(before, after):
-            round_weight(rounded, node)
-        return rounded.clean()
+        return weights_rounded(before, after)
 
     def _refusal(self, node: Node) -> str | None:
-        """Why a layer is not taken, or None if it is."""
-        if node.op is not ops.LINEAR:
-            return f"{node.op} is not linear"
+        """Why a linear layer with a float weight is not taken, or None if it is."""
         expression = weight_expression(node.operand(1))
-        if expression is None:
-            return "its weight is computed"
-        if node.dtype is not torch.float32:
-            return f"it computes in {str(node.dtype).removeprefix('torch.')}, not float32"
-        if expression.quantizer is not None or expression.sparse is not None:
-            return "its weight is already quantized or encoded"
+        assert expression is not None
         if expression.mask is not None:
             return "its pruned weights would not stay zero: no code stands for it"
         if (reader := reader_in_float(node)) is not None:
@@ -119,12 +103,7 @@ def half_quadratic(groups: Tensor, codes: tuple[int, int]) -> tuple[Tensor, Tens
     middle = (least + most) / 2
     flat = (whole <= torch.finfo(torch.float32).tiny) | (middle.abs() > LARGEST_ZERO * whole)
     whole = torch.where(flat, torch.where(middle == 0, 1.0, middle), whole)
-    half = torch.finfo(torch.float16)
-    kind = (
-        torch.float16
-        if bool(((whole.abs() * SHRINKS[-1] >= half.tiny) & (whole.abs() < half.max)).all())
-        else torch.float32
-    )
+    kind = scale_dtype(whole.abs(), SHRINKS[-1])
     best_scale, best_zero, smallest = whole, torch.zeros_like(whole), torch.full_like(whole, float("inf"))
     for shrink in SHRINKS:
         scale = torch.where(flat, whole, whole * shrink).to(kind).float()

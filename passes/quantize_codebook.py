@@ -11,9 +11,16 @@ from torch import Tensor
 from mcc import ops
 from mcc.codebooks import nearest_entries
 from mcc.cost import weight_expression
-from mcc.errors import PassError, SpecError
+from mcc.errors import SpecError
 from mcc.graph import identifier
-from mcc.quantization import check_group_size, layer_weight, layers_taken, multiplying, ragged, reader_in_float
+from mcc.quantization import (
+    check_group_size,
+    layer_weight,
+    linear_layers_taken,
+    ragged,
+    reader_in_float,
+    scale_dtype,
+)
 from mcc.rewrite import Context, Lossy, Pass, Rewriter
 
 if TYPE_CHECKING:
@@ -72,11 +79,7 @@ class QuantizeCodebook(Pass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         """Quantize every linear layer."""
-        failure = PassError(
-            f"{self}: no layer can be quantized",
-            remedy="give a group_size that divides their inputs, or None for one group; or leave the pass out",
-        )
-        for node in layers_taken(multiplying(graph), context, self._refusal, failure):
+        for node in linear_layers_taken(self, graph, context, self._refusal):
             self._quantize(node, context.seed)
             context.edited()
         return graph
@@ -96,16 +99,9 @@ class QuantizeCodebook(Pass):
         return rounded.clean()
 
     def _refusal(self, node: Node) -> str | None:
-        """Why a layer is not taken, or None if it is."""
-        if node.op is not ops.LINEAR:
-            return f"{node.op} is not linear"
+        """Why a linear layer with a float weight is not taken, or None if it is."""
         expression = weight_expression(node.operand(1))
-        if expression is None:
-            return "its weight is computed"
-        if node.dtype is not torch.float32:
-            return f"it computes in {str(node.dtype).removeprefix('torch.')}, not float32"
-        if expression.quantizer is not None or expression.sparse is not None:
-            return "its weight is already quantized or encoded"
+        assert expression is not None
         if expression.mask is not None and self.kind == "k-means":
             return "its pruned weights would not stay zero: no entry stands for it"
         if (reader := reader_in_float(node)) is not None:
@@ -125,8 +121,7 @@ class QuantizeCodebook(Pass):
             return
         largest = grouped.abs().amax(-1)
         full = torch.where(largest > torch.finfo(torch.float32).tiny, largest, 1.0)
-        half = torch.finfo(torch.float16)
-        kind = torch.float16 if bool(((full * SHRINKS[-1] >= half.tiny) & (full < half.max)).all()) else torch.float32
+        kind = scale_dtype(full, SHRINKS[-1])
         table = self._table(grouped / full[..., None], seed)
         scale = _least_error(grouped, full, table, kind)
         for _ in range(REFITS if self.kind == "k-means" else 0):

@@ -206,6 +206,12 @@ def _splat(value: Expression, lanes: int) -> Expression:
     return value if lanes == 1 else T.broadcast(value, lanes)
 
 
+def batch_and_head(i: Expression, heads: int) -> tuple[Expression, Expression]:
+    """Which batch and head number `i` of all heads of all batches is."""
+    batch, head = tirx.floordiv(i, heads), tirx.floormod(i, heads)
+    return B.Bind(T.cast(batch, "int64")), B.Bind(T.cast(head, "int64"))
+
+
 class AttentionBody:
     """Emits the kernel for one attention."""
 
@@ -260,10 +266,7 @@ class AttentionBody:
         group = s.heads // s.key_heads
 
         def head(i: Expression) -> None:
-            b, h = (
-                B.Bind(T.cast(tirx.floordiv(i, s.heads), "int64")),
-                B.Bind(T.cast(tirx.floormod(i, s.heads), "int64")),
-            )
+            b, h = batch_and_head(i, s.heads)
             shared = tirx.floordiv(h, group)
             panels = B.alloc_buffer((self.padded * s.depth,), "float32", layout=None)
             scores = B.alloc_buffer((self.padded * self.block,), "float32", layout=None)

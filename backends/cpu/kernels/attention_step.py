@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import tvm.tirx.script.builder.ir as B
 from tvm import tirx
-from tvm.script import tirx as T
 
-from mcc.backends.cpu.kernels.attention import AttentionBody, AttentionShape, Head
+from mcc.backends.cpu.kernels.attention import AttentionBody, AttentionShape, Head, batch_and_head
 from mcc.backends.cpu.microkernel import Expression, Vectors, parallel, serial
 
 if TYPE_CHECKING:
@@ -33,10 +32,7 @@ class _StepBody(AttentionBody):
         group = s.heads // s.key_heads
 
         def head(i: Expression) -> None:
-            b, shared = (
-                B.Bind(T.cast(tirx.floordiv(i, s.key_heads), "int64")),
-                B.Bind(T.cast(tirx.floormod(i, s.key_heads), "int64")),
-            )
+            b, shared = batch_and_head(i, s.key_heads)
             scores = B.alloc_buffer((self.padded * min(self.block, group),), "float32", layout=None)
             keys, values = self.keys.head(b, shared), self.values.head(b, shared)
             for first in range(0, group, self.block):
