@@ -1,0 +1,672 @@
+"""How the dims of what an op gives are made of those of what it takes: one rule for each row of the op table.
+
+A rule ties dims that keep step, as those of a sum, and gives the terms of the op's own dims. Axes over which an op
+works are blocked, with the reason. What an op adds up over an axis stays right only while the values it leaves out are
+zero: that is noted as a need, and judged when all ties are known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from mcc import ops
+from mcc.axes import UNIT, Axis, Product, Sum, Term, block, cut, regrouped, size, tie
+from mcc.graph import Node
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+Dims = tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class Need:
+    """A sum over an axis: of each removed index one of the operands must be zero.
+
+    Attributes:
+        term: what is summed over.
+        operands: what is multiplied with each other, or the one that is added up.
+        place: the op, for the reason.
+    """
+
+    term: Term
+    operands: tuple[fx.Node, ...]
+    place: str
+
+
+@dataclass
+class Ties:
+    """What is known of a graph's dims.
+
+    Attributes:
+        dims: the terms of each value; of an op that gives several, one tuple each.
+        stored: the terms of each stored tensor, by name.
+        baked: terms whose size stands among a node's arguments, in the order its rule says.
+        needs: sums over axes.
+        roles: what axes are to the layers: "channel", "neuron", "head", "head dim" or "state".
+    """
+
+    dims: dict[fx.Node, Any] = field(default_factory=dict)
+    stored: dict[str, Dims] = field(default_factory=dict)
+    baked: dict[fx.Node, tuple[Term, ...]] = field(default_factory=dict)
+    needs: list[Need] = field(default_factory=list)
+    roles: list[tuple[Term, str]] = field(default_factory=list)
+
+    def of(self, operand: Node | None) -> Dims:
+        """The terms of an operand's dims."""
+        assert operand is not None
+        dims: Dims = self.dims[operand.fx]
+        return dims
+
+    def contract(self, node: Node, a: Term, b: Term, operands: Sequence[Node | None]) -> None:
+        """Two dims that are multiplied and added up."""
+        tie(a, b, place(node))
+        self.needs.append(Need(a, tuple(o.fx for o in operands if o is not None), place(node)))
+
+    def broadcast(self, node: Node, operands: Iterable[Dims]) -> Dims:
+        """The dims of several values that are broadcast against each other; those of one size are tied."""
+        shapes = list(operands)
+        rank = max((len(s) for s in shapes), default=0)
+        made: list[Term] = []
+        for i in range(-rank, 0):
+            terms = [s[i] for s in shapes if len(s) >= -i]
+            wide = [t for t in terms if size(t) != 1] or terms
+            for other in wide[1:]:
+                tie(wide[0], other, place(node))
+            made.append(wide[0])
+        return tuple(made)
+
+
+def place(node: Node) -> str:
+    """An op and its node, for a reason."""
+    return f"{node.op} %{node.name}"
+
+
+def shape(node: Node) -> tuple[int, ...]:
+    """The sizes of a node's dims in the example inputs."""
+    return ops.shape_of(node.fx)
+
+
+def closed(node: Node, sizes: Iterable[int], why: str) -> Dims:
+    """New axes of which nothing may be removed."""
+    return tuple(Axis(s, [f"{place(node)} {why}"]) for s in sizes)
+
+
+def tensor_operands(node: Node) -> list[Node]:
+    """Every tensor an op takes, lists opened, in order."""
+    return [Node(n, node.graph) for n in node.fx.all_input_nodes if hasattr(n.meta.get("val"), "dim")]
+
+
+def is_number(value: object) -> bool:
+    """Whether an argument is a number and no node."""
+    return not isinstance(value, fx.Node)
+
+
+def _elementwise(ties: Ties, node: Node) -> Dims:
+    return ties.broadcast(node, [ties.of(o) for o in tensor_operands(node)])
+
+
+def _first(ties: Ties, node: Node) -> Dims:
+    return ties.of(node.operand(0))
+
+
+def _prelu(ties: Ties, node: Node) -> Dims:
+    dims, slopes = ties.of(node.operand(0)), ties.of(node.operand(1))
+    if slopes and size(slopes[0]) > 1:
+        tie(dims[1], slopes[0], place(node))
+    return dims
+
+
+# layers with weights
+
+
+def _linear(ties: Ties, node: Node) -> Dims:
+    x, w = ties.of(node.operand(0)), ties.of(node.operand(1))
+    ties.contract(node, x[-1], w[-1], (node.operand(0), node.operand(1)))
+    if node.operand(2) is not None:
+        tie(w[0], ties.of(node.operand(2))[0], place(node))
+    ties.roles.append((w[0], "neuron"))
+    return (*x[:-1], w[0])
+
+
+def _convolution(ties: Ties, node: Node) -> Dims:
+    x, w = ties.of(node.operand(0)), ties.of(node.operand(1))
+    lead, spatial = x[: len(x) - len(w) + 1], x[len(x) - len(w) + 2 :]
+    channels, groups = x[len(lead)], int(node.argument(6, 1))
+    outer, inner = _grouped(node, channels, groups)
+    transposed = node.op is ops.CONV_TRANSPOSE2D
+    rows, columns = _grouped(node, w[0], groups)
+    tie(outer, rows, place(node))
+    ties.contract(node, inner, columns if transposed else w[1], (node.operand(0), node.operand(1)))
+    out: Term = Product((rows, w[1])) if transposed else w[0]
+    if node.operand(2) is not None:
+        tie(out, ties.of(node.operand(2))[0], place(node))
+    for dim in (*spatial, *w[2:]):
+        block(dim, f"{place(node)} slides over it")
+    ties.baked[node.fx] = (rows,)
+    ties.roles.append((out, "channel"))
+    return (*lead, out, *closed(node, shape(node)[len(lead) + 1 :], "slides over it"))
+
+
+def _grouped(node: Node, channels: Term, groups: int) -> tuple[Term, Term]:
+    """Channels as groups of channels."""
+    if groups == 1:
+        return UNIT, channels
+    outer, inner = regrouped([channels], [groups, size(channels) // groups], place(node))
+    return outer, inner
+
+
+def _embedding(ties: Ties, node: Node) -> Dims:
+    w = ties.of(node.operand(0))
+    block(w[0], f"{place(node)} looks rows up")
+    ties.roles.append((w[1], "neuron"))
+    return (*ties.of(node.operand(1)), w[1])
+
+
+# products of values
+
+
+def _matmul(ties: Ties, node: Node) -> Dims:
+    left, right = node.operand(0), node.operand(1)
+    a, b = ties.of(left), ties.of(right)
+    if len(a) == 1:
+        a = (UNIT, *a)
+    column = b if len(b) > 1 else (*b, UNIT)
+    batch = ties.broadcast(node, [a[:-2], column[:-2]])
+    ties.contract(node, a[-1], column[-2], (left, right))
+    if a[:-2] and column[:-2]:
+        ties.roles += [(term, "head") for term in batch]
+        ties.roles += [(term, "head dim") for term in (a[-1], column[-1])]
+    elif len(b) == 2:
+        ties.roles.append((b[1], "neuron"))
+    rows = a[-2:-1] if len(ties.of(left)) > 1 else ()
+    return (*batch, *rows, *(column[-1:] if len(b) > 1 else ()))
+
+
+def _added_matmul(ties: Ties, node: Node) -> Dims:
+    a, b = ties.of(node.operand(1)), ties.of(node.operand(2))
+    batch = ties.broadcast(node, [a[:-2], b[:-2]])
+    ties.contract(node, a[-1], b[-2], (node.operand(1), node.operand(2)))
+    ties.roles += [(term, "head") for term in batch] or [(b[-1], "neuron")]
+    return ties.broadcast(node, [(*batch, a[-2], b[-1]), ties.of(node.operand(0))])
+
+
+def _attention(ties: Ties, node: Node) -> Dims:
+    q, k, v = (ties.of(node.operand(i)) for i in range(3))
+    batch = ties.broadcast(node, [k[:-2], v[:-2]])
+    if node.argument(7, False) and size(q[-3]) != size(batch[-1]):  # noqa: FBT003 (an op's argument)
+        heads, shared = regrouped([q[-3]], [size(batch[-1]), size(q[-3]) // size(batch[-1])], place(node))
+        tie(heads, batch[-1], place(node))
+        ties.roles.append((shared, "head"))
+        batch = (*ties.broadcast(node, [q[:-3], batch[:-1]]), Product((heads, shared)))
+    batch = ties.broadcast(node, [q[:-2], batch])
+    ties.contract(node, q[-1], k[-1], (node.operand(0), node.operand(1)))
+    tie(k[-2], v[-2], place(node))
+    block(k[-2], f"{place(node)} weighs its indices against each other")
+    if node.argument(5, False):  # noqa: FBT003 (as above)
+        block(q[-2], f"{place(node)} is causal")
+    if node.operand(3) is not None:
+        ties.broadcast(node, [(*batch, q[-2], k[-2]), ties.of(node.operand(3))])
+    ties.baked[node.fx] = (q[-1],)
+    ties.roles += [(term, "head") for term in batch]
+    ties.roles += [(q[-1], "head dim"), (v[-1], "head dim")]
+    return (*batch, q[-2], v[-1])
+
+
+# norms
+
+
+def _batch_norm(ties: Ties, node: Node) -> Dims:
+    dims = ties.of(node.operand(0))
+    for position in range(1, 5):
+        vector = node.operand(position)
+        if vector is not None:
+            tie(dims[1], ties.of(vector)[0], place(node))
+    return dims
+
+
+def _instance_norm(ties: Ties, node: Node) -> Dims:
+    dims = _batch_norm(ties, node)
+    for dim in dims[2:]:
+        block(dim, f"{place(node)} normalizes over it")
+    return dims
+
+
+def _group_norm(ties: Ties, node: Node) -> Dims:
+    dims = ties.of(node.operand(0))
+    groups, inner = _grouped(node, dims[1], int(node.argument(1)))
+    for dim in (inner, *dims[2:]):
+        block(dim, f"{place(node)} normalizes over it")
+    for position in (2, 3):
+        vector = node.operand(position)
+        if vector is not None:
+            tie(dims[1], ties.of(vector)[0], place(node))
+    ties.baked[node.fx] = (groups,)
+    return dims
+
+
+def _layer_norm(ties: Ties, node: Node) -> Dims:
+    dims = ties.of(node.operand(0))
+    normalized = dims[len(dims) - len(node.argument(1)) :]
+    for position in (2, 3):
+        vector = node.operand(position)
+        if vector is not None:
+            ties.broadcast(node, [normalized, ties.of(vector)])
+    for dim in normalized:
+        block(dim, f"{place(node)} normalizes over it")
+    return dims
+
+
+def _weight_norm(ties: Ties, node: Node) -> Dims:
+    v, g = node.operand(0), node.operand(1)
+    assert v is not None
+    worked = int(node.argument(2, 0))
+    ties.needs += [Need(d, (v.fx,), place(node)) for i, d in enumerate(ties.of(v)) if i != worked]
+    return ties.broadcast(node, [ties.of(v), ties.of(g)])
+
+
+# reductions and what works along a dim
+
+
+def _reduction(ties: Ties, node: Node) -> Any:
+    source = node.operand(0)
+    assert source is not None
+    dims = ties.of(source)
+    over, keep = _reduced(node, len(dims))
+    for i in over:
+        if node.op in _SUMS and not _is_least(node):
+            ties.needs.append(Need(dims[i], (source.fx,), place(node)))
+        else:
+            block(dims[i], f"{place(node)} reduces it")
+    made = tuple(UNIT if i in over else d for i, d in enumerate(dims) if keep or i not in over)
+    return (made, made) if node.op is ops.OPS["max.dim"] else made
+
+
+def _is_least(node: Node) -> bool:
+    """Whether this is a norm of negative order, which zeros change."""
+    return node.op is ops.OPS["linalg_vector_norm"] and float(node.argument(1, 2)) < 0
+
+
+def _reduced(node: Node, rank: int) -> tuple[set[int], bool]:
+    """The dims a reduction ends, and whether they stay with size 1."""
+    assert node.op is not None
+    position = 2 if node.op.name == "linalg_vector_norm" else 1
+    given = node.argument(position)
+    keep = bool(node.argument(3 if node.op.name in ("linalg_vector_norm", "var.correction") else 2, default=False))
+    if node.op.name in ("mean", "sum") or given is None or given == []:
+        return set(range(rank)), keep and len(shape(node)) == rank
+    listed = given if isinstance(given, list | tuple) else [given]
+    return {int(d) % rank for d in listed}, keep
+
+
+def _along(ties: Ties, node: Node) -> Any:
+    dims = ties.of(node.operand(0))
+    assert node.op is not None
+    given = node.argument(2 if node.op.name in ("topk", "roll") else 1, () if node.op.name == "roll" else -1)
+    listed = given if isinstance(given, list | tuple) else [given]
+    worked = {int(d) % len(dims) for d in listed} or set(range(len(dims)))
+    for i in worked:
+        block(dims[i], f"{place(node)} works along it")
+    if node.op.name in ("topk", "sort"):
+        left = [ops.extent(s) for s in node.value[0].shape]
+        made = [closed(node, [left[i]], "works along it")[0] if i in worked else d for i, d in enumerate(dims)]
+        return tuple(made), tuple(made)
+    return dims
+
+
+def _window(ties: Ties, node: Node) -> Dims:
+    dims = ties.of(node.operand(0))
+    assert node.op is not None
+    count = 1 if "1d" in node.op.name else 2
+    for dim in dims[-count:]:
+        block(dim, f"{place(node)} slides over it")
+    return (*dims[:-count], *closed(node, shape(node)[-count:], "slides over it"))
+
+
+def _pixel_shuffle(ties: Ties, node: Node) -> Dims:
+    dims, factor = ties.of(node.operand(0)), int(node.argument(1)) ** 2
+    for dim in dims[-2:]:
+        block(dim, f"{place(node)} moves channels into it")
+    channels, within = regrouped([dims[-3]], [size(dims[-3]) // factor, factor], place(node))
+    block(within, f"{place(node)} moves it into space")
+    return (*dims[:-3], channels, *closed(node, shape(node)[-2:], "moves channels into it"))
+
+
+# moving dims
+
+
+def _reshape(ties: Ties, node: Node) -> Dims:
+    return tuple(regrouped(ties.of(node.operand(0)), shape(node), place(node)))
+
+
+def _permute(ties: Ties, node: Node) -> Dims:
+    dims = ties.of(node.operand(0))
+    return tuple(dims[int(i) % len(dims)] for i in node.argument(1))
+
+
+def _transpose(ties: Ties, node: Node) -> Dims:
+    dims = list(ties.of(node.operand(0)))
+    if dims:
+        a, b = (0, len(dims) - 1) if node.op is ops.OPS["t"] else (int(node.argument(1)), int(node.argument(2)))
+        dims[a], dims[b] = dims[b], dims[a]
+    return tuple(dims)
+
+
+def _unsqueeze(ties: Ties, node: Node) -> Dims:
+    dims = list(ties.of(node.operand(0)))
+    dims.insert(int(node.argument(1)) % (len(dims) + 1), UNIT)
+    return tuple(dims)
+
+
+def _squeeze(ties: Ties, node: Node) -> Dims:
+    dims, given = ties.of(node.operand(0)), node.argument(1)
+    listed = given if isinstance(given, list | tuple) else [given]
+    gone = {int(d) % len(dims) for d in listed if size(dims[int(d) % len(dims)]) == 1}
+    return tuple(d for i, d in enumerate(dims) if i not in gone)
+
+
+def _expand(ties: Ties, node: Node) -> Dims:
+    dims, sizes = ties.of(node.operand(0)), shape(node)
+    lead = len(sizes) - len(dims)
+    made = [Axis(s) if i < lead or size(dims[i - lead]) != s else dims[i - lead] for i, s in enumerate(sizes)]
+    if node.op is ops.OPS["expand_as"]:
+        for a, b in zip(made, ties.of(node.operand(1)), strict=True):
+            tie(a, b, place(node))
+    return tuple(made)
+
+
+def _reshape_as(ties: Ties, node: Node) -> Dims:
+    made, wanted = _reshape(ties, node), ties.of(node.operand(1))
+    for a, b in zip(made, wanted, strict=True):
+        tie(a, b, place(node))
+    return made
+
+
+# cutting and joining
+
+
+def _axis(node: Node, position: int, rank: int, default: int = 0) -> int:
+    return int(node.argument(position, default)) % rank
+
+
+def _with(dims: Dims, axis: int, term: Term) -> Dims:
+    return (*dims[:axis], term, *dims[axis + 1 :])
+
+
+def _slice(ties: Ties, node: Node) -> Dims:
+    dims = ties.of(node.operand(0))
+    axis = _axis(node, 1, len(dims))
+    whole, left = size(dims[axis]), shape(node)[axis]
+    if left == whole:
+        ties.baked[node.fx] = (UNIT, UNIT, UNIT)
+        return dims
+    start = node.argument(2)
+    if node.argument(4, 1) != 1 or not is_number(start) or not is_number(node.argument(3)):
+        block(dims[axis], f"{place(node)} takes some of its indices")
+        return _with(dims, axis, closed(node, [left], "takes some indices")[0])
+    first = 0 if start is None else min(max(int(start) + (whole if start < 0 else 0), 0), whole)
+    before, taken, after = cut(dims[axis], [first, first + left, whole])
+    ties.baked[node.fx] = (before, taken, after)
+    return _with(dims, axis, taken)
+
+
+def _parts(ties: Ties, node: Node) -> tuple[Dims, ...]:
+    """Split, chunk: what each part has of the dim that is cut."""
+    dims = ties.of(node.operand(0))
+    axis = _axis(node, 2, len(dims))
+    sizes = [ops.extent(v.shape[axis]) for v in node.value]
+    bounds = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    pieces = cut(dims[axis], bounds)
+    ties.baked[node.fx] = tuple(pieces)
+    return tuple(_with(dims, axis, piece) for piece in pieces)
+
+
+def _unbind(ties: Ties, node: Node) -> tuple[Dims, ...]:
+    dims = ties.of(node.operand(0))
+    axis = _axis(node, 1, len(dims))
+    block(dims[axis], f"{place(node)} takes it apart")
+    return tuple((*dims[:axis], *dims[axis + 1 :]) for _ in node.value)
+
+
+def _select(ties: Ties, node: Node) -> Dims:
+    dims = ties.of(node.operand(0))
+    axis = _axis(node, 1, len(dims))
+    block(dims[axis], f"{place(node)} takes one of its indices")
+    return (*dims[:axis], *dims[axis + 1 :])
+
+
+def _cat(ties: Ties, node: Node) -> Dims:
+    parts = [ties.of(o) for o in _listed(node)]
+    parts = [p for p in parts if len(p) == len(shape(node))]  # aten lets an empty vector join anything
+    axis = _axis(node, 1, len(parts[0]))
+    for part in parts[1:]:
+        for i, (a, b) in enumerate(zip(parts[0], part, strict=True)):
+            if i != axis:
+                tie(a, b, place(node))
+    return _with(parts[0], axis, Sum(tuple(p[axis] for p in parts)))
+
+
+def _listed(node: Node) -> list[Node]:
+    return [Node(n, node.graph) for n in node.argument(0)]
+
+
+def _stack(ties: Ties, node: Node) -> Dims:
+    parts = [ties.of(o) for o in _listed(node)]
+    dims = list(ties.broadcast(node, parts))
+    dims.insert(_axis(node, 1, len(dims) + 1), closed(node, [len(parts)], "lays values side by side")[0])
+    return tuple(dims)
+
+
+def _pad(ties: Ties, node: Node) -> Dims:
+    dims, amounts = list(ties.of(node.operand(0))), node.argument(1)
+    constant = node.op is ops.OPS["constant_pad_nd"] or node.argument(2, "constant") == "constant"
+    baked: list[Term] = []
+    for i in range(len(amounts) // 2):
+        axis, (before, after) = len(dims) - 1 - i, amounts[2 * i : 2 * i + 2]
+        if not (is_number(before) and is_number(after)) or min(before, after) < 0 or not constant:
+            if before != 0 or after != 0:
+                block(dims[axis], f"{place(node)} reads it at its ends")
+                dims[axis] = closed(node, [shape(node)[axis]], "reads it at its ends")[0]
+            baked += [Axis(before), Axis(after)] if is_number(before) and is_number(after) else [UNIT, UNIT]
+            continue
+        ends = Axis(before), Axis(after)
+        baked += ends
+        dims[axis] = Sum((ends[0], dims[axis], ends[1]))
+    ties.baked[node.fx] = tuple(baked)
+    return tuple(dims)
+
+
+def _repeat(ties: Ties, node: Node) -> Dims:
+    dims, counts = ties.of(node.operand(0)), node.argument(1)
+    lead = len(counts) - len(dims)
+    sizes = shape(node)
+    made: list[Term] = []
+    times: list[Term] = []
+    for i, whole in enumerate(sizes):
+        inner = UNIT if i < lead else dims[i - lead]
+        times.append(Axis(whole // size(inner) if size(inner) else 1))
+        made.append(Product((times[-1], inner)))
+    ties.baked[node.fx] = tuple(times)
+    return tuple(made)
+
+
+def _repeat_interleave(ties: Ties, node: Node) -> Dims:
+    dims, given = ties.of(node.operand(0)), node.argument(2)
+    axis = int(given) % len(dims) if given is not None else 0
+    flat = dims if given is not None else (Product(dims),)
+    times = Axis(int(node.argument(1)))
+    ties.baked[node.fx] = (times,)
+    return _with(flat, axis, Product((flat[axis], times)))
+
+
+def _triangle(ties: Ties, node: Node) -> Dims:
+    dims = ties.of(node.operand(0))
+    for dim in dims[-2:]:
+        block(dim, f"{place(node)} counts along it")
+    return dims
+
+
+def _scatter(ties: Ties, node: Node) -> Dims:
+    dims, source = ties.of(node.operand(0)), ties.of(node.operand(1))
+    axis = _axis(node, 2, len(dims))
+    block(dims[axis], f"{place(node)} writes some of its indices")
+    one = node.op is ops.OPS["select_scatter"]
+    if not one:
+        block(source[axis], f"{place(node)} writes some of its indices")
+    kept = (*dims[:axis], *dims[axis + 1 :])
+    given = source if one else (*source[:axis], *source[axis + 1 :])
+    ties.broadcast(node, [kept, given])
+    return dims
+
+
+def _glu(ties: Ties, node: Node) -> Dims:
+    dims = ties.of(node.operand(0))
+    axis = _axis(node, 1, len(dims), -1)
+    half = size(dims[axis]) // 2
+    first, second = cut(dims[axis], [half, 2 * half])
+    tie(first, second, place(node))
+    return _with(dims, axis, first)
+
+
+# picking by index
+
+
+def _index(ties: Ties, node: Node) -> Dims:
+    dims, given = ties.of(node.operand(0)), node.argument(1)
+    indexed = [i for i, g in enumerate(given) if g is not None]
+    for i in indexed:
+        block(dims[i], f"{place(node)} picks its indices")
+    chosen = [Node(given[i], node.graph) for i in indexed]
+    if any(str(c.dtype) == "torch.bool" for c in chosen):
+        for dim in dims:
+            block(dim, f"{place(node)} picks by a mask")
+        return closed(node, shape(node), "picks by a mask")
+    picked = ties.broadcast(node, [ties.of(c) for c in chosen])
+    together = indexed == list(range(indexed[0], indexed[-1] + 1))
+    first = indexed[0] if together else 0
+    rest = [d for i, d in enumerate(dims) if i not in indexed]
+    return (*rest[:first], *picked, *rest[first:])
+
+
+def _index_select(ties: Ties, node: Node) -> Dims:
+    dims = ties.of(node.operand(0))
+    axis = _axis(node, 1, len(dims))
+    block(dims[axis], f"{place(node)} picks its indices")
+    return _with(dims, axis, ties.of(node.operand(2))[0])
+
+
+def _gather(ties: Ties, node: Node) -> Dims:
+    dims, chosen = ties.of(node.operand(0)), ties.of(node.operand(2))
+    axis = _axis(node, 1, len(dims))
+    for i, (a, b) in enumerate(zip(dims, chosen, strict=True)):
+        if i == axis or size(a) != size(b):
+            block(a, f"{place(node)} picks its indices")
+            block(b, f"{place(node)} picks by it")
+        else:
+            tie(a, b, place(node))
+    return chosen
+
+
+# made values, recurrence, formats
+
+
+def _filled(ties: Ties, node: Node) -> Dims:
+    del ties
+    return tuple(Axis(s) for s in shape(node))
+
+
+def _counted(ties: Ties, node: Node) -> Dims:
+    del ties
+    return closed(node, shape(node), "counts")
+
+
+def _recurrent(ties: Ties, node: Node) -> tuple[Dims, ...]:
+    """projected [a, b, gates hidden], states [batch, hidden], weight [hidden, gates hidden], bias."""
+    count = 2 if node.op is ops.OPS["mcc.lstm"] else 1
+    projected, weight = ties.of(node.operand(0)), ties.of(node.operand(count + 1))
+    hidden = weight[0]
+    gates, inner = regrouped([weight[1]], [size(weight[1]) // size(hidden), size(hidden)], place(node))
+    block(gates, f"{place(node)} has a use for each of its gates")
+    tie(inner, hidden, place(node))
+    tie(projected[2], weight[1], place(node))
+    if node.operand(count + 2) is not None:
+        tie(ties.of(node.operand(count + 2))[0], weight[1], place(node))
+    first = bool(node.argument(count + 4))
+    block(projected[1 if first else 0], f"{place(node)} goes along it")
+    for i in range(1, count + 1):
+        tie(ties.of(node.operand(i))[0], projected[0 if first else 1], place(node))
+        tie(ties.of(node.operand(i))[1], hidden, place(node))
+    state = (projected[0 if first else 1], hidden)
+    weights = node.operand(count + 1)
+    assert weights is not None
+    ties.needs.append(Need(hidden, (weights.fx,), place(node)))
+    ties.roles.append((hidden, "state"))
+    return ((*projected[:2], hidden), *(state for _ in range(count)))
+
+
+def _fake_quantize(ties: Ties, node: Node) -> Dims:
+    dims, axis = ties.of(node.operand(0)), node.argument(3)
+    for position in (1, 2):
+        vector = ties.of(node.operand(position))
+        if len(vector) == 1 and axis is not None:
+            tie(dims[int(axis)], vector[0], place(node))
+        elif len(vector) == 2:
+            tie(dims[0], vector[0], place(node))
+            block(dims[1], f"{place(node)} has scales for groups of it")
+            block(vector[1], f"{place(node)} has scales for groups")
+    return dims
+
+
+def _quantize_per_token(ties: Ties, node: Node) -> Dims:
+    source = node.operand(0)
+    assert source is not None
+    dims = ties.of(source)
+    ties.needs.append(Need(dims[-1], (source.fx,), place(node)))
+    return dims
+
+
+def unknown(ties: Ties, node: Node) -> Any:
+    """An op that no rule knows: nothing that goes in or comes out may change."""
+    for operand in tensor_operands(node):
+        for term in ties.of(operand):
+            block(term, f"{place(node)} takes it as it is")
+    value = node.value
+    if isinstance(value, list | tuple):
+        return tuple(closed(node, [ops.extent(s) for s in v.shape], "takes it as it is") for v in value)
+    return closed(node, shape(node), "takes it as it is")
+
+
+_SUMS = tuple(ops.OPS[n] for n in ("sum.dim_IntList", "sum", "linalg_vector_norm"))  # to which zeros add nothing
+_BY_NAME: dict[str, Callable[[Ties, Node], Any]] = {
+    "linear": _linear, "embedding": _embedding, "matmul": _matmul, "bmm": _matmul,
+    "addmm": _added_matmul, "baddbmm": _added_matmul, "scaled_dot_product_attention": _attention,
+    "batch_norm": _batch_norm, "instance_norm": _instance_norm, "group_norm": _group_norm, "layer_norm": _layer_norm,
+    "rms_norm": _layer_norm, "linalg_vector_norm": _reduction, "_weight_norm": _weight_norm, "prelu": _prelu,
+    "pixel_shuffle": _pixel_shuffle, "reshape": _reshape, "permute": _permute, "transpose.int": _transpose,
+    "t": _transpose, "unsqueeze": _unsqueeze, "squeeze.dim": _squeeze, "squeeze.dims": _squeeze, "expand": _expand,
+    "expand_as": _expand, "reshape_as": _reshape_as, "slice.Tensor": _slice, "split.Tensor": _parts,
+    "split_with_sizes": _parts, "chunk": _parts, "unbind.int": _unbind, "select.int": _select, "cat": _cat,
+    "stack": _stack, "pad": _pad, "constant_pad_nd": _pad, "repeat": _repeat,
+    "repeat_interleave.self_int": _repeat_interleave, "tril": _triangle, "triu": _triangle, "slice_scatter": _scatter,
+    "select_scatter": _scatter, "glu": _glu, "index.Tensor": _index, "index_select": _index_select, "gather": _gather,
+    "zeros_like": _first, "ones_like": _first, "full_like": _first, "empty_like": _first, "zeros": _filled,
+    "ones": _filled, "full": _filled, "new_zeros": _filled, "new_ones": _filled, "new_full": _filled,
+    "arange": _counted, "arange.start": _counted, "arange.start_step": _counted, "eye": _counted,
+    "scalar_tensor": _counted, "mcc.lstm": _recurrent, "mcc.gru": _recurrent, "mcc.fake_quantize": _fake_quantize,
+    "mcc.fake_quantize_per_token": _quantize_per_token, "mcc.conv2d_nhwc": unknown, "mcc.attention": unknown,
+}  # fmt: skip
+_BY_FAMILY: dict[str, Callable[[Ties, Node], Any]] = {
+    "weights": _convolution, "pointwise": _elementwise, "reduction": _reduction, "along": _along, "window": _window,
+    "cast": _first, "mode": _first,
+}  # fmt: skip
+
+
+def rule(op: ops.Op | None) -> Callable[[Ties, Node], Any]:
+    """The rule of a row of the op table."""
+    if op is None or op.name.endswith("_nhwc"):
+        return unknown
+    return _BY_NAME.get(op.name) or _BY_FAMILY.get(op.family, unknown)
+
