@@ -23,6 +23,11 @@ _DROP = {
 _ALIAS = {_A.alias.default, _A.detach.default, _A.detach_.default}
 _COPY = {_A.contiguous.default, _A.clone.default, _A.lift_fresh_copy.default}
 _CASTS = {_A.to.dtype, _A.to.dtype_layout, _A.to.device, _A._to_copy.default, _A.type_as.default}
+_SPELLINGS = {
+    _A.fill.Tensor: _A.copy.default, _A.fill.Scalar: _A.full_like.default, _A.zero.default: _A.zeros_like.default,
+    _A.swapaxes.default: _A.transpose.int, _A.view.default: _A.reshape.default,
+    _A._unsafe_view.default: _A.reshape.default,
+}  # fmt: skip
 _SCATTER = {_A.slice.Tensor: _A.slice_scatter.default, _A.select.int: _A.select_scatter.default}
 
 
@@ -168,21 +173,35 @@ def _make_functional(module: fx.GraphModule) -> None:
         def later(user: fx.Node, place: int = place) -> bool:
             return order.get(user, -1) > place
 
-        shared = _read_elsewhere(written, later)
-        if shared:
-            _refuse_aliased_write(node, written, later)
-        if shared and _is_view(written):
-            base = written.args[0]
-            assert isinstance(base, fx.Node)
-            assert isinstance(written.target, torch._ops.OpOverload)
-            with module.graph.inserting_after(node):
-                whole = module.graph.call_function(_SCATTER[written.target], (base, node, *written.args[1:]))
-            whole.meta = dict(node.meta) | {"val": base.meta["val"]}
-            base.replace_all_uses_with(whole, delete_user_cb=lambda u, w=whole: u is not w and later(u))  # type: ignore[misc]
+        if _read_elsewhere(written, later):
+            views = list(_view_chain(written))
+            _refuse_aliased_write(node, views, later)
+            part = node
+            for view in views:
+                part = _scatter(module, view, part, later)
         namespace, name = target._schema.name.split("::")
         packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"))
         node.target = getattr(packet, target._overloadname)
         written.replace_all_uses_with(node, delete_user_cb=later)
+
+
+def _view_chain(written: fx.Node) -> Iterator[fx.Node]:
+    """The views that lead from a value to the tensor whose memory it shares, the last one first."""
+    while _is_view(written):
+        yield written
+        written = written.args[0]  # type: ignore[assignment]  # a view's first argument is a node
+
+
+def _scatter(module: fx.GraphModule, view: fx.Node, part: fx.Node, later: Callable[[fx.Node], bool]) -> fx.Node:
+    """What a view was taken of, with the view's elements replaced, for all that reads it later."""
+    base = view.args[0]
+    assert isinstance(base, fx.Node)
+    assert isinstance(view.target, torch._ops.OpOverload)
+    with module.graph.inserting_after(part):
+        whole = module.graph.call_function(_SCATTER[view.target], (base, part, *view.args[1:]))
+    whole.meta = dict(part.meta) | {"val": base.meta["val"]}
+    base.replace_all_uses_with(whole, delete_user_cb=lambda u: u is not whole and later(u))
+    return whole
 
 
 def _views(base: fx.Node) -> Iterator[fx.Node]:
@@ -202,17 +221,17 @@ def _read_elsewhere(written: fx.Node, later: Callable[[fx.Node], bool]) -> bool:
     return any(later(user) for alias in (root, *_views(root)) if alias is not written for user in alias.users)
 
 
-def _refuse_aliased_write(node: fx.Node, written: fx.Node, later: Callable[[fx.Node], bool]) -> None:
-    base = written
-    if _is_view(written):
-        base = written.args[0]  # type: ignore[assignment]  # a view's first argument is a node
-        if written.target not in _SCATTER or _is_view(base):
+def _refuse_aliased_write(node: fx.Node, chain: list[fx.Node], later: Callable[[fx.Node], bool]) -> None:
+    for view in chain:
+        if view.target not in _SCATTER:
             raise CaptureError(
-                f"{node.target} writes into a view made by {written.target}",
+                f"{node.target} writes into a view made by {view.target}",
                 node=f"%{node.name} {source_line(node)}",
                 remedy="write into the whole tensor, or build the result with torch.where or torch.cat",
             )
-    views = [v for v in _views(base) if v is not written and not later(v)]
+    base = chain[-1].args[0] if chain else node.args[0]
+    assert isinstance(base, fx.Node)
+    views = [v for v in _views(base) if v not in chain and not later(v)]
     if any(later(user) for view in views for user in view.users):
         raise CaptureError(
             f"{node.target} writes to %{base.name}, and a view of it made before is read after",
@@ -244,8 +263,8 @@ def _one_read_per_tensor(module: fx.GraphModule) -> None:
 
 def _respell(module: fx.GraphModule, node: fx.Node) -> None:
     """view, flatten, unflatten become reshape; expand keeps dims as -1, which survives any later resize."""
-    if node.target in (_A.view.default, _A._unsafe_view.default):
-        node.target = _A.reshape.default
+    if node.target in _SPELLINGS:
+        node.target = _SPELLINGS[node.target]
         return
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
