@@ -74,7 +74,7 @@ def size(term: Term) -> int:
 
 
 def resolved(term: Term) -> Term:
-    """The term in what its axes stand for: no product right inside a product, no sum inside a sum, no size 1 in either."""
+    """The term in what its axes stand for: no product right inside a product, no sum inside a sum, nothing idle."""
     if isinstance(term, Axis):
         return term if term.meaning is term else resolved(term.meaning)
     if isinstance(term, Product):
@@ -200,7 +200,9 @@ def _steps(factors: Sequence[Term]) -> list[int]:
 def _refined(product: Product, steps: Sequence[int], place: str) -> list[Term]:
     """The product's factors, split so that their steps are `steps`, decreasing."""
     found: list[Term] = []
-    for outer, inner, factor in zip(_steps(product.factors), _steps(product.factors)[1:], product.factors, strict=False):
+    for outer, inner, factor in zip(
+        _steps(product.factors), _steps(product.factors)[1:], product.factors, strict=False
+    ):
         within = [s for s in steps if inner <= s <= outer]
         found += factored(factor, [a // b for a, b in pairwise(within)], place)
     return found
@@ -246,7 +248,7 @@ def _matched(dims: Sequence[Term], sizes: Sequence[int], place: str) -> list[Ter
         block(whole, f"{place} reshapes dims whose parts do not fit each other")
         return [Axis(s, [f"{place} reshapes dims whose parts do not fit each other"]) for s in sizes]
     parts = _refined(Product(tuple(dims)), steps, place)
-    made = []
+    made: list[Term] = []
     for outer, inner in pairwise(bounds):
         first, last = steps.index(outer), steps.index(inner)
         made.append(Product(tuple(parts[first:last])))

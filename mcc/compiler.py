@@ -239,8 +239,10 @@ def compile_graph(graph: Graph, example: tuple[Any, ...], steps: tuple[Pass, ...
         def latency(state: Graph, inputs: tuple[Any, ...]) -> float:
             return median_latency(_lower(state, options)[0], inputs)
 
-        each = latency if options.measure == "each" and runnable else None
-        pipeline = Pipeline(steps, target, options.data, options.seed, options.verify, each)
+        pipeline = Pipeline(
+            steps, target, options.data, options.seed, options.verify, latency if runnable else None,
+            measure_each=options.measure == "each",
+        )  # fmt: skip
         compressed, rows, taken = pipeline.run_with_inputs(graph, example, progress)
         task = progress.add_task("compiling", total=None)
         before = latency(graph, example) if options.measure == "ends" and runnable and steps else None

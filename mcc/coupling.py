@@ -5,7 +5,7 @@ behind it, and a column of every weight that reads it; through residual adds, co
 tied weights it reaches further. A `Group` is an axis (see `mcc.axes`) with every place in a stored tensor where it
 stands. What is removed is exact in this sense: the smaller graph computes what the larger one does when everything
 stored at the removed indices is zero.
-The idea of grouping by dependency is that of Fang, Ma, Song, Mi, Wang: DepGraph: towards any structural pruning. CVPR 2023.
+Grouping by dependency is the idea of Fang, Ma, Song, Mi, Wang: DepGraph: towards any structural pruning. CVPR 2023.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mcc import ops
 from mcc.axes import Axis, Product, Sum, Term, axes_of, block, resolved, size
-from mcc.dim_rules import Dims, Ties, place, rule, unknown
+from mcc.dim_rules import rule
 from mcc.graph import Node
+from mcc.ties import Dims, Ties, place, unknown
 from mcc.zeros import find_zeros
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def couple(graph: Graph) -> Coupling:
                 block(term, f"%{node.name} is returned")
     _block_what_repeats(ties)
     _judge_needs(graph, ties)
-    return Coupling(graph, ties, tuple(_groups(graph, ties)))
+    return Coupling(graph, ties, tuple(_groups(ties)))
 
 
 def _visit(ties: Ties, node: Node) -> None:
@@ -141,10 +142,10 @@ def _checked(ties: Ties, node: Node, made: Dims | tuple[Dims, ...]) -> Dims | tu
     )
     if fits:
         return made
-    for terms in dims:
-        for term in terms:  # type: ignore[union-attr]
-            block(term, f"{place(node)} has sizes that its rule does not expect")
-    return unknown(ties, node)
+    for term in _terms(made):
+        block(term, f"{place(node)} has sizes that its rule does not expect")
+    closed: Dims | tuple[Dims, ...] = unknown(ties, node)
+    return closed
 
 
 def _block_what_repeats(ties: Ties) -> None:
@@ -182,7 +183,7 @@ def _judge_needs(graph: Graph, ties: Ties) -> None:
                 axis.blocked[f"{need.place} adds it up, and what would be removed is not zero"] = None
 
 
-def _groups(graph: Graph, ties: Ties) -> Iterator[Group]:
+def _groups(ties: Ties) -> Iterator[Group]:
     slots: dict[Axis, list[Slot]] = {}
     for name, dims in ties.stored.items():
         for i, term in enumerate(dims):
@@ -208,7 +209,7 @@ def _kind(axis: Axis, roles: dict[Axis, set[str]], slots: dict[Axis, list[Slot]]
         return "head" if _uses(axis, slots) == most else "query head"
     for role in ("head dim", "state", "channel"):
         if role in mine:
-            return role  # type: ignore[return-value]  # these are kinds
+            return role
     return "neuron"
 
 

@@ -80,6 +80,14 @@ class Node:
                 return self.fx.kwargs.get(arguments[position].name, default)
         return default
 
+    def set_argument(self, position: int, value: Any) -> None:
+        """Replace the argument at `position`, or give it by keyword where it was left out."""
+        if position < len(self.fx.args):
+            self.fx.update_arg(position, value)
+            return
+        assert isinstance(self.fx.target, torch._ops.OpOverload)
+        self.fx.update_kwarg(self.fx.target._schema.arguments[position].name, value)
+
     def operand(self, position: int) -> Node | None:
         """The node at argument `position`, or None."""
         argument = self.argument(position)

@@ -33,8 +33,8 @@ class Pipeline:
         data: the user's data.
         seed: of every random choice.
         verify: whether each pass's guarantee is checked.
-        measure_latency: maps a graph and inputs to the median latency of its artifact in ms, for `measure="each"`; or
-            None.
+        measure_latency: maps a graph and inputs to the median latency of its artifact in ms, or None.
+        measure_each: whether the latency is measured after each pass.
     """
 
     passes: tuple[Pass, ...]
@@ -43,6 +43,7 @@ class Pipeline:
     seed: int = 0
     verify: bool = True
     measure_latency: Callable[[Graph, tuple[Any, ...]], float] | None = None
+    measure_each: bool = False
 
     def check(self) -> None:
         """Check that every pass has what it needs, before any work starts.
@@ -93,10 +94,11 @@ class Pipeline:
         self.check()
         inputs = [tuple(example), sample_inputs(example, self.seed)]
         rows = [self._first_row(graph, inputs[0])]
+        captured = graph
         for position, step in enumerate(self.passes):
             label = f"pass {position + 1}/{len(self.passes)}: {step}"
             with _shown(progress, label):
-                graph, inputs, row = self._step(position, graph, inputs, progress)
+                graph, inputs, row = self._step(position, (captured, graph), inputs, progress)
             rows.append(row)
         return graph, rows, inputs[0]
 
@@ -105,12 +107,14 @@ class Pipeline:
         return PassRow("capture", 0, (), graph_size(graph), metric=self._metric(graph), latency_ms=latency)
 
     def _step(
-        self, position: int, before: Graph, inputs: list[tuple[Any, ...]], progress: Progress | None
+        self, position: int, graphs: tuple[Graph, Graph], inputs: list[tuple[Any, ...]], progress: Progress | None
     ) -> tuple[Graph, list[tuple[Any, ...]], PassRow]:
-        step = self.passes[position]
+        step, (captured, before) = self.passes[position], graphs
         measured = not any(s.changes_signature for s in self.passes[: position + 1])
         started = time.perf_counter()
-        context = Context(self.target, self.data, self.seed, progress)
+        measure = self.measure_latency
+        latency = None if measure is None else lambda graph: measure(graph, inputs[0])
+        context = Context(self.target, self.data, self.seed, progress, latency, captured)
         try:
             after = step.run(before.copy(), context).clean().repropagate()
         except MccError:
@@ -134,7 +138,9 @@ class Pipeline:
         return None if self.data.evaluate is None else self.data.measure(graph)
 
     def _latency(self, graph: Graph, example: tuple[Any, ...]) -> float | None:
-        return None if self.measure_latency is None else self.measure_latency(graph, example)
+        if self.measure_latency is None or not self.measure_each:
+            return None
+        return self.measure_latency(graph, example)
 
 
 @contextmanager

@@ -60,6 +60,8 @@ class Context:
         progress: a rich progress display for long work, or None.
         edits: changes made so far.
         declined: candidates not taken, with reasons.
+        latency: median latency in ms of a graph's artifact on the target, or None where that cannot be measured.
+        captured: the graph as it was before the first pass, not to be edited, or None.
         notes: further facts for the report.
     """
 
@@ -67,6 +69,8 @@ class Context:
     data: Data
     seed: int = 0
     progress: Progress | None = None
+    latency: Callable[[Graph], float] | None = None
+    captured: Graph | None = None
     edits: int = 0
     declined: list[Declined] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

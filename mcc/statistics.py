@@ -176,7 +176,7 @@ def observe(graph: Graph, names: Iterable[str], batches: Iterable[Batch | Tensor
         DataError: there is no batch, or a batch does not fit the graph's inputs.
     """
     histograms = {name: Histogram() for name in names}
-    _record(graph, histograms, batches, lambda name, values: histograms[name].add(values))
+    record(graph, histograms, batches, lambda name, values: histograms[name].add(values))
     return histograms
 
 
@@ -192,8 +192,31 @@ def channel_peaks(graph: Graph, names: Iterable[str], batches: Iterable[Batch | 
         if values.numel():
             peaks[name] = torch.maximum(peaks[name], values.detach().abs().reshape(-1, values.shape[-1]).amax(0))
 
-    _record(graph, peaks, batches, take)
+    record(graph, peaks, batches, take)
     return peaks
+
+
+def channel_energies(graph: Graph, dims: dict[str, int], batches: Iterable[Batch | Tensor]) -> dict[str, Tensor]:
+    """The mean square of each channel of nodes over calibration batches, float64 [channels].
+
+    Args:
+        graph: that runs.
+        dims: of each node, by name, the dim that holds its channels.
+        batches: calibration data.
+
+    Raises:
+        DataError: there is no batch, or a batch does not fit the graph's inputs.
+    """
+    sums = {name: torch.zeros((), dtype=torch.float64) for name in dims}
+    counts = dict.fromkeys(dims, 0)
+
+    def take(name: str, values: Tensor) -> None:
+        rows = values.detach().double().movedim(dims[name], -1).flatten(0, -2)
+        sums[name] = sums[name] + rows.square().sum(0)
+        counts[name] += len(rows)
+
+    record(graph, dims, batches, take)
+    return {name: total / max(counts[name], 1) for name, total in sums.items()}
 
 
 @dataclass(frozen=True)
@@ -224,16 +247,21 @@ def channel_moments(graph: Graph, names: Iterable[str], batches: Iterable[Batch 
         sums[name] = ChannelMoments(old.sizes + rows.abs().sum(0), old.products + rows.T @ rows)
         counts[name] += len(rows)
 
-    _record(graph, sums, batches, take)
+    record(graph, sums, batches, take)
     return {
         name: ChannelMoments(total.sizes / max(counts[name], 1), total.products / max(counts[name], 1))
         for name, total in sums.items()
     }
 
 
-def _record(
+def record(
     graph: Graph, names: Iterable[str], batches: Iterable[Batch | Tensor], take: Callable[[str, Tensor], None]
 ) -> None:
+    """Run `graph` over calibration batches and hand the values of the named nodes on, as they come.
+
+    Raises:
+        DataError: there is no batch, a batch does not fit the graph's inputs, or a value is not finite.
+    """
     recorder = _Recorder(graph.module, names, take)
     count = 0
     with torch.no_grad():

@@ -10,9 +10,9 @@ from torch import Tensor, fx
 
 from mcc import ops
 from mcc.axes import Axis, Term, kept_indices, kept_size, size
-from mcc.dim_rules import Dims, is_number
 from mcc.errors import MccError
 from mcc.graph import Graph, Node
+from mcc.ties import Dims, is_number
 from mcc.zeros import is_zeroed
 
 if TYPE_CHECKING:
@@ -82,17 +82,6 @@ def zeroed(before: Graph, after: Graph) -> Graph:
     return made
 
 
-
-
-def _set(node: Node, position: int, value: object) -> None:
-    """Replace an argument, given by place or by keyword."""
-    if position < len(node.fx.args):
-        node.fx.update_arg(position, value)
-        return
-    assert isinstance(node.fx.target, torch._ops.OpOverload)
-    node.fx.update_kwarg(node.fx.target._schema.arguments[position].name, value)
-
-
 def _mended_sizes(node: Node, sizes: list[Any], dims: Dims, kept: Kept) -> list[Any]:
     """Sizes of a result's dims: -1 and those that do not change stay, a computed one that changes becomes -1."""
     made = list(sizes)
@@ -125,7 +114,7 @@ def _sizes_at(position: int) -> Callable[..., None]:
         sizes = list(node.argument(position))
         mended = _mended_sizes(node, sizes, dims, kept)
         if mended != sizes:
-            _set(node, position, mended)
+            node.set_argument(position, mended)
 
     return mend
 
@@ -136,7 +125,7 @@ def _count_at(position: int) -> Callable[..., None]:
     def mend(node: Node, dims: Dims, baked: tuple[Term, ...], kept: Kept) -> None:
         del dims
         if kept_size(baked[0], kept) != size(baked[0]):
-            _set(node, position, kept_size(baked[0], kept))
+            node.set_argument(position, kept_size(baked[0], kept))
 
     return mend
 
@@ -149,7 +138,7 @@ def _counts_at(position: int) -> Callable[..., None]:
         given = list(node.argument(position))
         made = [g if kept_size(t, kept) == size(t) else kept_size(t, kept) for g, t in zip(given, baked, strict=True)]
         if made != given:
-            _set(node, position, made)
+            node.set_argument(position, made)
 
     return mend
 

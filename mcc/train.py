@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -166,16 +167,20 @@ def _train_epoch(run: _Run, epoch: int) -> float:
     return total / steps
 
 
-def _loss(run: _Run, inputs: list[Tensor], labels: Tensor) -> Tensor:
+def _output_and_loss(graph: Graph, inputs: list[Tensor], labels: Tensor, context: Context) -> tuple[Any, Tensor]:
     try:
-        output = run.graph(*inputs)
+        output = graph(*inputs)
     except (RuntimeError, TypeError) as error:
         shapes = ", ".join(str(list(t.shape)) for t in inputs if isinstance(t, Tensor))
         raise DataError(
             f"a training batch with inputs {shapes} does not fit the graph: {str(error).splitlines()[0]}",
             remedy="give each batch as (*inputs, labels)",
         ) from error
-    loss: Tensor = (run.context.data.loss or torch.nn.functional.cross_entropy)(output, labels)
+    return output, (context.data.loss or torch.nn.functional.cross_entropy)(output, labels)
+
+
+def _loss(run: _Run, inputs: list[Tensor], labels: Tensor) -> Tensor:
+    output, loss = _output_and_loss(run.graph, inputs, labels, run.context)
     if run.teacher is None:
         return loss
     with torch.no_grad():
@@ -185,6 +190,33 @@ def _loss(run: _Run, inputs: list[Tensor], labels: Tensor) -> Tensor:
     found, wanted = (t.reshape(-1, t.shape[-1]).log_softmax(-1) for t in (output, wanted))
     distance = torch.nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
     return (1 - run.plan.distill) * loss + run.plan.distill * distance
+
+
+def loss_gradients(
+    graph: Graph, tensors: Sequence[Tensor], context: Context, count: int
+) -> Iterator[tuple[Tensor, ...]]:
+    """The gradients of the loss by some tensors, on each of the first `count` batches of training data.
+
+    Args:
+        graph: gives the outputs; in whatever mode it is.
+        tensors: that it reads and that take gradients.
+        context: of the pass, with the data.
+        count: of batches.
+
+    Raises:
+        DataError: the training data is empty or its batches do not fit the graph.
+    """
+    empty = True
+    for *inputs, labels in itertools.islice(_batches(context), count):
+        empty = False
+        with torch.enable_grad():
+            _, loss = _output_and_loss(graph, inputs, labels, context)
+            yield tuple(
+                torch.zeros_like(t) if g is None else g
+                for t, g in zip(tensors, torch.autograd.grad(loss, tensors, allow_unused=True), strict=True)
+            )
+    if empty:
+        raise DataError("the training data is empty", remedy="give a DataLoader or a list of (*inputs, labels)")
 
 
 def _epoch_length(context: Context) -> int:

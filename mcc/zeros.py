@@ -9,38 +9,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import fx
-
 from mcc import ops
 from mcc.axes import Axis, axes_of, block
-from mcc.dim_rules import Dims, Ties, is_number, place, tensor_operands
 from mcc.graph import Graph, Node
+from mcc.ties import Dims, Ties, is_number, place, tensor_operands
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from torch import fx
+
 Zeros = frozenset[Axis]
 NONE: Zeros = frozenset()
 
-_KEEPING = frozenset(
-    ops.OPS[name]
-    for name in (
-        "relu relu6 gelu silu mish neg abs sqrt sin tanh hardswish leaky_relu elu selu celu erf sign ceil floor "
-        "round square log1p dropout feature_dropout sum.dim_IntList sum mean.dim mean amax amin var.correction "
-        "linalg_vector_norm max.dim cumsum roll flip to.dtype to.device to.dtype_layout _to_copy type_as prelu glu "
-        "slice.Tensor select.int chunk unbind.int split_with_sizes split.Tensor repeat tril triu "
-        "repeat_interleave.self_int index.Tensor index_select gather mcc.fake_quantize_per_token remainder.Scalar"
-    ).split()
+
+def _named(names: str) -> frozenset[ops.Op]:
+    return frozenset(ops.OPS[name] for name in names.split())
+
+
+_KEEPING = _named(
+    "relu relu6 gelu silu mish neg abs sqrt sin tanh hardswish leaky_relu elu selu celu erf sign ceil floor round "
+    "square log1p dropout feature_dropout sum.dim_IntList sum mean.dim mean amax amin var.correction "
+    "linalg_vector_norm max.dim cumsum roll flip to.dtype to.device to.dtype_layout _to_copy type_as prelu glu "
+    "slice.Tensor select.int chunk unbind.int split_with_sizes split.Tensor repeat tril triu "
+    "repeat_interleave.self_int index.Tensor index_select gather mcc.fake_quantize_per_token remainder.Scalar"
 )
-_DIVIDING = frozenset(ops.OPS[name] for name in ("div.Tensor", "div.Tensor_mode", "floor_divide", "remainder.Tensor"))
-_INVERTING = frozenset(ops.OPS[name] for name in ("reciprocal", "rsqrt", "log"))
-_ALL_OPERANDS = frozenset(
-    ops.OPS[name]
-    for name in (
-        "add.Tensor sub.Tensor maximum minimum max.other min.other cat stack slice_scatter select_scatter"
-    ).split()
+_DIVIDING = _named("div.Tensor div.Tensor_mode floor_divide remainder.Tensor")
+_INVERTING = _named("reciprocal rsqrt log")
+_ALL_OPERANDS = _named(
+    "add.Tensor sub.Tensor maximum minimum max.other min.other cat stack slice_scatter select_scatter"
 )
-_PRODUCTS = frozenset(ops.OPS[name] for name in ("mul.Tensor", "__and__.Tensor", "bitwise_and.Tensor", "logical_and"))
+_PRODUCTS = _named("mul.Tensor __and__.Tensor bitwise_and.Tensor logical_and")
 # stored tensors that are not zero where an axis has lost an index, for 0 / 0 is not: by op, the argument's position
 _NEVER_ZEROED = {
     "batch_norm": (3, 4), "instance_norm": (3, 4), "div.Tensor": (1,), "div.Tensor_mode": (1,), "floor_divide": (1,),
@@ -273,7 +272,8 @@ _SPECIAL: dict[str, Callable[[Node, Ties, dict[fx.Node, Zeros]], Zeros]] = {
     "scaled_dot_product_attention": _attention, "batch_norm": _batch_norm, "instance_norm": _norm, "group_norm": _norm,
     "layer_norm": _norm, "rms_norm": _norm, "_weight_norm": _weight_norm, "where.self": _where,
     "where.ScalarOther": _where, "where.ScalarSelf": _where, "masked_fill.Scalar": _masked_fill, "clamp": _clamp,
-    "clamp_min": _clamp, "hardtanh": _clamp, "clamp_max": _clamp, "pow.Tensor_Scalar": _power, "pad": _pad, "constant_pad_nd": _pad,
+    "clamp_min": _clamp, "hardtanh": _clamp, "clamp_max": _clamp, "pow.Tensor_Scalar": _power, "pad": _pad,
+    "constant_pad_nd": _pad,
     "zeros": _filled, "zeros_like": _filled, "new_zeros": _filled, "full": _filled, "new_full": _filled,
     "full_like": _filled, "mcc.lstm": _recurrent, "mcc.gru": _recurrent, "mcc.fake_quantize": _fake_quantize,
 }  # fmt: skip

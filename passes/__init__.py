@@ -9,6 +9,10 @@ from mcc.passes.fold_batch_norm import FoldBatchNorm
 from mcc.passes.fold_constants import FoldConstants
 from mcc.passes.gptq import Gptq
 from mcc.passes.hqq import Hqq
+from mcc.passes.prune_blocks import PruneBlocks
+from mcc.passes.prune_channels import PruneChannels
+from mcc.passes.prune_heads import PruneHeads
+from mcc.passes.prune_neurons import PruneNeurons
 from mcc.passes.prune_weights import PruneWeights
 from mcc.passes.quantize import Quantize
 from mcc.passes.quantize_codebook import QuantizeCodebook
@@ -17,11 +21,12 @@ from mcc.passes.smooth_quant import SmoothQuant
 from mcc.rewrite import Pass
 
 PASSES: tuple[type[Pass], ...] = (
-    EliminateIdentity, FoldBatchNorm, FoldConstants, PruneWeights, FineTune, SmoothQuant, Awq, Gptq, Quantize,
-    AdaRound, CorrectBias, QuantizeKvCache, QuantizeCodebook, Hqq,
+    EliminateIdentity, FoldBatchNorm, FoldConstants, PruneWeights, PruneChannels, PruneHeads, PruneNeurons, PruneBlocks,
+    FineTune, SmoothQuant, Awq, Gptq, Quantize, AdaRound, CorrectBias, QuantizeKvCache, QuantizeCodebook, Hqq,
 )  # fmt: skip
 
 __all__ = [
     "PASSES", "AdaRound", "Awq", "CorrectBias", "EliminateIdentity", "FineTune", "FoldBatchNorm", "FoldConstants",
-    "Gptq", "Hqq", "PruneWeights", "Quantize", "QuantizeCodebook", "QuantizeKvCache", "SmoothQuant",
+    "Gptq", "Hqq", "PruneBlocks", "PruneChannels", "PruneHeads", "PruneNeurons", "PruneWeights", "Quantize",
+    "QuantizeCodebook", "QuantizeKvCache", "SmoothQuant",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -38,8 +38,9 @@ class FineTune(Pass):
         learning_rate: at the start.
         rate_schedule: "cosine" falls to zero at the end, "constant" stays.
         weight_decay: decoupled for adamw; never of scales.
-        distill: share of the loss that is the Kullback-Leibler divergence of the logits (last dim) from those that the
-            graph gives before training without its quantizers.
+        distill: share of the loss that is the Kullback-Leibler divergence of the logits (last dim) from the teacher's.
+        teacher: "before" is this graph before training, without its quantizers; "captured" is the model as it was
+            before the first pass, which a pruned graph learns from.
         freeze_batch_norm: share of the training after which batch norms use their running statistics.
         checkpoint: file written after every epoch and resumed from; empty for none.
     """
@@ -50,6 +51,7 @@ class FineTune(Pass):
     rate_schedule: RateSchedule = "cosine"
     weight_decay: float = 0.0
     distill: float = 0.0
+    teacher: Literal["before", "captured"] = "before"
     freeze_batch_norm: float = 1.0
     checkpoint: str = ""
 
@@ -65,6 +67,8 @@ class FineTune(Pass):
                 f"fine-tune: distill={self.distill}, freeze_batch_norm={self.freeze_batch_norm}",
                 remedy="both are shares, from 0 to 1",
             )
+        if self.teacher not in ("before", "captured"):
+            raise SpecError(f"fine-tune: teacher={self.teacher!r}", remedy="use 'before' or 'captured'")
         if self.optimizer not in ("sgd", "adamw") or self.rate_schedule not in ("cosine", "constant"):
             raise SpecError(
                 f"fine-tune: optimizer={self.optimizer!r}, rate_schedule={self.rate_schedule!r}",
@@ -83,7 +87,8 @@ class FineTune(Pass):
             self.freeze_batch_norm, self.distill, self.checkpoint,
             fingerprint=f"{FORM} {self.full_text()} seed={context.seed}\n{graph_text(graph)}{_digest(graph)}",
         )  # fmt: skip
-        teacher = without_quantizers(graph).eval() if self.distill else None
+        captured = context.captured if self.teacher == "captured" else None
+        teacher = without_quantizers(captured or graph).eval() if self.distill else None
         losses = train(graph, teacher, plan, context, str(self))
         if losses:
             context.note(f"mean loss {losses[0]:.4f} in the first epoch, {losses[-1]:.4f} in the last")

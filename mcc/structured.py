@@ -1,0 +1,191 @@
+"""Structured pruning: which indices of which groups go, for a ratio of indices, MACs, bytes or measured latency."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mcc.cost import graph_size
+from mcc.coupling import Coupling, Group, Kind, couple
+from mcc.errors import PassError, SpecError
+from mcc.report import Declined
+from mcc.rewrite import Context, Lossy, Pass
+from mcc.saliency import NEEDS, Saliencies, SaliencyName, saliencies
+from mcc.surgery import keep, zeroed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mcc.graph import Graph
+
+Measure = Literal["indices", "macs", "bytes", "latency"]
+STEPS = 12  # of the bisection: the share of indices is found to 1 / 4096
+LATENCY_STEPS = 6  # each of them compiles
+
+
+@dataclass(frozen=True)
+class StructuredPruning(Pass):
+    """Removes whole groups of coupled indices; subclasses say of which kinds.
+
+    Attributes:
+        ratio: what is removed, as a share of what `of` measures; in (0, 1).
+        of: "indices" counts them, "macs" and "bytes" are the graph's, "latency" is its artifact's on the target.
+        saliency: what is kept longest, see `mcc.saliency.saliencies`.
+        scope: "layer" takes the same share of every group, "global" ranks the indices of all groups, relative to the
+            mean of their group.
+        align: what is left of a group is a multiple of this where its size allows.
+        largest: share that a group may lose at most.
+        include: patterns of layer names, shell style; a group is taken if one of its layers matches.
+        exclude: patterns of layer names to leave.
+    """
+
+    ratio: float = 0.5
+    of: Measure = "indices"
+    saliency: SaliencyName = "l2"
+    scope: Literal["layer", "global"] = "layer"
+    align: int = 1
+    largest: float = 0.9
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    guarantee = Lossy()
+    kinds: ClassVar[tuple[Kind, ...]] = ()
+
+    def __post_init__(self) -> None:
+        name = self.pass_name()
+        if not 0 < self.ratio < 1 or not 0 < self.largest < 1 or self.align < 1:
+            raise SpecError(
+                f"{name}: ratio={self.ratio}, largest={self.largest}, align={self.align}",
+                remedy="ratio and largest are shares between 0 and 1, align is 1 or more",
+            )
+        for option, allowed in (
+            ("of", ("indices", "macs", "bytes", "latency")), ("scope", ("layer", "global")),
+            ("saliency", ("l1", "l2", "batch-norm", "fpgm", "random", "activation", "taylor", "fisher")),
+        ):  # fmt: skip
+            if getattr(self, option) not in allowed:
+                raise SpecError(
+                    f"{name}: {option}={getattr(self, option)!r}", remedy=f"use one of {', '.join(allowed)}"
+                )
+
+    @property
+    def needs_data(self) -> tuple[str, ...]:
+        """What the saliency is computed from."""
+        return (NEEDS[self.saliency],) if self.saliency in NEEDS else ()
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        """Choose what goes, and remove it."""
+        coupling = couple(graph)
+        groups = self._groups(coupling, context)
+        order = _relative(saliencies(self.saliency, coupling, groups, context), groups)
+        chosen = self._choose(graph, coupling, groups, order, context)
+        removed = {g.axis: indices for g, indices in chosen.items() if len(indices) < g.size}
+        context.edited(sum(g.size - len(indices) for g, indices in chosen.items()))
+        return keep(coupling, removed) if removed else graph
+
+    def reference(self, before: Graph, after: Graph) -> Graph:
+        """The graph before, everything stored at the removed indices zero."""
+        return zeroed(before, after)
+
+    def _groups(self, coupling: Coupling, context: Context) -> list[Group]:
+        """The groups to prune; others of the kinds are declined."""
+        taken, matched = [], set()
+        for group in coupling.groups:
+            if group.kind not in self.kinds:
+                continue
+            included = {p for p in self.include if any(fnmatchcase(layer, p) for layer in group.layers)}
+            excluded = {p for p in self.exclude if any(fnmatchcase(layer, p) for layer in group.layers)}
+            matched |= included | excluded
+            reason = next(iter(group.blocked), None)
+            if excluded:
+                reason = f"excluded by {sorted(excluded)[0]!r}"
+            elif not included:
+                reason = "not included"
+            if reason is None:
+                taken.append(group)
+            else:
+                context.declined.append(Declined(group.layers[0], f"{group.size} {group.kind}s: {reason}"))
+        unmatched = [p for p in (*self.include, *self.exclude) if p not in matched]
+        if unmatched or not taken:
+            kinds = " or ".join(self.kinds)
+            what = f"pattern {unmatched[0]!r} matches no layer with a {kinds}" if unmatched else f"no {kinds} can go"
+            raise PassError(f"{self}: {what}", remedy=f"`mcc inspect --prunable` lists groups; here: {context.reasons}")
+        return taken
+
+    def _choose(
+        self, graph: Graph, coupling: Coupling, groups: list[Group], order: Saliencies, context: Context
+    ) -> dict[Group, Tensor]:
+        if self.of == "indices":
+            return self._kept(groups, order, self.ratio)
+        cost = self._cost(graph, [coupling.groups.index(g) for g in groups], context)
+        whole = cost(None)
+        wanted, low, high = (1 - self.ratio) * whole, 0.0, 1.0
+        best = self._kept(groups, order, high)
+        least = cost(list(best.values()))
+        if least > wanted:
+            raise PassError(
+                f"{self}: {self.of} cannot fall by {self.ratio:.0%}, only by {1 - least / whole:.0%}",
+                remedy="raise `largest`, lower `ratio`, or include more layers",
+            )
+        for _ in range(LATENCY_STEPS if self.of == "latency" else STEPS):
+            middle = (low + high) / 2
+            trial = self._kept(groups, order, middle)
+            reached = cost(list(trial.values()))
+            if reached <= wanted:
+                high, best, least = middle, trial, reached
+            else:
+                low = middle
+        context.note(f"{self.of} fall by {1 - least / whole:.1%}, for which {high:.1%} of the indices are removed")
+        return best
+
+    def _cost(self, graph: Graph, places: list[int], context: Context) -> Callable[[Sequence[Tensor] | None], float]:
+        """What `of` measures, of the graph with only some indices of the groups at `places`."""
+        if self.of == "latency" and context.latency is None:
+            raise PassError(
+                f"{self}: latency cannot be measured here",
+                remedy="compile for this machine, or choose of='macs'",
+            )
+        whole = graph.copy()
+
+        def cost(indices: Sequence[Tensor] | None) -> float:
+            trial = whole.copy()
+            if indices is not None:
+                found = couple(trial)
+                axes = [found.groups[i].axis for i in places]
+                trial = keep(found, {a: k for a, k in zip(axes, indices, strict=True) if len(k) < a.size})
+            if self.of == "latency":
+                assert context.latency is not None
+                return context.latency(trial)
+            size = graph_size(trial)
+            return float(size.macs if self.of == "macs" else size.stored_bytes)
+
+        return cost
+
+    def _kept(self, groups: list[Group], order: Saliencies, share: float) -> dict[Group, Tensor]:
+        """What stays of each group when `share` of all indices, or of each group's, is removed."""
+        if self.scope == "layer":
+            gone = {g: share * g.size for g in groups}
+        else:
+            every = torch.cat([order[g.axis] for g in groups])
+            limit = every.sort().values[min(round(share * len(every)), len(every) - 1)]
+            gone = {g: float((order[g.axis] < limit).sum()) if share < 1 else float(g.size) for g in groups}
+        return {g: _most_salient(order[g.axis], self._left(g.size, gone[g])) for g in groups}
+
+    def _left(self, size: int, gone: float) -> int:
+        """How many indices stay, of a group that should lose `gone`."""
+        least = max(math.ceil((1 - self.largest) * size), 1)
+        left = max(size - round(gone), least)
+        return min(-(-left // self.align) * self.align, size)
+
+
+def _most_salient(saliency: Tensor, count: int) -> Tensor:
+    """The indices of the `count` largest, increasing; of equal ones the last stay."""
+    return saliency.argsort(stable=True)[len(saliency) - count :].sort().values
+
+
+def _relative(found: Saliencies, groups: list[Group]) -> Saliencies:
+    return {g.axis: found[g.axis] / found[g.axis].mean().clamp_min(torch.finfo(torch.float64).tiny) for g in groups}
