@@ -115,7 +115,7 @@ def tie(a: Term, b: Term, place: str) -> None:
         place: what ties them, for the reason.
     """
     a, b = resolved(a), resolved(b)
-    if a == b or size(a) <= 1:
+    if a == b or size(a) == 0:
         return
     if size(a) != size(b):
         _cannot_fit(a, b, place)
@@ -123,11 +123,11 @@ def tie(a: Term, b: Term, place: str) -> None:
         a.stands_for(b)
     elif isinstance(b, Axis):
         tie(b, a, place)
-    elif isinstance(a, Sum) or isinstance(b, Sum):
+    elif size(a) > 1 and (isinstance(a, Sum) or isinstance(b, Sum)):
         bounds = sorted({*_bounds(a), *_bounds(b)})
         for part, other in zip(cut(a, bounds), cut(b, bounds), strict=True):
             tie(part, other, place)
-    else:
+    elif isinstance(a, Product) and isinstance(b, Product):
         steps = sorted({*_steps(a.factors), *_steps(b.factors)}, reverse=True)
         if any(outer % inner for outer, inner in pairwise(steps)):
             _cannot_fit(a, b, place)

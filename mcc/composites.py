@@ -30,8 +30,16 @@ def _diff(call: recurrent.Call, arguments: Sequence[Any]) -> Any:
     return value
 
 
+def _narrow(call: recurrent.Call, arguments: Sequence[Any]) -> Any:
+    """`length` indices of a dim from `start` on."""
+    source, dim, start, length = arguments
+    size = source.meta["val"].shape[dim]
+    first = start + size if isinstance(start, int) and start < 0 else start
+    return call(_A.slice.Tensor, source, dim, first, first + length)
+
+
 _COMPOSITES: dict[Any, Callable[[recurrent.Call, Sequence[Any]], Any]] = {
-    _A.diff.default: _diff, _A.lstm.input: recurrent.layers, _A.gru.input: recurrent.layers,
+    _A.diff.default: _diff, _A.narrow.default: _narrow, _A.lstm.input: recurrent.layers, _A.gru.input: recurrent.layers,
 }  # fmt: skip
 
 

@@ -72,14 +72,18 @@ def find_zeros(graph: Graph, ties: Ties) -> dict[fx.Node, Zeros]:
         if raw.op == "get_attr":
             found[raw] = _axes(ties.of(node)) if is_zeroed(graph, str(raw.target)) else NONE
         elif raw.op == "call_function" and ties.dims.get(raw) is not None:
-            found[raw] = _zeros_of(node, ties, found)
+            found[raw] = _zeros_of(node, ties, found) & _axes(ties.dims[raw])
         else:
             found[raw] = NONE
     return found
 
 
 def _axes(dims: Iterable[Any]) -> Zeros:
-    return frozenset(axis for term in dims for axis in axes_of(term))
+    """Every axis of a value's dims, or of those of several values."""
+    found: set[Axis] = set()
+    for term in dims:
+        found |= _axes(term) if isinstance(term, tuple) else set(axes_of(term))
+    return frozenset(found)
 
 
 def _zeros_of(node: Node, ties: Ties, found: dict[fx.Node, Zeros]) -> Zeros:

@@ -9,6 +9,7 @@ import typer
 
 from mcc import compiler
 from mcc.cli.arguments import clear_errors, print_json, read_data, read_inputs, read_model
+from mcc.cli.prunable import show_prunable
 from mcc.cli.sensitivity import show_sensitivity
 from mcc.cost import graph_size, layer_costs
 from mcc.errors import SpecError
@@ -24,6 +25,7 @@ def inspect_model(
     passes: Annotated[str, typer.Option("--passes", "-p", help="show the model after these passes, too")] = "",
     data: Annotated[Path | None, typer.Option(help=".npz for passes that need data")] = None,
     sensitivity: Annotated[bool, typer.Option("--sensitivity", help="rank layers by what few bits do to them")] = False,
+    prunable: Annotated[bool, typer.Option("--prunable", help="show what channels, heads and neurons can go")] = False,
     plot: Annotated[Path | None, typer.Option(help="with --sensitivity: draw it to this .svg, .png or .pdf")] = None,
     graph: Annotated[bool, typer.Option("--graph", help="print the graph as text")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
@@ -31,7 +33,8 @@ def inspect_model(
     """Show layers with parameters, bytes and MACs; with passes, before and after.
 
     --sensitivity shows what weights of 8 to 2 bits, layer by layer, do to the accuracy on the data's labels, or, where
-    it has none, to the outputs.
+    it has none, to the outputs. --prunable shows which channels, heads and neurons structured pruning could remove, and
+    what blocks the others.
 
     Example: mcc inspect nets:make_mlp -i input=f32[batch:64,784] -p "prune-weights{ratio=0.9}"
     """
@@ -39,7 +42,7 @@ def inspect_model(
         if plot is not None and not sensitivity:
             raise SpecError("--plot draws what --sensitivity measures", remedy="add --sensitivity")
         if model.endswith(".mcc"):
-            if sensitivity:
+            if sensitivity or prunable:
                 raise SpecError("an artifact's weights are what they are", remedy="give the model it was made from")
             artifact = load(model)
             if as_json:
@@ -58,6 +61,9 @@ def inspect_model(
             states["after"], _, taken = pipeline.run_with_inputs(before, taken)
         if sensitivity:
             show_sensitivity(states.get("after", before), taken, read_data(data), plot, as_json=as_json)
+            return
+        if prunable:
+            show_prunable(states.get("after", before), as_json=as_json)
             return
         if as_json:
             print_json({name: [vars(row) for row in layer_costs(state)] for name, state in states.items()})

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mcc import ops
+from mcc.axes import axes_of
 from mcc.compiler import Options, compile_graph
+from mcc.coupling import couple
 from mcc.frontend import capture
 
 QUICK = Options(verify=False, measure="never", tuning="model")
@@ -92,3 +94,23 @@ def test_macs_count_the_multiplications(name: str):
     with FlopCounterMode(display=False) as counter:
         module(*inputs)
     assert counted == counter.get_total_flops() // 2
+
+
+ENCODED = {
+    "mcc.quantize", "mcc.dequantize", "mcc.decode_codebook", "mcc.fake_codebook", "mcc.token_scales",
+    "mcc.quantize_tokens", "mcc.dequantize_tokens", "mcc.attention", "mcc.conv2d_nhwc", "mcc.max_pool2d_nhwc",
+    "mcc.avg_pool2d_nhwc", "mcc.upsample_nhwc",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_the_rule_of_a_row_fits_the_sizes_of_its_calls(name: str):
+    """No rule gives other sizes than the op; formats and what a backend makes are taken as they are."""
+    for sample in SAMPLES[name]:
+        args = sample.args(2)
+        inputs = tuple(args[i] for i in sample.dynamic)
+        coupling = couple(capture(OneCall(ops.OPS[name], sample, args), inputs))
+        terms = [t for dims in coupling.ties.dims.values() for t in pytree.tree_leaves(list(dims))]
+        reasons = {r for t in terms for axis in axes_of(t) for r in axis.blocked}
+        assert not any("does not expect" in r for r in reasons)
+        assert any("as it is" in r for r in reasons) == (name in ENCODED)
