@@ -24,7 +24,7 @@ from mcc.ties import Dims, Ties, place, unknown
 from mcc.zeros import find_zeros
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from mcc.graph import Graph
 
@@ -57,12 +57,14 @@ class Group:
             layers.
         slots: every place in stored tensors.
         layers: the layers those tensors belong to, each once, in the graph's order.
+        givers: those of which these are outputs.
     """
 
     axis: Axis
     kind: Kind
     slots: tuple[Slot, ...]
     layers: tuple[str, ...]
+    givers: tuple[str, ...]
 
     @property
     def size(self) -> int:
@@ -188,19 +190,24 @@ def _groups(ties: Ties) -> Iterator[Group]:
     for name, dims in ties.stored.items():
         for i, term in enumerate(dims):
             for axis in dict.fromkeys(axes_of(term)):
-                if axis.size > 1:
-                    slots.setdefault(axis, []).append(Slot(name, i, term))
-    roles: dict[Axis, set[str]] = {}
-    for term, role in ties.roles:
-        for axis in axes_of(term):
-            roles.setdefault(axis, set()).add(role)
+                slots.setdefault(axis, []).append(Slot(name, i, term))
+    roles, givers = _by_axis(ties.roles), _by_axis(ties.givers)
     for axis, places in slots.items():
-        if axis in roles:
-            layers = dict.fromkeys(s.tensor.rpartition(".")[0] or s.tensor for s in places)
-            yield Group(axis, _kind(axis, roles, slots), tuple(places), tuple(layers))
+        if axis in roles and axis.size > 1:
+            layers = tuple(dict.fromkeys(s.tensor.rpartition(".")[0] or s.tensor for s in places))
+            yield Group(axis, _kind(axis, roles, slots), tuple(places), layers, tuple(givers.get(axis, layers)))
 
 
-def _kind(axis: Axis, roles: dict[Axis, set[str]], slots: dict[Axis, list[Slot]]) -> Kind:
+def _by_axis(said: Iterable[tuple[Term, str]]) -> dict[Axis, dict[str, None]]:
+    """What is said of terms, for each of their axes, in order."""
+    found: dict[Axis, dict[str, None]] = {}
+    for term, what in said:
+        for axis in axes_of(term):
+            found.setdefault(axis, {})[what] = None
+    return found
+
+
+def _kind(axis: Axis, roles: dict[Axis, dict[str, None]], slots: dict[Axis, list[Slot]]) -> Kind:
     mine = roles[axis]
     if "head" in mine:
         # beside heads that keys and values have too, those that share them

@@ -43,7 +43,7 @@ def _linear(ties: Ties, node: Node) -> Dims:
     ties.contract(node, x[-1], w[-1], (node.operand(0), node.operand(1)))
     if node.operand(2) is not None:
         tie(w[0], ties.of(node.operand(2))[0], place(node))
-    ties.roles.append((w[0], "neuron"))
+    ties.gives(node, w[0], "neuron")
     return (*x[:-1], w[0])
 
 
@@ -62,7 +62,7 @@ def _convolution(ties: Ties, node: Node) -> Dims:
     for dim in (*spatial, *w[2:]):
         block(dim, f"{place(node)} slides over it")
     ties.baked[node.fx] = (rows,)
-    ties.roles.append((out, "channel"))
+    ties.gives(node, out, "channel")
     return (*lead, out, *closed(node, shape(node)[len(lead) + 1 :], "slides over it"))
 
 
@@ -77,7 +77,7 @@ def _grouped(node: Node, channels: Term, groups: int) -> tuple[Term, Term]:
 def _embedding(ties: Ties, node: Node) -> Dims:
     w = ties.of(node.operand(0))
     block(w[0], f"{place(node)} looks rows up")
-    ties.roles.append((w[1], "neuron"))
+    ties.gives(node, w[1], "neuron")
     return (*ties.of(node.operand(1)), w[1])
 
 
@@ -96,7 +96,7 @@ def _matmul(ties: Ties, node: Node) -> Dims:
         ties.roles += [(term, "head") for term in batch]
         ties.roles += [(term, "head dim") for term in (a[-1], column[-1])]
     elif len(b) == 2:
-        ties.roles.append((b[1], "neuron"))
+        ties.gives(node, b[1], "neuron")
     rows = a[-2:-1] if len(ties.of(left)) > 1 else ()
     return (*batch, *rows, *(column[-1:] if len(b) > 1 else ()))
 
@@ -105,7 +105,9 @@ def _added_matmul(ties: Ties, node: Node) -> Dims:
     a, b = ties.of(node.operand(1)), ties.of(node.operand(2))
     batch = ties.broadcast(node, [a[:-2], b[:-2]])
     ties.contract(node, a[-1], b[-2], (node.operand(1), node.operand(2)))
-    ties.roles += [(term, "head") for term in batch] or [(b[-1], "neuron")]
+    ties.roles += [(term, "head") for term in batch]
+    if not batch:
+        ties.gives(node, b[-1], "neuron")
     return ties.broadcast(node, [(*batch, a[-2], b[-1]), ties.of(node.operand(0))])
 
 
@@ -283,7 +285,7 @@ def _recurrent(ties: Ties, node: Node) -> tuple[Dims, ...]:
     weights = node.operand(count + 1)
     assert weights is not None
     ties.needs.append(Need(hidden, (weights.fx,), place(node)))
-    ties.roles.append((hidden, "state"))
+    ties.gives(node, hidden, "state")
     return ((*projected[:2], hidden), *(state for _ in range(count)))
 
 

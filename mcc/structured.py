@@ -40,8 +40,8 @@ class StructuredPruning(Pass):
             mean of their group.
         align: what is left of a group is a multiple of this where its size allows.
         largest: share that a group may lose at most.
-        include: patterns of layer names, shell style; a group is taken if one of its layers matches.
-        exclude: patterns of layer names to leave.
+        include: patterns of layer names, shell style; a group is taken if it is the output of a layer that matches.
+        exclude: patterns of layers whose outputs stay.
     """
 
     ratio: float = 0.5
@@ -97,8 +97,8 @@ class StructuredPruning(Pass):
         for group in coupling.groups:
             if group.kind not in self.kinds:
                 continue
-            included = {p for p in self.include if any(fnmatchcase(layer, p) for layer in group.layers)}
-            excluded = {p for p in self.exclude if any(fnmatchcase(layer, p) for layer in group.layers)}
+            included = {p for p in self.include if any(fnmatchcase(layer, p) for layer in group.givers)}
+            excluded = {p for p in self.exclude if any(fnmatchcase(layer, p) for layer in group.givers)}
             matched |= included | excluded
             reason = next(iter(group.blocked), None)
             if excluded:
@@ -108,8 +108,8 @@ class StructuredPruning(Pass):
             if reason is None:
                 taken.append(group)
             else:
-                context.declined.append(Declined(group.layers[0], f"{group.size} {group.kind}s: {reason}"))
-        unmatched = [p for p in (*self.include, *self.exclude) if p not in matched]
+                context.declined.append(Declined(group.givers[0], f"{group.size} {group.kind}s: {reason}"))
+        unmatched = [p for p in (*self.include, *self.exclude) if p not in matched and p != "*"]
         if unmatched or not taken:
             kinds = " or ".join(self.kinds)
             what = f"pattern {unmatched[0]!r} matches no layer with a {kinds}" if unmatched else f"no {kinds} can go"

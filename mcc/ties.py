@@ -42,6 +42,7 @@ class Ties:
         baked: terms whose size stands among a node's arguments, in the order its rule says.
         needs: sums over axes.
         roles: what axes are to the layers: "channel", "neuron", "head", "head dim" or "state".
+        givers: of each layer its name and what its outputs are.
     """
 
     dims: dict[fx.Node, Any] = field(default_factory=dict)
@@ -49,12 +50,18 @@ class Ties:
     baked: dict[fx.Node, tuple[Term, ...]] = field(default_factory=dict)
     needs: list[Need] = field(default_factory=list)
     roles: list[tuple[Term, str]] = field(default_factory=list)
+    givers: list[tuple[Term, str]] = field(default_factory=list)
 
     def of(self, operand: Node | None) -> Dims:
         """The terms of an operand's dims."""
         assert operand is not None
         dims: Dims = self.dims[operand.fx]
         return dims
+
+    def gives(self, node: Node, term: Term, role: str) -> None:
+        """A layer's outputs are these."""
+        self.roles.append((term, role))
+        self.givers.append((term, node.layer))
 
     def contract(self, node: Node, a: Term, b: Term, operands: Sequence[Node | None]) -> None:
         """Two dims that are multiplied and added up."""

@@ -95,8 +95,7 @@ class PruneBlocks(Pass):
         for block in sorted(blocks, key=lambda block: saliency[block.add.name]):
             if self._gone(graph, whole, removed) >= self.ratio:
                 break
-            block.add.fx.replace_all_uses_with(block.shortcut.fx)
-            graph.clean()
+            _remove(block)
             removed.append(block)
         gone = self._gone(graph, whole, removed)
         if gone < self.ratio:
@@ -138,7 +137,7 @@ class PruneBlocks(Pass):
                 context.declined.append(Declined(block.layer, reason))
             else:
                 taken.append(block)
-        unmatched = [p for p in (*self.include, *self.exclude) if p not in matched]
+        unmatched = [p for p in (*self.include, *self.exclude) if p not in matched and p != "*"]
         if unmatched or not taken:
             what = f"pattern {unmatched[0]!r} matches no block" if unmatched else "there is no block to remove"
             raise PassError(f"{self}: {what}", remedy=f"what was not taken: {context.reasons}")
@@ -175,12 +174,18 @@ def _block(node: Node, before: dict[fx.Node, frozenset[fx.Node]]) -> tuple[Block
         if leaving:
             return None, f"%{leaving[0].name} inside the branch is read elsewhere"
         return Block(node, shortcut, branch, _module(node.graph, inside)), None
-    layers = [
-        any(Node(n, node.graph).weight is not None for n in before[o.fx])
-        for o in (node.operand(0), node.operand(1))
-        if o is not None
-    ]
-    return None, "neither side is what the other is computed from" if all(layers) else None
+    sides = [o.fx for o in (node.operand(0), node.operand(1)) if o is not None]
+    both = all(any(Node(n, node.graph).weight is not None for n in (*before[side], side)) for side in sides)
+    return None, "neither side is what the other is computed from" if both else None
+
+
+def _remove(block: Block) -> None:
+    """Read what goes past the branch: another node than at first, where the block before was removed."""
+    add = block.add.fx
+    shortcut = next(a for a in add.args[:2] if a is not block.branch.fx)
+    assert isinstance(shortcut, fx.Node)
+    add.replace_all_uses_with(shortcut)
+    block.add.graph.clean()
 
 
 def _module(graph: Graph, inside: Iterable[fx.Node]) -> str:
