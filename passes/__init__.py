@@ -18,15 +18,17 @@ from mcc.passes.quantize import Quantize
 from mcc.passes.quantize_codebook import QuantizeCodebook
 from mcc.passes.quantize_kv_cache import QuantizeKvCache
 from mcc.passes.smooth_quant import SmoothQuant
+from mcc.passes.sparse_gpt import SparseGpt
 from mcc.rewrite import Pass
 
 PASSES: tuple[type[Pass], ...] = (
-    EliminateIdentity, FoldBatchNorm, FoldConstants, PruneWeights, PruneChannels, PruneHeads, PruneNeurons, PruneBlocks,
-    FineTune, SmoothQuant, Awq, Gptq, Quantize, AdaRound, CorrectBias, QuantizeKvCache, QuantizeCodebook, Hqq,
+    EliminateIdentity, FoldBatchNorm, FoldConstants, PruneWeights, SparseGpt, PruneChannels, PruneHeads, PruneNeurons,
+    PruneBlocks, FineTune, SmoothQuant, Awq, Gptq, Quantize, AdaRound, CorrectBias, QuantizeKvCache, QuantizeCodebook,
+    Hqq,
 )  # fmt: skip
 
 __all__ = [
     "PASSES", "AdaRound", "Awq", "CorrectBias", "EliminateIdentity", "FineTune", "FoldBatchNorm", "FoldConstants",
     "Gptq", "Hqq", "PruneBlocks", "PruneChannels", "PruneHeads", "PruneNeurons", "PruneWeights", "Quantize",
-    "QuantizeCodebook", "QuantizeKvCache", "SmoothQuant",
+    "QuantizeCodebook", "QuantizeKvCache", "SmoothQuant", "SparseGpt",
 ]  # fmt: skip

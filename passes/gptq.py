@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mcc.channels import weight_is_shared
 from mcc.cost import weight_expression
-from mcc.errors import DataError, PassError, SpecError
+from mcc.curvature import compensated, inverse_factor, layer_hessian
+from mcc.errors import SpecError
 from mcc.formats import nearest
 from mcc.quantization import (
     check_group_size,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 NARROWEST, WIDEST = 2, 4
 ROWS = 16  # outputs whose systems are made at a time
-BLOCK = 128  # inputs whose errors are spread over the inputs behind them in one product
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Gptq(Pass):
         def before(node: fx.Node, arguments: list[list[Any]]) -> bool:
             if node not in layers:
                 return False
-            parameters[node] = self._quantize(layers[node], self._hessian(layers[node], arguments))
+            parameters[node] = self._quantize(layers[node], arguments)
             context.edited()
             if context.progress is not None and task is not None:
                 context.progress.advance(task)
@@ -111,26 +111,10 @@ class Gptq(Pass):
             return "its weight is shared: other readers would see it change"
         return ragged(node, self.group_size)
 
-    def _hessian(self, node: Node, arguments: list[list[Any]]) -> Tensor:
-        width = layer_weight(node)[1].shape[1]
-        for i, (x, *_) in enumerate(arguments):
-            if not isinstance(x, Tensor) or x.shape[-1] != width:
-                given = x.shape[-1] if isinstance(x, Tensor) else type(x).__name__
-                raise DataError(
-                    f"calibration batch {i} does not fit the graph: {node.layer} has {width} inputs, not {given}",
-                    remedy="give each batch as a tuple of the model's inputs",
-                )
-        curvature = hessian(x for x, *_ in arguments)
-        if not curvature.isfinite().all():
-            raise DataError(
-                f"calibration: what {node.layer} reads is infinite or not a number",
-                remedy="check the batches and the weights",
-            )
-        return curvature
-
-    def _quantize(self, node: Node, curvature: Tensor) -> tuple[Tensor, Tensor]:
+    def _quantize(self, node: Node, arguments: list[list[Any]]) -> tuple[Tensor, Tensor]:
         """Change a layer's stored weight to values on the grid; returns scales and zero points."""
         name, weight = layer_weight(node)
+        curvature = layer_hessian(node, weight.shape[1], arguments)
         expression = weight_expression(node.operand(1))
         assert expression is not None
         groups = 1 if self.group_size is None else weight.shape[1] // self.group_size
@@ -143,12 +127,9 @@ class Gptq(Pass):
         zeros = (zero.float().expand(scale.shape)).repeat_interleave(size, 1)[:, order]
         kept = torch.ones_like(weight) if expression.mask is None else expression.mask.float()
         grid = _Grid(step, zeros, kept[:, order], *code_range(self.bits))
-        try:
-            inverse = _inverse_factor(curvature[order][:, order], self.damping)
-        except RuntimeError as error:  # torch.linalg.LinAlgError, which its stubs do not export
-            raise PassError(f"{self}: the Hessian of {node.layer} is singular", remedy="raise damping") from error
+        inverse = inverse_factor(curvature[order][:, order], self.damping, self, node)
         back = order.argsort()
-        rounded = compensated(weight[:, order].float(), inverse, grid)
+        rounded = compensated(weight[:, order].float(), inverse, grid.nearest)
         codes = (rounded / step)[:, back].reshape(len(weight), groups, size)
         scale = refitted(codes, scale, weight.float(), curvature, self.damping)
         node.graph.set_tensor(name, (codes * scale.float()[..., None]).reshape(weight.shape).to(weight.dtype))
@@ -171,47 +152,10 @@ class _Grid:
     low: int
     high: int
 
-    def nearest(self, column: Tensor, i: int) -> Tensor:
+    def nearest(self, weight: Tensor, i: int) -> Tensor:
         """Input number `i` of every output, rounded."""
-        codes = nearest(column / self.step[:, i], self.zeros[:, i]).clamp(self.low, self.high)
+        codes = nearest(weight[:, i] / self.step[:, i], self.zeros[:, i]).clamp(self.low, self.high)
         return (codes - self.zeros[:, i]) * self.step[:, i] * self.kept[:, i]
-
-
-def hessian(inputs: Any) -> Tensor:
-    """Mean of x x^T over all rows of a layer's inputs, float64 [in, in]: half the Hessian of its squared error."""
-    total: Tensor | None = None
-    count = 0
-    for x in inputs:
-        rows = x.reshape(-1, x.shape[-1]).double()
-        total = rows.T @ rows if total is None else total + rows.T @ rows
-        count += len(rows)
-    assert total is not None
-    return total / max(count, 1)
-
-
-def _inverse_factor(curvature: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped Hessian, float32 [in, in]."""
-    diagonal = curvature.diagonal()
-    dead = diagonal == 0  # inputs that were always zero
-    damped = curvature + torch.diag(dead.double() + damping * diagonal.mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.float()
-
-
-def compensated(weight: Tensor, inverse: Tensor, grid: _Grid) -> Tensor:
-    """Round the weights [out, in] from the first input on, each error spread over the inputs behind it."""
-    weight, done = weight.clone(), torch.empty_like(weight)
-    for start in range(0, weight.shape[1], BLOCK):
-        end = min(start + BLOCK, weight.shape[1])
-        errors = torch.zeros_like(weight[:, start:end])
-        for i in range(start, end):
-            done[:, i] = grid.nearest(weight[:, i], i)
-            error = (weight[:, i] - done[:, i]) / inverse[i, i]
-            weight[:, i:end] -= error[:, None] * inverse[i, i:end]
-            errors[:, i - start] = error
-        weight[:, end:] -= errors @ inverse[start:end, end:]
-    return done
 
 
 def refitted(codes: Tensor, scale: Tensor, weight: Tensor, curvature: Tensor, damping: float) -> Tensor:
@@ -221,7 +165,7 @@ def refitted(codes: Tensor, scale: Tensor, weight: Tensor, curvature: Tensor, da
         codes: code - zero point, pruned ones zero, float32 [out, groups, size].
         scale: what the codes were chosen with, [out, groups].
         weight: before it was rounded, [out, in].
-        curvature: see `hessian`.
+        curvature: see `mcc.curvature.hessian`.
         damping: how much a change of a scale counts beside the errors, which come from a sample.
 
     Returns:

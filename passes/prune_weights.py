@@ -1,21 +1,27 @@
-"""Unstructured pruning: the weights of least saliency become zero and stay so."""
+"""Pruning weights: those of least saliency become zero and stay so; single ones, N of M, or blocks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from mcc import ops
-from mcc.cost import weight_expression
-from mcc.errors import PassError, SpecError
-from mcc.graph import Graph, Node, Schedule, identifier
-from mcc.rewrite import Context, Lossy, Pass, Rewriter
+from mcc.errors import SpecError
+from mcc.graph import Graph, Schedule
+from mcc.masks import SCOPES, Layers, Pattern, Scope, choose, insert_mask, masked_weights
+from mcc.rewrite import Context, Lossy, Pass
+from mcc.statistics import channel_energies
+from mcc.train import loss_gradients
+
+if TYPE_CHECKING:
+    from mcc.graph import Node
 
 RAMP_END = 0.75
+GRADIENT_BATCHES = 32  # more change the order of weights little
+NEEDS = {"magnitude": (), "wanda": ("calibration",), "snip": ("train",)}
 
 
 @dataclass(frozen=True)
@@ -30,20 +36,27 @@ class PruneWeights(Pass):
     With schedule "cubic" the pass starts with nothing removed and a later fine-tune raises the ratio step by step,
     s(t) = ratio * (1 - (1 - t)^3), reaching it after three quarters of the training.
     Han et al.: Learning both weights and connections. NeurIPS 2015 (magnitude);
-    Zhu, Gupta: To prune, or not to prune. ICLR workshop 2018 (cubic schedule).
+    Zhu, Gupta: To prune, or not to prune. ICLR workshop 2018 (cubic schedule);
+    Sun, Liu, Bair, Kolter: A simple and effective pruning approach for large language models. ICLR 2024 (wanda);
+    Lee, Ajanthan, Torr: SNIP: single-shot network pruning based on connection sensitivity. ICLR 2019.
 
     Attributes:
         ratio: fraction of weights removed, in (0, 1).
-        scope: "global" ranks the weights of all layers together, "layer" each layer by itself.
-        saliency: what is kept longest: "magnitude" is |w|.
+        scope: "global" ranks the weights of all layers together, "layer" each layer by itself, "output" each output of
+            a layer, "erk" each layer with a ratio of its own, which leaves small layers denser.
+        saliency: what is kept longest: "magnitude" is |w|, "wanda" |w| times the root mean square of the input, "snip"
+            |w times its gradient|.
+        pattern: "" for single weights, "2:4" for two kept of every four inputs, "16x1" for blocks of 16 outputs and one
+            input.
         schedule: "one-shot", or "cubic" across the fine-tuning that follows.
         include: patterns of layer names to prune, shell style.
         exclude: patterns of layer names to leave.
     """
 
     ratio: float = 0.5
-    scope: Literal["global", "layer"] = "global"
-    saliency: Literal["magnitude"] = "magnitude"
+    scope: Scope = "global"
+    saliency: Literal["magnitude", "wanda", "snip"] = "magnitude"
+    pattern: str = ""
     schedule: Literal["one-shot", "cubic"] = "one-shot"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -54,12 +67,23 @@ class PruneWeights(Pass):
         if not 0 < self.ratio < 1:
             raise SpecError(f"prune-weights: ratio={self.ratio}", remedy="a fraction between 0 and 1, such as 0.9")
         for option, allowed in (
-            ("scope", ("global", "layer")), ("saliency", ("magnitude",)), ("schedule", ("one-shot", "cubic")),
+            ("scope", SCOPES), ("saliency", tuple(NEEDS)), ("schedule", ("one-shot", "cubic")),
         ):  # fmt: skip
             if getattr(self, option) not in allowed:
                 raise SpecError(
                     f"prune-weights: {option}={getattr(self, option)!r}", remedy=f"use one of {', '.join(allowed)}"
                 )
+        if self.schedule == "cubic" and (self.saliency != "magnitude" or ":" in self.pattern):
+            raise SpecError(
+                f"prune-weights: schedule='cubic' with saliency={self.saliency!r}, pattern={self.pattern!r}",
+                remedy="a schedule ranks by magnitude, and N:M has one ratio only",
+            )
+        Pattern.parse(self.pattern, self.ratio)
+
+    @property
+    def needs_data(self) -> tuple[str, ...]:
+        """What the saliency is computed from."""
+        return NEEDS[self.saliency]
 
     @property
     def needs_after(self) -> tuple[str, ...]:
@@ -68,63 +92,34 @@ class PruneWeights(Pass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         """Insert masks, and set them at once or leave that to the schedule."""
-        names = self._insert_masks(graph, context)
+        pattern = Pattern.parse(self.pattern, self.ratio)
+        layers = Layers(self.include, self.exclude).taken(
+            self, graph, context, lambda node: pattern.misfit(_weight_of(node).shape)
+        )
+        factors = self._factors(graph, layers, context)
+        for name in layers:
+            if f"{name}_mask" not in dict(graph.module.named_buffers()):
+                insert_mask(graph, name, torch.ones(graph.tensor(name).shape, dtype=torch.bool))
+                context.edited()
         if self.schedule == "cubic":
-            return graph.with_schedules((*graph.schedules, CubicPruning(self.ratio, self.scope, names)))
-        set_masks(graph, names, self.ratio, self.scope)
+            schedule = CubicPruning(self.ratio, self.scope, pattern, tuple(layers))
+            return graph.with_schedules((*graph.schedules, schedule))
+        set_masks(graph, {name: factors.get(name) for name in layers}, self.ratio, self.scope, pattern)
         return graph
 
     def reference(self, before: Graph, after: Graph) -> Graph:
         """The graph before, with the masked weights set to zero in their tensors."""
-        zeroed = before.copy()
-        for node in after.nodes:
-            expression = weight_expression(node) if node.op is ops.MUL else None
-            if expression is not None and expression.mask is not None:
-                kept = torch.where(expression.mask, expression.root.tensor.detach(), 0.0)
-                zeroed.set_tensor(str(expression.root.fx.target), kept)
-        return zeroed
+        return masked_weights(before, after)
 
-    def _insert_masks(self, graph: Graph, context: Context) -> tuple[str, ...]:
-        names: dict[str, None] = {}
-        matched: set[str] = set()
-        for node in graph.nodes:
-            if node.op not in ops.LAYERS:
-                continue
-            reason = self._left_alone(node, matched)
-            if reason is not None:
-                context.decline(node, reason)
-                continue
-            root = node.weight
-            assert root is not None
-            name = str(root.fx.target)
-            if name not in names:
-                _mask(graph, root)
-                context.edited()
-            names[name] = None
-        unmatched = [p for p in (*self.include, *self.exclude) if p not in matched]
-        if unmatched or not names:
-            layers = ", ".join(sorted({n.layer for n in graph.nodes if n.op in ops.LAYERS})) or "none"
-            what = f"pattern {unmatched[0]!r} matches no layer" if unmatched else "there is no layer to prune"
-            raise PassError(f"{self}: {what}", remedy=f"layers that can be pruned: {layers}")
-        return tuple(names)
-
-    def _left_alone(self, node: Node, matched: set[str]) -> str | None:
-        included = [p for p in self.include if fnmatchcase(node.layer, p)]
-        excluded = [p for p in self.exclude if fnmatchcase(node.layer, p)]
-        matched.update(included, excluded)
-        if excluded:
-            return f"excluded by {excluded[0]!r}"
-        if not included:
-            return "not included"
-        if node.weight is None:
-            return "its weight is computed"
-        direct = node.operand(1)
-        if direct is not None and direct.op in ops.FIXED:
-            return "its weight is already encoded: prune before that"
-        zero = direct.operand(2) if direct is not None and direct.op is ops.FAKE_QUANTIZE else None
-        if zero is not None and bool((zero.tensor % 1 != 0).any()):
-            return "its pruned weights would not stay zero: no code stands for it"
-        return None
+    def _factors(self, graph: Graph, layers: dict[str, list[Node]], context: Context) -> dict[str, Tensor]:
+        """Of each weight what its magnitude is multiplied by; nothing for magnitude itself."""
+        if self.saliency == "snip":
+            tensors = [graph.tensor(name) for name in layers]
+            totals = [torch.zeros_like(t) for t in tensors]
+            for gradients in loss_gradients(graph.eval(), tensors, context, GRADIENT_BATCHES):
+                totals = [total + gradient for total, gradient in zip(totals, gradients, strict=True)]
+            return {name: total.abs() for name, total in zip(layers, totals, strict=True)}
+        return _input_sizes(graph, layers, context) if self.saliency == "wanda" else {}
 
 
 @dataclass(frozen=True)
@@ -134,11 +129,13 @@ class CubicPruning(Schedule):
     Attributes:
         ratio: reached in the end.
         scope: as in `PruneWeights`.
+        pattern: what goes together.
         names: of the masked weights.
     """
 
     ratio: float
-    scope: Literal["global", "layer"]
+    scope: Scope
+    pattern: Pattern
     names: tuple[str, ...]
 
     def advance(self, graph: Graph, progress: float) -> None:
@@ -148,50 +145,51 @@ class CubicPruning(Schedule):
         masks = [graph.tensor(f"{name}_mask") for name in self.names]
         sparsity = 1 - sum(int(m.count_nonzero()) for m in masks) / sum(m.numel() for m in masks)
         if target > sparsity + 1e-6:
-            set_masks(graph, self.names, target, self.scope)
+            set_masks(graph, dict.fromkeys(self.names), target, self.scope, self.pattern)
 
 
-def _mask(graph: Graph, root: Node) -> None:
-    """Multiply the weight `root` reads by an all-true mask in front of every reader; an existing mask stays."""
-    name = str(root.fx.target)
-    masks = (user.operand(1) for user in root.users if user.op is ops.MUL)
-    if any(mask is not None and mask.fx.target == f"{name}_mask" for mask in masks):
-        return
-    readers = list(root.fx.users)
-    first = next(n for n in graph.module.graph.nodes if n in root.fx.users)
-    rewriter = Rewriter(graph, Node(first, graph))
-    mask = rewriter.read(f"{name}_mask", torch.ones(root.tensor.shape, dtype=torch.bool))
-    masked = rewriter.call(ops.MUL, root, mask)
-    masked.rename(f"{identifier(name)}_masked")
-    for reader in readers:
-        reader.replace_input_with(root.fx, masked.fx)
+def set_masks(graph: Graph, factors: dict[str, Tensor | None], ratio: float, scope: Scope, pattern: Pattern) -> None:
+    """Make the masks of weights keep those with the largest |w| times factor; a weight pruned before stays pruned."""
+    scores = {}
+    for name, factor in factors.items():
+        size = graph.tensor(name).detach().abs()
+        scores[name] = torch.where(graph.tensor(f"{name}_mask"), size if factor is None else size * factor, -1.0)
+    for name, mask in choose(scores, ratio, scope, pattern).items():
+        graph.set_tensor(f"{name}_mask", mask & graph.tensor(f"{name}_mask") if pattern != Pattern() else mask)
 
 
-def set_masks(graph: Graph, names: tuple[str, ...], ratio: float, scope: Literal["global", "layer"]) -> None:
-    """Make masks keep the 1 - ratio weights of largest magnitude; a weight pruned before stays pruned.
-
-    Every layer keeps at least one weight: a layer without any would cut the network in two.
-    """
-    scores = [_saliency(graph, name) for name in names]
-    if scope == "global":
-        whole = _kept(torch.cat([s.flatten() for s in scores]), ratio)
-        kept = list(torch.split(whole, [s.numel() for s in scores]))
-    else:
-        kept = [_kept(s.flatten(), ratio) for s in scores]
-    for name, score, mask in zip(names, scores, kept, strict=True):
-        mask = mask.clone()
-        if not mask.any():
-            mask[int(score.argmax())] = True
-        graph.set_tensor(f"{name}_mask", mask.reshape(score.shape))
+def _weight_of(node: Node) -> Tensor:
+    root = node.weight
+    assert root is not None
+    return root.tensor
 
 
-def _saliency(graph: Graph, name: str) -> Tensor:
-    weight, mask = graph.tensor(name).detach(), graph.tensor(f"{name}_mask")
-    return torch.where(mask, weight.abs(), -1.0)
+def _input_sizes(graph: Graph, layers: dict[str, list[Node]], context: Context) -> dict[str, Tensor]:
+    """The root mean square of what each weight [out, in, …] multiplies, of a shape that broadcasts against it."""
+    assert context.data.calibration is not None
+    channels = {}
+    for node in (n for nodes in layers.values() for n in nodes):
+        source = node.operand(0)
+        assert source is not None
+        channels[source.name] = -1 if node.op is ops.LINEAR else len(source.shape) - _weight_of(node).dim() + 1
+    energies = channel_energies(graph, channels, context.data.calibration)
+    found = {}
+    for name, nodes in layers.items():
+        weight = graph.tensor(name)
+        total = torch.zeros((), dtype=torch.float64)
+        for node in nodes:
+            source = node.operand(0)
+            assert source is not None
+            total = total + _for_weight(energies[source.name], node, weight)
+        found[name] = (total / len(nodes)).sqrt().to(weight.dtype)
+    return found
 
 
-def _kept(scores: Tensor, ratio: float) -> Tensor:
-    """False for exactly the `ratio` smallest scores; of equal ones the first go."""
-    kept = torch.ones(scores.numel(), dtype=torch.bool)
-    kept[scores.argsort(stable=True)[: round(ratio * scores.numel())]] = False
-    return kept
+def _for_weight(energy: Tensor, node: Node, weight: Tensor) -> Tensor:
+    """Energies [channels] as a layer's weight has its inputs, in dim 1 or, of a transposed convolution, in dim 0."""
+    rest = [1] * (weight.dim() - 2)
+    if node.op is ops.CONV_TRANSPOSE2D:
+        return energy.reshape(-1, 1, *rest)
+    groups = len(energy) // weight.shape[1]
+    rows = energy.reshape(groups, weight.shape[1]).repeat_interleave(weight.shape[0] // groups, 0)
+    return rows.reshape(*rows.shape, *rest)

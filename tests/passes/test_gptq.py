@@ -11,10 +11,11 @@ from networks import Shared, TiedLanguageModel
 from torch import nn
 
 import mcc
+from mcc.curvature import hessian
 from mcc.data import Data
 from mcc.errors import DataError, PassError, SpecError
-from mcc.passes import Gptq, PruneWeights, Quantize
-from mcc.passes.gptq import hessian, refitted
+from mcc.passes import Gptq, PruneWeights, Quantize, gptq
+from mcc.passes.gptq import refitted
 from mcc.pipeline import Pipeline
 from mcc.quantization import code_range, group_parameters
 from mcc.target import parse_target
@@ -145,13 +146,13 @@ def test_a_layer_sees_what_the_layers_before_it_give_after_they_changed(steps, b
         del model[0].weight
         model[0].register_buffer("weight", weight)
     seen = {}
-    real = Gptq._hessian
+    real = gptq.layer_hessian
 
-    def spied(self, node, arguments):
+    def spied(node, width, arguments):
         seen[node.layer] = arguments[0][0]
-        return real(self, node, arguments)
+        return real(node, width, arguments)
 
-    monkeypatch.setattr(Gptq, "_hessian", spied)
+    monkeypatch.setattr(gptq, "layer_hessian", spied)
     graph, _ = run(model, x, *steps, Gptq(bits=2, group_size=32))
     graph.module.graph.output_node().args = ((graph.node("relu_1").fx,),)
     graph.module.recompile()
