@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from mcc import normalize, ops
 from mcc.errors import CaptureError, UnsupportedOpError
+from mcc.foreign_masks import recognize_masks
 from mcc.graph import Graph, deep_copy, module_path, source_line
 from mcc.recurrent import spelled_out
 
@@ -203,6 +204,7 @@ def _from_program(program: ExportedProgram, asked: Mapping[tuple[int, int], str]
     refuse_unknown(graph)
     _refuse_values(graph)
     _rename(graph)
+    recognize_masks(graph)
     return graph.eval()
 
 

@@ -9,6 +9,7 @@ from mcc.passes.fold_batch_norm import FoldBatchNorm
 from mcc.passes.fold_constants import FoldConstants
 from mcc.passes.gptq import Gptq
 from mcc.passes.hqq import Hqq
+from mcc.passes.keep_zeros import KeepZeros
 from mcc.passes.prune_blocks import PruneBlocks
 from mcc.passes.prune_channels import PruneChannels
 from mcc.passes.prune_heads import PruneHeads
@@ -22,13 +23,13 @@ from mcc.passes.sparse_gpt import SparseGpt
 from mcc.rewrite import Pass
 
 PASSES: tuple[type[Pass], ...] = (
-    EliminateIdentity, FoldBatchNorm, FoldConstants, PruneWeights, SparseGpt, PruneChannels, PruneHeads, PruneNeurons,
-    PruneBlocks, FineTune, SmoothQuant, Awq, Gptq, Quantize, AdaRound, CorrectBias, QuantizeKvCache, QuantizeCodebook,
-    Hqq,
+    EliminateIdentity, FoldBatchNorm, FoldConstants, KeepZeros, PruneWeights, SparseGpt, PruneChannels, PruneHeads,
+    PruneNeurons, PruneBlocks, FineTune, SmoothQuant, Awq, Gptq, Quantize, AdaRound, CorrectBias, QuantizeKvCache,
+    QuantizeCodebook, Hqq,
 )  # fmt: skip
 
 __all__ = [
     "PASSES", "AdaRound", "Awq", "CorrectBias", "EliminateIdentity", "FineTune", "FoldBatchNorm", "FoldConstants",
-    "Gptq", "Hqq", "PruneBlocks", "PruneChannels", "PruneHeads", "PruneNeurons", "PruneWeights", "Quantize",
-    "QuantizeCodebook", "QuantizeKvCache", "SmoothQuant", "SparseGpt",
+    "Gptq", "Hqq", "KeepZeros", "PruneBlocks", "PruneChannels", "PruneHeads", "PruneNeurons", "PruneWeights",
+    "Quantize", "QuantizeCodebook", "QuantizeKvCache", "SmoothQuant", "SparseGpt",
 ]  # fmt: skip

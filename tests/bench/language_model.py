@@ -1,6 +1,6 @@
-"""SmolLM2-135M: perplexity of what each way of quantizing gives, and the time of a decode step beside the peers.
+"""SmolLM2-135M: perplexity of what each way of quantizing and pruning gives, and the time of a decode step beside the peers.
 
-    MCC_DATA=... python tests/bench/language_model.py [--windows 64] [--calibration 32] [--only gptq] [--threads 1]
+    MCC_DATA=... python tests/bench/language_model.py [--windows 64] [--calibration 32] [--only prune] [--threads 1]
 
 Perplexity: windows of 512 tokens of WikiText-2's test split through the loaded artifact; calibrated with windows of its
 validation split. Those of a cache in codes: the same windows in chunks of 64 tokens that see earlier ones through the
@@ -30,11 +30,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "end_to_end"))
 from smollm2 import DecodeStep, Logits, cached_perplexity, perplexity, smollm2, token_ids, windows
 
 HEAD = "; quantize{activations=None}"  # of the tied embedding and head, which gptq leaves alone
+BODY = "exclude=('*embed_tokens',)"  # all linear layers but the tied head
 WAYS = (
     "", "quantize{activations=None}", "quantize{activations='dynamic'}",
     "quantize{weights='int4', activations=None, group_size=32}", "hqq{group_size=32}" + HEAD,
     "quantize-codebook{group_size=32}" + HEAD,
     "gptq{group_size=32, symmetric=False}" + HEAD, "gptq{bits=3, group_size=32, symmetric=False}" + HEAD,
+    *(way.format(pattern, BODY) for pattern in ("", "2:4") for way in (
+        "prune-weights{{scope='layer', pattern='{}', {}}}",
+        "prune-weights{{scope='output', saliency='wanda', pattern='{}', {}}}", "sparse-gpt{{pattern='{}', {}}}",
+    )),
 )  # fmt: skip
 STEP = "quantize{weights='int4', activations='dynamic', group_size=32}"
 PAST = 128

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
+import torch.nn.utils.prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Residual, Shared, mlp
@@ -14,7 +16,7 @@ from mcc.cost import graph_size
 from mcc.data import Data
 from mcc.errors import PassError
 from mcc.masks import Pattern
-from mcc.passes import FineTune, PruneWeights, Quantize
+from mcc.passes import FineTune, KeepZeros, PruneWeights, Quantize
 from mcc.passes.prune_weights import CubicPruning
 from mcc.pipeline import Pipeline
 from mcc.target import parse_target
@@ -140,3 +142,54 @@ def test_cubic_pruning_ends_at_the_ratio_after_training():
     assert graph.schedules == ()
     assert graph_size(graph).parameters == round(0.25 * (12 * 16 + 16 * 3)) + 19
     assert rows[1].size.parameters == 12 * 16 + 16 * 3 + 19
+
+
+def test_masks_of_torch_are_masks():
+    """torch.nn.utils.prune leaves a hook that multiplies; a parametrization does the same."""
+    model, x = mlp(16, 12, 8, 4), torch.randn(2, 16)
+    torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.75)
+    torch.nn.utils.prune.ln_structured(model[2], "weight", 0.5, n=2, dim=0)
+
+    class Halved(nn.Module):
+        def forward(self, weight):
+            return weight * 0.5
+
+    torch.nn.utils.parametrize.register_parametrization(model[4], "weight", Halved())
+    graph, _ = run(model, x, Quantize(weights="int8", activations=None))
+    assert [graph.tensor(f"{n}.weight_mask").dtype for n in ("0", "2")] == [torch.bool] * 2
+    assert "%mul_0: f32[12, 16] = mul.Tensor(@0.weight_orig, @0.weight_mask)" in str(graph)
+    assert graph_size(graph).parameters < 12 * 16 / 4 + 8 * 12 / 2 + 8 * 4 + 12 + 8 + 4 + 1
+    artifact = mcc.compile(model, (x,), tuning="model")
+    torch.testing.assert_close(artifact(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_only_looks_like_a_mask_stays_as_it_is():
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.learned = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.ones(4, 4))
+            self.register_buffer("fixed", torch.full((4, 4), 0.5))
+
+        def forward(self, x):
+            return x @ (self.weight * self.fixed) + torch.nn.functional.linear(x, self.weight * self.learned)
+
+    graph = mcc.capture(Gate().eval(), (torch.randn(2, 4),))
+    assert graph.tensor("fixed").dtype is graph.tensor("learned").dtype is torch.float32
+
+
+def test_zeros_of_a_checkpoint_become_masks_where_there_are_enough():
+    model = mlp(16, 12, 4)
+    with torch.no_grad():
+        model[0].weight.mul_(torch.rand(12, 16) > 0.6)
+    graph, rows = run(model, torch.randn(2, 16), KeepZeros())
+    assert torch.equal(graph.tensor("0.weight_mask"), model[0].weight != 0)
+    assert [(d.layer, d.reason) for d in rows[1].declined] == [("2", "0% of its weights are zero, less than 30%")]
+    data = Data(train=batches_of(16, 4))
+    graph, _ = run(model, torch.randn(2, 16), KeepZeros(), FineTune(), data=data)
+    assert bool(((graph.tensor("0.weight") * graph.tensor("0.weight_mask"))[model[0].weight == 0] == 0).all())
+    with pytest.raises(PassError, match="0% of its weights are zero"):
+        run(mlp(4, 3), torch.randn(2, 4), KeepZeros())
+
+
+def batches_of(inputs, classes):
+    return [(torch.randn(8, inputs), torch.randint(0, classes, (8,))) for _ in range(3)]
