@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -302,7 +303,7 @@ def tune_layers(
 def _encoded(graph: Graph, options: Options) -> tuple[Graph, list[Declined]]:
     """A graph with batch norms folded where that is exact, and its weights in their stored formats."""
     folded = FoldBatchNorm().run(graph.copy().eval(), Context(options.resolved_target, options.data, options.seed))
-    return encode(folded.clean().repropagate(), cpu.prefer_dense)
+    return encode(folded.clean().repropagate(), partial(cpu.prefer_dense, target=options.resolved_target))
 
 
 def _lower(graph: Graph, options: Options) -> tuple[Artifact, Graph, PassRow]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mcc.cost import graph_size
-from mcc.coupling import Coupling, Group, Kind, couple
+from mcc.coupling import Coupling, Group, couple
 from mcc.errors import PassError, SpecError
 from mcc.report import Declined
 from mcc.rewrite import Context, Lossy, Pass
@@ -54,7 +54,7 @@ class StructuredPruning(Pass):
     exclude: tuple[str, ...] = ()
 
     guarantee = Lossy()
-    kinds: ClassVar[tuple[Kind, ...]] = ()
+    kinds: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         name = self.pass_name()

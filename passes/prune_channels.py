@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from mcc.structured import StructuredPruning
-
-if TYPE_CHECKING:
-    from mcc.coupling import Kind
 
 
 @dataclass(frozen=True)
@@ -30,4 +27,4 @@ class PruneChannels(StructuredPruning):
     Fang, Ma, Song, Mi, Wang: DepGraph: towards any structural pruning. CVPR 2023.
     """
 
-    kinds: ClassVar[tuple[Kind, ...]] = ("channel",)
+    kinds: ClassVar[tuple[str, ...]] = ("channel",)

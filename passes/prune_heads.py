@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from mcc.structured import StructuredPruning
-
-if TYPE_CHECKING:
-    from mcc.coupling import Kind
 
 
 @dataclass(frozen=True)
@@ -26,4 +23,4 @@ class PruneHeads(StructuredPruning):
     Michel, Levy, Neubig: Are sixteen heads really better than one? NeurIPS 2019.
     """
 
-    kinds: ClassVar[tuple[Kind, ...]] = ("head",)
+    kinds: ClassVar[tuple[str, ...]] = ("head",)

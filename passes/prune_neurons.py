@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from mcc.structured import StructuredPruning
-
-if TYPE_CHECKING:
-    from mcc.coupling import Kind
 
 
 @dataclass(frozen=True)
@@ -28,4 +25,4 @@ class PruneNeurons(StructuredPruning):
     Ma, Fang, Wang: LLM-Pruner: on the structural pruning of large language models. NeurIPS 2023.
     """
 
-    kinds: ClassVar[tuple[Kind, ...]] = ("neuron", "state")
+    kinds: ClassVar[tuple[str, ...]] = ("neuron", "state")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from networks import TiedLanguageModel, mlp
 from torch import nn
 
 import mcc
-from mcc.backends.cpu.select import prefer_dense
+from mcc.backends import cpu
 from mcc.data import Data
 from mcc.encode import encode
 from mcc.formats import along_axis, encode_sparse, pack, packed_bytes, sparse_bytes
@@ -59,6 +61,9 @@ def test_wide_rows_take_wide_columns():
     mask = torch.zeros_like(weight, dtype=torch.bool)
     mask[0, -1] = True
     assert encode_sparse(weight, mask).columns.dtype is torch.int32
+
+
+prefer_dense = partial(cpu.prefer_dense, target=parse_target("cpu:avx512"))
 
 
 def compressed(model, x, *steps):

@@ -62,7 +62,8 @@ def test_text_leaves_defaults_out_and_full_text_writes_them():
     step = PruneWeights(ratio=0.9)
     assert str(step) == "prune-weights{ratio=0.9}"
     assert step.full_text() == (
-        "prune-weights{ratio=0.9, scope='global', saliency='magnitude', schedule='one-shot', include=('*',), exclude=()}"
+        "prune-weights{ratio=0.9, scope='global', saliency='magnitude', pattern='', schedule='one-shot', "
+        "include=('*',), exclude=()}"
     )
 
 

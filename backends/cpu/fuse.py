@@ -69,9 +69,10 @@ def _step(node: Node, region: Region) -> EpilogueStep | None:
 
 
 def _addition(node: Node, region: Region) -> Add | None:
-    """An addition of another value of the same shape; a sparse kernel's output is not laid out to take one."""
+    """An addition of another value of the same shape; a sparse linear layer's output is not laid out to take one."""
     first, second = node.operand(0), node.operand(1)
-    if first is None or second is None or first == second or node.fx.kwargs or region.weight.sparse is not None:
+    sparse = region.weight.sparse is not None and region.anchor.op is ops.LINEAR
+    if first is None or second is None or first == second or node.fx.kwargs or sparse:
         return None
     other = second if first == region.output else first
     alike = [str(s) for s in other.value.shape] == [str(s) for s in region.output.shape]

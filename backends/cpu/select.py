@@ -16,10 +16,16 @@ if TYPE_CHECKING:
 
     from mcc.backends.kernel import Kernel, Region
     from mcc.graph import Node
+    from mcc.target import Target
 
 BYTE = 8
 MANY_ROWS = 8
-DENSEST_FEW, DENSEST_MANY = 0.2, 0.35
+# the density below which a sparse kernel overtakes the dense one, whose integer form has instructions of its own
+DENSEST = {
+    "float": {"few rows": 0.2, "rows": 0.35, "pixels": 0.25, "windows": 0.15},
+    "int8": {"few rows": 0.05, "rows": 0.2, "pixels": 0.15, "windows": 0.15},
+    "dot4": {"few rows": 0.05, "rows": 0.12, "pixels": 0.1, "windows": 0.07},
+}
 
 
 def select(lowering: Lowering) -> Lowering:
@@ -63,17 +69,27 @@ def _first(region: Region, lowering: Lowering) -> tuple[Kernel | None, str]:
     return None, "; ".join(reasons)
 
 
-def prefer_dense(node: Node, density: float) -> str | None:
+def prefer_dense(node: Node, density: float, target: Target) -> str | None:
     """Why a weight of this density had better be read dense for this op, or None if a sparse kernel gains by it.
 
-    Measured on AVX-512 and AVX2: the sparse dense-layer kernel overtakes the dense one below a density of 0.2 for a few
-    rows and 0.35 for many. A weight read dense is still stored without its zeros. A convolution has no sparse kernel
-    yet: sparse or dense, its weight is decoded at build time, and the report says so.
+    Measured on AVX-512 and AVX2, see `DENSEST` and tests/bench/sparse.py. A weight read dense is still stored without
+    its zeros.
     """
-    if node.op is not ops.LINEAR:
-        return "there is no kernel for sparse convolution weights yet" if node.op in ops.LAYERS else None
-    rows = math.prod(extent(s) for s in node.shape[:-1])
-    limit = DENSEST_FEW if rows < MANY_ROWS else DENSEST_MANY
+    if node.op not in (ops.LINEAR, ops.CONV2D):
+        return "there is no kernel for its sparse weights yet" if node.op in ops.LAYERS else None
+    source, weight = node.operand(0), node.weight_operand
+    assert source is not None
+    assert weight is not None
+    if node.op is ops.LINEAR:
+        rows = math.prod(extent(s) for s in node.shape[:-1])
+        kind, what = ("few rows", f"{rows} rows") if rows < MANY_ROWS else ("rows", f"{rows} rows")
+    elif int(node.argument(6, 1)) != 1:
+        return "there is no kernel for sparse weights of groups yet"
+    else:
+        kind = "pixels" if math.prod(extent(s) for s in weight.shape[2:]) == 1 else "windows"
+        what = kind
+    precision = "float" if source.op is not ops.DEQUANTIZE else "dot4" if target.exact_dot4 else "int8"
+    limit = DENSEST[precision][kind]
     if density <= limit:
         return None
-    return f"at density {density:.2f} the dense kernel is faster (sparse gains below {limit} for {rows} rows)"
+    return f"at density {density:.2f} the dense kernel is faster (sparse gains below {limit} for {what})"

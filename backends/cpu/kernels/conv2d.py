@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 def _refusal(region: Region) -> str | None:
     if region.weight.sparse is not None:
-        return "there is no kernel for sparse convolution weights yet"
+        return "the weight is sparse"
     shape = conv_shape(region)
     return shape if isinstance(shape, str) else None
 

@@ -11,6 +11,7 @@ Integer codes go through the same loops: products of 8-bit codes sum exactly in 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
     from mcc.target import Target
 
 GROUP = 16
-TILE_ROWS = 32
+TILE_ROWS = (32, 64)
+LARGEST_TILE = 1 << 18  # bytes: what a tile of 64 rows may take of the L2 cache, beside the weights
 FEW_ROWS = 6  # up to this many rows left over, one gathered pass a row beats a tile
 
 
@@ -74,19 +76,24 @@ class SparseDense:
         return None
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
-        """One tile: 32 rows, which keeps the transposed tile of x in the L2 cache."""
-        del region, target
-        return (str(TILE_ROWS),)
+        """See `sparse_tiles`."""
+        return sparse_tiles(region, target)
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text."""
-        del tile
-        body = _Body(region, Vectors(target))
+        body = SparseBody(region, Vectors(target), int(tile))
         return Lowered(body.function(self.name), body.packed)
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """As for a dense layer."""
         return dense_reference(region, source, operands)
+
+
+def sparse_tiles(region: Region, target: Target) -> tuple[str, ...]:
+    """Rows of a transposed tile: 64, which read a stored weight half as often, where that leaves it in the L2 cache."""
+    size = math.prod(region.weight.shape[1:]) * TILE_ROWS[1] * 4
+    tiles = TILE_ROWS[::-1] if target.vector_registers == 32 and size <= LARGEST_TILE else TILE_ROWS
+    return tuple(map(str, tiles))
 
 
 def pack_groups(weight: SparseArrays) -> dict[str, NDArray[Any]]:
@@ -121,24 +128,25 @@ def pack_groups(weight: SparseArrays) -> dict[str, NDArray[Any]]:
     }  # fmt: skip
 
 
-class _Body:
+class SparseBody:
     """One sparse kernel."""
 
-    def __init__(self, region: Region, vectors: Vectors) -> None:
-        self.region, self.vectors = region, vectors
+    def __init__(self, region: Region, vectors: Vectors, width: int) -> None:
+        self.region, self.vectors, self.width = region, vectors, width
         weight = region.weight
         assert weight.sparse is not None
-        self.outputs, self.inputs = weight.shape
+        self.outputs, self.inputs = weight.shape[0], math.prod(weight.shape[1:])
         self.groups = -(-self.outputs // GROUP)
         self.codes = region.activation is not None
         self.packed = pack_groups(weight.sparse)
         self.packed |= channel_vectors(region)
         self.steps = steps_after_scale(region)
         if region.activation is not None:
-            sums = weight.decoded().astype(np.int64).sum(1)
+            sums = weight.decoded().astype(np.int64).reshape(self.outputs, -1).sum(1)
             self.packed["start"] = (-region.activation.zero_point * sums).astype(np.float32)
         self.leading = leading_dims(region.source.shape[:-1])
         self.rows = product(self.leading)
+        self.operands: list[Expression] = []
 
     def function(self, name: str) -> tirx.PrimFunc:
         """The PrimFunc."""
@@ -158,9 +166,9 @@ class _Body:
             serial(rows, self._one_row)
             return
         # the last tile repeats the last row: equal results are written twice
-        tiles = tirx.floordiv(rows + TILE_ROWS - 1 - FEW_ROWS, TILE_ROWS)
-        after = tirx.min(tiles * TILE_ROWS, rows)
-        in_tiles = partial(parallel, tiles, lambda t: self._tile(lambda r: tirx.min(t * TILE_ROWS + r, rows - 1)))
+        tiles = tirx.floordiv(rows + self.width - 1 - FEW_ROWS, self.width)
+        after = tirx.min(tiles * self.width, rows)
+        in_tiles = partial(parallel, tiles, lambda t: self._tile(lambda r: tirx.min(t * self.width + r, rows - 1)))
         branch(tiles > 0, in_tiles)  # even an empty parallel loop wakes the threads
         serial(rows - after, lambda r: self._one_row(after + r))
 
@@ -255,15 +263,15 @@ class _Body:
                 branch(True if always else g * GROUP + position < self.outputs, write)
 
     def _tile(self, row_of: Callable[[Expression], Expression]) -> None:
-        """TILE_ROWS rows at once: transpose x, multiply group by group, transpose back."""
-        source = B.alloc_buffer((self.inputs * TILE_ROWS,), "float32", layout=None)
-        result = B.alloc_buffer((self.outputs * TILE_ROWS,), "float32", layout=None)
+        """`width` rows at once: transpose x, multiply group by group, transpose back."""
+        source = B.alloc_buffer((self.inputs * self.width,), "float32", layout=None)
+        result = B.alloc_buffer((self.outputs * self.width,), "float32", layout=None)
         self._transpose_in(source, row_of)
         self._multiply(source, result)
         self._transpose_out(result, row_of)
 
     def _transpose_in(self, source: Expression, row_of: Callable[[Expression], Expression]) -> None:
-        v, width = self.vectors, TILE_ROWS
+        v, width = self.vectors, self.width
 
         def block(k: Expression, t: Expression) -> None:
             rows = [B.Bind(self._load_floats(T.cast(row_of(t + r), "int64") * self.inputs + k)) for r in range(v.lanes)]
@@ -290,7 +298,7 @@ class _Body:
         return self.vectors.to_float(value) if self.codes else value
 
     def _multiply(self, source: Expression, result: Expression) -> None:
-        v, arrays, width = self.vectors, self.arrays, TILE_ROWS
+        v, arrays, width = self.vectors, self.arrays, self.width
 
         def output(g: Expression, i: Expression) -> None:
             sums = v.registers(1, width // v.lanes, "float32")[0]
@@ -315,13 +323,14 @@ class _Body:
         serial(self.groups, group)
 
     def _transpose_out(self, result: Expression, row_of: Callable[[Expression], Expression]) -> None:
-        v, width = self.vectors, TILE_ROWS
+        v, width = self.vectors, self.width
 
         def block(n: Expression, t: Expression) -> None:
             rows = [B.Bind(v.load(result, (n + r) * width + t)) for r in range(v.lanes)]
             for c, column in enumerate(v.transpose(rows)):
-                value = emit_epilogue(v, column, self.steps)
-                v.store(self.y, T.cast(row_of(t + c), "int64") * self.outputs + n, value)
+                place = B.Bind(T.cast(row_of(t + c), "int64") * self.outputs + n)
+                others = [v.load(operand, place) for operand in self.operands]
+                v.store(self.y, place, emit_epilogue(v, column, self.steps, others))
 
         if self.outputs >= v.lanes:
             last = self.outputs - v.lanes

@@ -17,6 +17,7 @@ from mcc.backends.cpu.kernels.depthwise_int8 import DepthwiseInt8
 from mcc.backends.cpu.kernels.low_bit import LowBitDense
 from mcc.backends.cpu.kernels.low_bit_per_token import LowBitPerToken
 from mcc.backends.cpu.kernels.sparse import SparseDense
+from mcc.backends.cpu.kernels.sparse_conv import SparseConv2d
 from mcc.backends.kernel import PER_TOKEN, Activation, Add, Clamp, Kernel, QuantizedInput, Region, Relu, Requantize
 from mcc.target import Target
 
@@ -32,6 +33,7 @@ FAMILIES = (
     "low_bit",
     "low_bit_per_token",
     "sparse",
+    "sparse_conv2d",
     "conv2d",
     "depthwise",
     "depthwise_int8",
@@ -170,7 +172,27 @@ def _conv2d(draw: Any, target: Target, family: str) -> tuple[Kernel, Region, lis
     return kernel, region, [(n, *image, inputs) for n in (1, 2, 5, 0)]
 
 
+@st.composite
+def _sparse_conv2d(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
+    image = (draw(st.integers(1, 15)), draw(st.integers(1, 20)))
+    size, stride, padding, dilation = draw(_windows(image))
+    inputs, outputs, form = (
+        draw(st.integers(1, 70)),
+        draw(st.integers(target.vector_lanes, 70)),
+        draw(st.sampled_from(FORMATS)),
+    )
+    density = draw(st.sampled_from([0.0, 0.05, 0.3, 1.0]))
+    weight = make_weight((outputs, inputs, *size), "float32" if form == "float32" else "int8", 4, 63, density=density)
+    activation = QuantizedInput(0.02, draw(zero_points)) if form == "codes" else None
+    region = make_region(
+        ops.CONV2D_NHWC, (Symbolic(), *image, inputs), weight, draw(epilogues()), activation,
+        (stride, padding, dilation, 1), bias=draw(st.booleans()),
+    )  # fmt: skip
+    return SparseConv2d(), region, [(n, *image, inputs) for n in (1, 2, 5, 0)]
+
+
 _DRAWN = {
+    "sparse_conv2d": _sparse_conv2d,
     "dense_float": lambda t: _dense(t, "float"),
     "dense_int8": lambda t: _dense(t, "one scale"),
     "dense_per_token": lambda t: _dense(t, "per token"),

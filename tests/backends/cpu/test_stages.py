@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from networks import Branches, Residual, mlp
@@ -29,7 +31,7 @@ from mcc.target import parse_target
 def regions(model, x, *steps):
     graph = mcc.capture(model.eval(), (x,))
     graph, _ = Pipeline(steps, parse_target("cpu"), Data(calibration=[x])).run(graph, (x,))
-    encoded, _ = encode(graph, cpu.prefer_dense)
+    encoded, _ = encode(graph, partial(cpu.prefer_dense, target=parse_target("cpu")))
     lowering = fuse(integerize(layout(hoist(Lowering(encoded, parse_target("cpu"), Tuner("model", measure))))))
     return {r.anchor.layer: r for r in lowering.regions.values()}
 
@@ -110,13 +112,34 @@ def test_which_activations_fuse(activation, text):
     assert regions(nn.Sequential(nn.Linear(4, 4), activation), torch.randn(2, 4))["0"].text == text
 
 
-def test_a_sparse_convolution_is_decoded_at_build_time_and_the_report_says_so():
+def test_a_grouped_sparse_convolution_is_decoded_at_build_time_and_the_report_says_so():
     x = torch.randn(4, 8, 10, 10)
-    artifact = compiled(nn.Conv2d(8, 16, 3), x, PruneWeights(ratio=0.9))
+    artifact = compiled(nn.Conv2d(8, 16, 3, groups=2), x, PruneWeights(ratio=0.9))
     assert (
         artifact.report.passes[-1].declined[0].reason
-        == "stored dense: there is no kernel for sparse convolution weights yet"
+        == "stored dense: there is no kernel for sparse weights of groups yet"
     )
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_a_sparse_convolution_with_a_residual_is_one_kernel(codes):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(16, 24, 1), nn.Conv2d(24, 24, 3, padding=1)
+
+        def forward(self, x):
+            x = self.a(x).relu()
+            return (x + self.b(x)).relu()
+
+    x = torch.randn(4, 16, 10, 10)
+    steps = [PruneWeights(ratio=0.95, scope="layer"), *([Quantize()] if codes else [])]
+    artifact = mcc.compile(
+        Block().eval(), (x,), passes=steps, data=Data(calibration=[x]), measure="never", tuning="model"
+    )
+    rows = {row.layer: row for row in artifact.report.layers}
+    assert {row.kernel.split()[0] for row in rows.values()} == {"sparse_conv2d"}
+    assert rows["b"].op.startswith("mcc.conv2d_nhwc + add + relu")
 
 
 def test_a_layer_left_to_the_op_library_is_in_the_report_with_the_reason():
@@ -343,7 +366,7 @@ class NormBeforeLayers(nn.Module):
 def test_a_quantizer_takes_in_the_norm_before_it_unless_the_floats_are_read(residual, calls):
     model, x = NormBeforeLayers(residual).eval(), torch.randn(3, 7, 40)
     graph, _ = Pipeline((Quantize(),), parse_target("cpu"), Data(calibration=[x])).run(mcc.capture(model, (x,)), (x,))
-    encoded, _ = encode(graph, cpu.prefer_dense)
+    encoded, _ = encode(graph, partial(cpu.prefer_dense, target=parse_target("cpu")))
     rows = cpu.profiler(encoded, parse_target("cpu"), "model", [x.numpy()]).measure(1)
     assert sum(row.kernel == "op library" and row.op.startswith("quantize") for row in rows) == calls
     compiled(model, x, Quantize())  # verified
