@@ -2,8 +2,9 @@
 
     python tests/bench/sparse.py [--density 0.1] [--precision fp32,int8] [--target cpu:avx2] [--runs 40] [--only 3x3]
 
-Each layer is called alone, in turns, from NumPy in to NumPy out: an image comes and goes with its channels first, and
-mcc's transposes of it count. Sparse kernels are forced below the densities at which mcc would read the weight dense.
+Each layer is called alone, in turns, from NumPy in to NumPy out; a convolution with a relu and one back to as many
+channels behind it, both pruned. Images come and go with their channels first, and mcc's transposes of them count. Sparse
+kernels are forced, whatever the density at which mcc would read the weight dense.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def layer(size: int, inputs: int, outputs: int, kernel: int) -> tuple[str, nn.Mo
     """A layer's family, the layer, and an input."""
     if not kernel:
         return "linear", nn.Linear(inputs, outputs), torch.randn(size, inputs)
-    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
-    return f"{kernel}x{kernel}", conv, torch.randn(1, inputs, size, size)
+    there, back = (nn.Conv2d(a, b, kernel, padding=kernel // 2) for a, b in ((inputs, outputs), (outputs, inputs)))
+    return f"{kernel}x{kernel}", nn.Sequential(there, nn.ReLU(), back), torch.randn(1, inputs, size, size)
 
 
 def reference(model: nn.Module, x: torch.Tensor) -> onnxruntime.InferenceSession:
