@@ -114,6 +114,20 @@ def test_inspect_ranks_layers_by_what_few_bits_do_to_them(mcc, tmp_path):
         assert message in output
 
 
+def test_inspect_shows_what_can_shrink_and_what_blocks_the_rest(mcc):
+    inspect = "inspect", "tiny_nets:make_mlp", *INPUT, "--prunable"
+    code, output = mcc(*inspect)
+    assert code == 0
+    assert "1 of 2 groups can shrink" in output
+    assert "is returned" in output
+    first, second = json.loads(mcc(*inspect, "--json")[1])
+    # a row of 12 inputs, a bias, and a column of 3 outputs
+    assert first == {"kind": "neuron", "size": 40, "parameters": 16, "layers": ["0", "2"], "blocked": []}
+    assert second["blocked"] == ["%linear_2 is returned"]
+    pruned = json.loads(mcc(*inspect, "--json", "-p", "prune-neurons{ratio=0.5}")[1])
+    assert pruned[0]["size"] == 20
+
+
 def test_inspect_draws_the_layers(mcc, tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra bench")
     path = tmp_path / "bars.svg"
