@@ -42,8 +42,11 @@ class Axis:
 
     @property
     def meaning(self) -> Term:
-        """This axis, or what it was found to stand for."""
-        return self if self._meaning is None else self._meaning
+        """This axis, or what it was found to stand for, resolved."""
+        if self._meaning is None:
+            return self
+        self._meaning = resolved(self._meaning)  # kept, or chains of splits grow long
+        return self._meaning
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def size(term: Term) -> int:
 def resolved(term: Term) -> Term:
     """The term in what its axes stand for: no product right inside a product, no sum inside a sum, nothing idle."""
     if isinstance(term, Axis):
-        return term if term.meaning is term else resolved(term.meaning)
+        return term.meaning
     if isinstance(term, Product):
         factors: list[Term] = []
         for factor in map(resolved, term.factors):
@@ -107,7 +110,7 @@ def block(term: Term, reason: str) -> None:
 
 
 def tie(a: Term, b: Term, place: str) -> None:
-    """Make two terms of one size equal; where that cannot be, because their factors do not fit, block both.
+    """Make two terms of one size equal; where that cannot be, because their parts do not fit, block both.
 
     Args:
         a: a term.
@@ -125,6 +128,10 @@ def tie(a: Term, b: Term, place: str) -> None:
         tie(b, a, place)
     elif size(a) > 1 and (isinstance(a, Sum) or isinstance(b, Sum)):
         bounds = sorted({*_bounds(a), *_bounds(b)})
+        if _bounds(a) != _bounds(b) and not set(axes_of(a)).isdisjoint(axes_of(b)):
+            # an axis against itself, moved: cutting it for that would go on index by index
+            _cannot_fit(a, b, place)
+            return
         for part, other in zip(cut(a, bounds), cut(b, bounds), strict=True):
             tie(part, other, place)
     elif isinstance(a, Product) and isinstance(b, Product):
@@ -158,8 +165,9 @@ def _split(term: Term, place: int) -> tuple[Term, Term]:
     if place == size(term):
         return term, Sum(())
     if isinstance(term, Axis):
-        parts = Axis(place), Axis(term.size - place)
-        term.stands_for(Sum(parts))
+        parts = Axis(place, tuple(term.blocked)), Axis(term.size - place, tuple(term.blocked))
+        if not term.blocked:  # of one that is, nothing moves with the parts
+            term.stands_for(Sum(parts))
         return parts
     if isinstance(term, Sum):
         first, rest = term.parts[0], Sum(term.parts[1:])

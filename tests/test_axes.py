@@ -142,3 +142,12 @@ def test_positions_say_which_index_of_an_axis_a_dim_is_at():
     assert positions(term, a).tolist() == [0, 0, 0, 1, 1, 1, -1, -1, -1, -1]
     assert positions(term, b).tolist() == [0, 1, 2, 0, 1, 2, -1, -1, -1, -1]
     assert positions(term, c).tolist() == [-1] * 6 + [0, 1, 2, 3]
+
+
+def test_a_long_axis_against_itself_moved_by_one_is_blocked_at_once():
+    """As the difference of neighbours does: x[1:] - x[:-1]."""
+    for blocked in ([], ["%x is an input"]):
+        whole = Axis(100_000, blocked)
+        before, after = cut(whole, [99_999, 100_000])[0], cut(whole, [1, 100_000])[1]
+        tie(before, after, "sub")
+        assert all(axis.blocked for axis in axes_of(whole))
