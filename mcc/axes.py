@@ -126,21 +126,31 @@ def tie(a: Term, b: Term, place: str) -> None:
         a.stands_for(b)
     elif isinstance(b, Axis):
         tie(b, a, place)
-    elif size(a) > 1 and (isinstance(a, Sum) or isinstance(b, Sum)):
-        bounds = sorted({*_bounds(a), *_bounds(b)})
-        if _bounds(a) != _bounds(b) and not set(axes_of(a)).isdisjoint(axes_of(b)):
-            # an axis against itself, moved: cutting it for that would go on index by index
-            _cannot_fit(a, b, place)
-            return
-        for part, other in zip(cut(a, bounds), cut(b, bounds), strict=True):
-            tie(part, other, place)
     elif isinstance(a, Product) and isinstance(b, Product):
-        steps = sorted({*_steps(a.factors), *_steps(b.factors)}, reverse=True)
-        if any(outer % inner for outer, inner in pairwise(steps)):
-            _cannot_fit(a, b, place)
-            return
-        for factor, other in zip(_refined(a, steps, place), _refined(b, steps, place), strict=True):
-            tie(factor, other, place)
+        _tie_products(a, b, place)
+    elif size(a) > 1:
+        _tie_sums(a, b, place)
+
+
+def _tie_products(a: Product, b: Product, place: str) -> None:
+    """Factor by factor, split until both have the same sizes."""
+    steps = sorted({*_steps(a.factors), *_steps(b.factors)}, reverse=True)
+    if any(outer % inner for outer, inner in pairwise(steps)):
+        _cannot_fit(a, b, place)
+        return
+    for factor, other in zip(_refined(a, steps, place), _refined(b, steps, place), strict=True):
+        tie(factor, other, place)
+
+
+def _tie_sums(a: Term, b: Term, place: str) -> None:
+    """Piece by piece, cut wherever a part of either ends."""
+    if _bounds(a) != _bounds(b) and not set(axes_of(a)).isdisjoint(axes_of(b)):
+        # an axis against itself, moved: cutting it for that would go on index by index
+        _cannot_fit(a, b, place)
+        return
+    bounds = sorted({*_bounds(a), *_bounds(b)})
+    for part, other in zip(cut(a, bounds), cut(b, bounds), strict=True):
+        tie(part, other, place)
 
 
 def _cannot_fit(a: Term, b: Term, place: str) -> None:

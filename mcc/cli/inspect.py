@@ -10,6 +10,7 @@ import typer
 from mcc import compiler
 from mcc.cli.arguments import clear_errors, print_json, read_data, read_inputs, read_model
 from mcc.cli.prunable import show_prunable
+from mcc.cli.prune_curve import show_curve
 from mcc.cli.sensitivity import show_sensitivity
 from mcc.cost import graph_size, layer_costs
 from mcc.errors import SpecError
@@ -26,7 +27,7 @@ def inspect_model(
     data: Annotated[Path | None, typer.Option(help=".npz for passes that need data")] = None,
     sensitivity: Annotated[bool, typer.Option("--sensitivity", help="rank layers by what few bits do to them")] = False,
     prunable: Annotated[bool, typer.Option("--prunable", help="show what channels, heads and neurons can go")] = False,
-    plot: Annotated[Path | None, typer.Option(help="with --sensitivity: draw it to this .svg, .png or .pdf")] = None,
+    plot: Annotated[Path | None, typer.Option(help="with --sensitivity or --prunable: an .svg, .png or .pdf")] = None,
     graph: Annotated[bool, typer.Option("--graph", help="print the graph as text")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -34,23 +35,17 @@ def inspect_model(
 
     --sensitivity shows what weights of 8 to 2 bits, layer by layer, do to the accuracy on the data's labels, or, where
     it has none, to the outputs. --prunable shows which channels, heads and neurons structured pruning could remove, and
-    what blocks the others.
+    what blocks the others; with --plot, what removing them does to the metric, MACs and latency, before any training.
 
     Example: mcc inspect nets:make_mlp -i input=f32[batch:64,784] -p "prune-weights{ratio=0.9}"
     """
     with clear_errors():
-        if plot is not None and not sensitivity:
-            raise SpecError("--plot draws what --sensitivity measures", remedy="add --sensitivity")
+        if plot is not None and not (sensitivity or prunable):
+            raise SpecError("--plot draws what --sensitivity or --prunable measures", remedy="add --sensitivity")
         if model.endswith(".mcc"):
             if sensitivity or prunable:
                 raise SpecError("an artifact's weights are what they are", remedy="give the model it was made from")
-            artifact = load(model)
-            if as_json:
-                print_json(artifact.report.as_dict())
-                return
-            typer.echo(repr(artifact))
-            typer.echo(str(artifact.report))
-            typer.echo(artifact.report.layers_text())
+            _print_artifact(model, as_json=as_json)
             return
         example, dims = read_inputs(inputs or [])
         before = compiler.load_graph(read_model(model), example, {}, dims)
@@ -62,6 +57,9 @@ def inspect_model(
         if sensitivity:
             show_sensitivity(states.get("after", before), taken, read_data(data), plot, as_json=as_json)
             return
+        if prunable and plot is not None:
+            show_curve(states.get("after", before), taken, read_data(data), plot, as_json=as_json)
+            return
         if prunable:
             show_prunable(states.get("after", before), as_json=as_json)
             return
@@ -70,6 +68,16 @@ def inspect_model(
             return
         for name, state in states.items():
             _print_state(name, state, graph)
+
+
+def _print_artifact(path: str, *, as_json: bool) -> None:
+    artifact = load(path)
+    if as_json:
+        print_json(artifact.report.as_dict())
+        return
+    typer.echo(repr(artifact))
+    typer.echo(str(artifact.report))
+    typer.echo(artifact.report.layers_text())
 
 
 def _print_state(name: str, state: Graph, graph: bool) -> None:

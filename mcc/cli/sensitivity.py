@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from mcc import compiler, ops
 from mcc.cli.arguments import print_json
+from mcc.cli.figures import check_figure, plotter
 from mcc.data import Data
 from mcc.errors import SpecError
 from mcc.passes import Quantize
@@ -45,10 +46,8 @@ def show_sensitivity(
         SpecError: no layer is in float, the plot's file has an unknown ending or no folder, or matplotlib is missing.
         DataError: the data do not fit the model.
     """
-    if plot is not None and plot.suffix not in (".svg", ".png", ".pdf"):
-        raise SpecError(f"cannot draw to {plot}", remedy="end the name in .svg, .png or .pdf")
-    if plot is not None and not plot.parent.is_dir():
-        raise SpecError(f"cannot draw to {plot}: there is no folder {plot.parent}", remedy="make it")
+    if plot is not None:
+        check_figure(plot)
     with compiler.progress_display() as progress:
         found, metric = sensitivity(graph, example, data, progress)
     if as_json:
@@ -67,7 +66,7 @@ def sensitivity(
     layers = [name for name, node in step.candidates(graph).items() if node.op in ops.LAYERS]
     if not layers:
         raise SpecError("the model has no layer in float whose weights could be quantized")
-    evaluate, metric = _metric(graph, example, data)
+    evaluate, metric = metric_of(graph, example, data)
     measured = Data(evaluate=evaluate)
 
     def measure(formats: Formats) -> float:
@@ -77,7 +76,8 @@ def sensitivity(
     return damages(measure, measure({}), saved, progress), metric
 
 
-def _metric(graph: Graph, example: tuple[Tensor, ...], data: Data) -> tuple[Callable[..., float], str]:
+def metric_of(graph: Graph, example: tuple[Tensor, ...], data: Data) -> tuple[Callable[..., float], str]:
+    """Accuracy on the data's labels, or, where it has none, how near outputs stay to the graph's; and its name."""
     batches = list(data.train or ())
     if batches:
 
@@ -136,13 +136,7 @@ def _print(found: list[Damage], metric: str) -> None:
 
 
 def _draw(found: list[Damage], metric: str, path: Path) -> None:
-    try:
-        import matplotlib as mpl
-    except ModuleNotFoundError as error:
-        raise SpecError("a plot needs matplotlib", remedy="pip install matplotlib") from error
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plotter()
     rows = _by_layer(found)
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.25 * len(rows)), layout="constrained")
     height = 0.8 / len(BITS)

@@ -135,6 +135,22 @@ def test_inspect_draws_the_layers(mcc, tmp_path):
     assert "<svg" in path.read_text()
 
 
+def test_inspect_draws_what_ratios_do(mcc, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra bench")
+    path = tmp_path / "curve.svg"
+    code, output = mcc("inspect", "tiny_nets:make_mlp", *INPUT, "--prunable", "--plot", str(path), "--json")
+    assert code == 0
+    assert "<svg" in path.read_text()
+    points = json.loads(output[output.index("{") :])["points"]  # progress comes before, on standard error
+    assert [p["way"] for p in points] == ["dense"] + ["prune-neurons"] * 8
+    assert [p["macs"] for p in points] == sorted((p["macs"] for p in points), reverse=True)
+    assert points[0]["metric"] == 1
+    assert all(p["latency_ms"] > 0 for p in points)
+    code, output = mcc("inspect", "tiny_nets:make_mlp", *INPUT, "--prunable", "--plot", "none/curve.svg")
+    assert code == 2
+    assert "there is no folder none" in output
+
+
 def test_inspect_shows_an_artifact_as_text_and_json(mcc, artifact):
     assert "dense_f32" in mcc("inspect", artifact)[1]
     assert [row["layer"] for row in json.loads(mcc("inspect", artifact, "--json")[1])["layers"]] == ["0", "2"]
