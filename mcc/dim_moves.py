@@ -38,6 +38,7 @@ def _unsqueeze(ties: Ties, node: Node) -> Dims:
 
 def _squeeze(ties: Ties, node: Node) -> Dims:
     dims, given = ties.of(node.operand(0)), node.argument(1)
+    ties.baked[node.fx] = dims
     listed = given if isinstance(given, list | tuple) else [given]
     gone = {int(d) % len(dims) for d in listed if size(dims[int(d) % len(dims)]) == 1}
     return tuple(d for i, d in enumerate(dims) if i not in gone)

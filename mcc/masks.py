@@ -140,17 +140,28 @@ def _erk_ratios(scores: Mapping[str, Tensor], ratio: float) -> dict[str, float]:
         whole |= over
 
 
+def mask_name(graph: Graph, name: str) -> str:
+    """The name of the mask that a weight is multiplied by: of one that there is, or that there may be."""
+    for raw in graph.module.graph.nodes:
+        if raw.op == "get_attr" and raw.target == name:
+            for user in Node(raw, graph).users:
+                mask = user.operand(1) if user.op is ops.MUL else None
+                if mask is not None and mask.is_parameter and mask.dtype is torch.bool:
+                    return str(mask.fx.target)
+    return f"{name}_mask"
+
+
 def insert_mask(graph: Graph, name: str, mask: Tensor) -> None:
-    """Multiply the weight `name` by a mask in front of every reader; a mask that stands there already is replaced."""
-    root = next(Node(n, graph) for n in graph.module.graph.nodes if n.op == "get_attr" and n.target == name)
-    masks = (user.operand(1) for user in root.users if user.op is ops.MUL)
-    if any(m is not None and m.fx.target == f"{name}_mask" for m in masks):
-        graph.set_tensor(f"{name}_mask", mask)
+    """Multiply the weight `name` by a mask in front of every reader; one that stands there keeps its zeros too."""
+    there = mask_name(graph, name)
+    if there in dict(graph.module.named_buffers()):
+        graph.set_tensor(there, mask & graph.tensor(there))
         return
+    root = next(Node(n, graph) for n in graph.module.graph.nodes if n.op == "get_attr" and n.target == name)
     readers = list(root.fx.users)
     first = next(n for n in graph.module.graph.nodes if n in root.fx.users)
     rewriter = Rewriter(graph, Node(first, graph))
-    masked = rewriter.call(ops.MUL, root, rewriter.read(f"{name}_mask", mask))
+    masked = rewriter.call(ops.MUL, root, rewriter.read(there, mask))
     masked.rename(f"{identifier(name)}_masked")
     for reader in readers:
         reader.replace_input_with(root.fx, masked.fx)

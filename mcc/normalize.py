@@ -173,16 +173,20 @@ def _make_functional(module: fx.GraphModule) -> None:
         def later(user: fx.Node, place: int = place) -> bool:
             return order.get(user, -1) > place
 
-        if _read_elsewhere(written, later):
-            views = list(_view_chain(written))
-            _refuse_aliased_write(node, views, later)
-            part = node
-            for view in views:
-                part = _scatter(module, view, part, later)
+        chain = list(_view_chain(written))
+        shared = _read_elsewhere(written, later)
+        if shared:
+            _refuse_unknown_views(node, chain)
+            _rebase(module, node, chain, later)
         namespace, name = target._schema.name.split("::")
         packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"))
         node.target = getattr(packet, target._overloadname)
-        written.replace_all_uses_with(node, delete_user_cb=later)
+        if not shared:
+            written.replace_all_uses_with(node, delete_user_cb=later)
+    for view in _calls(module):
+        whole = view.args[0] if view.target in _SCATTER else None
+        if isinstance(whole, fx.Node) and whole.target is _SCATTER[view.target] and whole.args[2:] == view.args[1:]:  # type: ignore[index]
+            view.replace_all_uses_with(whole.args[1])  # type: ignore[arg-type]  # what was written there
 
 
 def _view_chain(written: fx.Node) -> Iterator[fx.Node]:
@@ -192,16 +196,32 @@ def _view_chain(written: fx.Node) -> Iterator[fx.Node]:
         written = written.args[0]  # type: ignore[assignment]  # a view's first argument is a node
 
 
-def _scatter(module: fx.GraphModule, view: fx.Node, part: fx.Node, later: Callable[[fx.Node], bool]) -> fx.Node:
-    """What a view was taken of, with the view's elements replaced, for all that reads it later."""
-    base = view.args[0]
+def _rebase(module: fx.GraphModule, node: fx.Node, chain: list[fx.Node], later: Callable[[fx.Node], bool]) -> None:
+    """Let all that is read later see a write: the tensor it reaches becomes new, and its views are taken once more."""
+    base = chain[-1].args[0] if chain else node.args[0]
     assert isinstance(base, fx.Node)
-    assert isinstance(view.target, torch._ops.OpOverload)
-    with module.graph.inserting_after(part):
-        whole = module.graph.call_function(_SCATTER[view.target], (base, part, *view.args[1:]))
-    whole.meta = dict(part.meta) | {"val": base.meta["val"]}
-    base.replace_all_uses_with(whole, delete_user_cb=lambda u: u is not whole and later(u))
-    return whole
+    family = set(_views(base))
+    views = [n for n in module.graph.nodes if n in family and not later(n)]
+    last = node
+    for view in chain:
+        assert isinstance(view.target, torch._ops.OpOverload)
+        with module.graph.inserting_after(last):
+            whole = module.graph.call_function(_SCATTER[view.target], (view.args[0], last, *view.args[1:]))
+        whole.meta = dict(node.meta) | {"val": view.args[0].meta["val"]}  # type: ignore[union-attr]  # a view's first argument is a node
+        last = whole
+    taken = {base: last}
+    for view in views:
+        source = view.args[0]
+        assert isinstance(source, fx.Node)
+        with module.graph.inserting_after(last):
+            last = module.graph.call_function(view.target, (taken[source], *view.args[1:]), view.kwargs)
+        last.meta = dict(view.meta)
+        taken[view] = last
+    # what is read of the write itself is the view that it went through
+    taken[node] = taken[node.args[0]]  # type: ignore[index]  # what it writes to
+    for old, new in taken.items():
+        if old is not new:
+            old.replace_all_uses_with(new, delete_user_cb=later)
 
 
 def _views(base: fx.Node) -> Iterator[fx.Node]:
@@ -221,7 +241,7 @@ def _read_elsewhere(written: fx.Node, later: Callable[[fx.Node], bool]) -> bool:
     return any(later(user) for alias in (root, *_views(root)) if alias is not written for user in alias.users)
 
 
-def _refuse_aliased_write(node: fx.Node, chain: list[fx.Node], later: Callable[[fx.Node], bool]) -> None:
+def _refuse_unknown_views(node: fx.Node, chain: list[fx.Node]) -> None:
     for view in chain:
         if view.target not in _SCATTER:
             raise CaptureError(
@@ -229,15 +249,6 @@ def _refuse_aliased_write(node: fx.Node, chain: list[fx.Node], later: Callable[[
                 node=f"%{node.name} {source_line(node)}",
                 remedy="write into the whole tensor, or build the result with torch.where or torch.cat",
             )
-    base = chain[-1].args[0] if chain else node.args[0]
-    assert isinstance(base, fx.Node)
-    views = [v for v in _views(base) if v not in chain and not later(v)]
-    if any(later(user) for view in views for user in view.users):
-        raise CaptureError(
-            f"{node.target} writes to %{base.name}, and a view of it made before is read after",
-            node=f"%{node.name} {source_line(node)}",
-            remedy="take the view after the write, or write to a clone",
-        )
 
 
 def _one_read_per_tensor(module: fx.GraphModule) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mcc import ops
 from mcc.axes import Axis, axes_of, positions
 from mcc.cost import weight_expression
-from mcc.statistics import channel_energies
+from mcc.statistics import channel_energies, channels_read
 from mcc.train import loss_gradients
 
 if TYPE_CHECKING:
@@ -30,16 +30,16 @@ def saliencies(name: SaliencyName, coupling: Coupling, groups: list[Group], cont
     """Of each group the saliency of its indices, float64 [size], larger for what matters more.
 
     Args:
-        name: "l1" and "l2" are norms of everything an index has in weight matrices (Li, Kadav, Durdanovic, Samet, Graf:
-            Pruning filters for efficient ConvNets. ICLR 2017); "batch-norm" is the size of its gain (Liu, Li, Shen,
-            Huang, Yan, Zhang: Learning efficient convolutional networks through network slimming. ICCV 2017), or "l2"
-            where there is none; "fpgm" how far what a layer gives it lies from what it gives the others (He, Liu, Wang,
-            Hu, Yang: Filter pruning via geometric median. CVPR 2019); "activation" the energy that it adds to the
-            outputs of the layers that read it (An, Zhao, Yu, Tang, Wang: Fluctuation-based adaptive structured pruning
-            for large language models. AAAI 2024, without their bias); "taylor" the squared change of the loss, to first
-            order (Molchanov, Mallya, Tyree, Frosio, Kautz: Importance estimation for neural network pruning. CVPR
-            2019); "fisher" the change of the loss with its curvature taken for the gradient's square (LeCun,
-            Denker, Solla: Optimal brain damage. NeurIPS 1989).
+        name: "l1" and "l2" are norms of everything an index has in weight matrices (Li, Kadav, Durdanovic, Samet,
+            Graf: Pruning filters for efficient ConvNets. ICLR 2017); "batch-norm" is the size of its gain (Liu, Li,
+            Shen, Huang, Yan, Zhang: Learning efficient convolutional networks through network slimming. ICCV 2017), or
+            "l2" where there is none; "fpgm" how far what a layer gives it lies from what it gives the others (He, Liu,
+            Wang, Hu, Yang: Filter pruning via geometric median. CVPR 2019); "activation" the energy that it adds to
+            the outputs of the layers that read it (An, Zhao, Yu, Tang, Wang: Fluctuation-based adaptive structured
+            pruning for large language models. AAAI 2024, without their bias), or "l2" where none of those is
+            ungrouped; "taylor" the squared change of the loss, to first order (Molchanov, Mallya, Tyree, Frosio,
+            Kautz: Importance estimation for neural network pruning. CVPR 2019); "fisher" the change of the loss with
+            its curvature taken for the gradient's square (LeCun, Denker, Solla: Optimal brain damage. NeurIPS 1989).
         coupling: of the graph.
         groups: those wanted.
         context: the pass's, with data and seed.
@@ -125,20 +125,13 @@ def _readers(coupling: Coupling, group: Group) -> list[tuple[Node, Slot]]:
 def _by_activations(coupling: Coupling, groups: list[Group], context: Context) -> Saliencies:
     assert context.data.calibration is not None
     readers = {g.axis: _readers(coupling, g) for g in groups}
-    sources: dict[str, int] = {}
-    for node, _ in (pair for pairs in readers.values() for pair in pairs):
-        source = node.operand(0)
-        assert source is not None
-        sources[source.name] = -1 if node.op is ops.LINEAR else len(source.shape) - len(node.operand(1).shape) + 1  # type: ignore[union-attr]
-    energies = channel_energies(coupling.graph, sources, context.data.calibration)
+    wanted = [channels_read(node) for pairs in readers.values() for node, _ in pairs]
+    energies = channel_energies(coupling.graph, wanted, context.data.calibration)
     made: Saliencies = {}
     for group in groups:
         total = torch.zeros(group.size, dtype=torch.float64)
         for node, slot in readers[group.axis]:
-            weight = coupling.graph.tensor(slot.tensor).detach()
-            source = node.operand(0)
-            assert source is not None
-            energy = energies[source.name]
+            weight, energy = coupling.graph.tensor(slot.tensor).detach(), energies[channels_read(node)]
             if len(energy) == weight.shape[1]:  # a grouped convolution's weight has the inputs of one group
                 squares = weight.double().square() * energy.reshape(-1, *[1] * (weight.dim() - 2))
                 total += by_index(squares, slot, group.axis)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, fx
 
+from mcc import ops
 from mcc.errors import DataError, MccError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from mcc.data import Batch
-    from mcc.graph import Graph
+    from mcc.graph import Graph, Node
 
 Observer = Literal[
     "min-max", "moving-average", "percentile-99.9", "percentile-99.99", "percentile-99.999", "mse", "entropy"
@@ -196,27 +197,38 @@ def channel_peaks(graph: Graph, names: Iterable[str], batches: Iterable[Batch | 
     return peaks
 
 
-def channel_energies(graph: Graph, dims: dict[str, int], batches: Iterable[Batch | Tensor]) -> dict[str, Tensor]:
+def channel_energies(
+    graph: Graph, wanted: Iterable[tuple[str, int]], batches: Iterable[Batch | Tensor]
+) -> dict[tuple[str, int], Tensor]:
     """The mean square of each channel of nodes over calibration batches, float64 [channels].
 
     Args:
         graph: that runs.
-        dims: of each node, by name, the dim that holds its channels.
+        wanted: names of nodes, each with the dim that holds its channels.
         batches: calibration data.
 
     Raises:
         DataError: there is no batch, or a batch does not fit the graph's inputs.
     """
-    sums = {name: torch.zeros((), dtype=torch.float64) for name in dims}
-    counts = dict.fromkeys(dims, 0)
+    sums = {key: torch.zeros((), dtype=torch.float64) for key in wanted}
+    counts = dict.fromkeys(sums, 0)
 
     def take(name: str, values: Tensor) -> None:
-        rows = values.detach().double().movedim(dims[name], -1).flatten(0, -2)
-        sums[name] = sums[name] + rows.square().sum(0)
-        counts[name] += len(rows)
+        for key in (k for k in sums if k[0] == name):
+            rows = values.detach().double().movedim(key[1], -1).flatten(0, -2)
+            sums[key] = sums[key] + rows.square().sum(0)
+            counts[key] += len(rows)
 
-    record(graph, dims, batches, take)
-    return {name: total / max(counts[name], 1) for name, total in sums.items()}
+    record(graph, {name for name, _ in sums}, batches, take)
+    return {key: total / max(counts[key], 1) for key, total in sums.items()}
+
+
+def channels_read(node: Node) -> tuple[str, int]:
+    """The value that a layer reads, and the dim of its channels, as `channel_energies` takes them."""
+    source, weight = node.operand(0), node.weight_operand
+    assert source is not None
+    assert weight is not None
+    return source.name, -1 if node.op is ops.LINEAR else len(source.shape) - len(weight.shape) + 1
 
 
 @dataclass(frozen=True)

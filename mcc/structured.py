@@ -84,8 +84,13 @@ class StructuredPruning(Pass):
         order = _relative(saliencies(self.saliency, coupling, groups, context), groups)
         chosen = self._choose(graph, coupling, groups, order, context)
         removed = {g.axis: indices for g, indices in chosen.items() if len(indices) < g.size}
+        if not removed:
+            raise PassError(
+                f"{self}: nothing goes: {', '.join(f'{g.size} {g.kind}s of {g.givers[0]}' for g in groups[:3])} …",
+                remedy="raise `ratio` or `largest`, or lower `align`",
+            )
         context.edited(sum(g.size - len(indices) for g, indices in chosen.items()))
-        return keep(coupling, removed) if removed else graph
+        return keep(coupling, removed)
 
     def reference(self, before: Graph, after: Graph) -> Graph:
         """The graph before, everything stored at the removed indices zero."""
@@ -171,8 +176,10 @@ class StructuredPruning(Pass):
             gone = {g: share * g.size for g in groups}
         else:
             every = torch.cat([order[g.axis] for g in groups])
-            limit = every.sort().values[min(round(share * len(every)), len(every) - 1)]
-            gone = {g: float((order[g.axis] < limit).sum()) if share < 1 else float(g.size) for g in groups}
+            lowest = torch.zeros(len(every), dtype=torch.bool)
+            lowest[every.argsort(stable=True)[: round(share * len(every))]] = True
+            parts = torch.split(lowest, [g.size for g in groups])
+            gone = {g: float(part.sum()) for g, part in zip(groups, parts, strict=True)}
         return {g: _most_salient(order[g.axis], self._left(g.size, gone[g])) for g in groups}
 
     def _left(self, size: int, gone: float) -> int:

@@ -161,6 +161,17 @@ def _split(node: Node, dims: tuple[Dims, ...], baked: tuple[Term, ...], kept: Ke
         node.fx.args, node.fx.kwargs = (node.argument(0), [kept_size(t, kept) for t in baked], axis), {}
 
 
+def _squeeze(node: Node, dims: Dims, baked: tuple[Term, ...], kept: Kept) -> None:
+    """A dim that was larger than 1 was left alone, and must be where only one of its indices stays."""
+    del dims
+    given = node.argument(1)
+    listed = given if isinstance(given, list | tuple) else [given]
+    left = [d for d in listed if size(baked[int(d) % len(baked)]) == 1]
+    if len(left) != len(listed) and any(kept_size(t, kept) != size(t) for t in baked):
+        node.fx.target = ops.OPS["squeeze.dims"].target
+        node.fx.args, node.fx.kwargs = (node.argument(0), left), {}
+
+
 def _attention(node: Node, dims: Dims, baked: tuple[Term, ...], kept: Kept) -> None:
     """Scores stay divided by the square root of the depth they were trained with."""
     del dims
@@ -174,5 +185,6 @@ _MENDERS: dict[str, Callable[..., None]] = {
     "conv2d": _count_at(6), "conv3d": _count_at(6), "conv_transpose2d.input": _count_at(6), "group_norm": _count_at(1),
     "repeat": _counts_at(1), "repeat_interleave.self_int": _count_at(1), "pad": _counts_at(1),
     "constant_pad_nd": _counts_at(1), "slice.Tensor": _slice, "split.Tensor": _split, "split_with_sizes": _split,
-    "chunk": _split, "scaled_dot_product_attention": _attention,
+    "chunk": _split, "squeeze.dim": _squeeze, "squeeze.dims": _squeeze,
+    "scaled_dot_product_attention": _attention,
 }  # fmt: skip

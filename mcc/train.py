@@ -176,7 +176,13 @@ def _output_and_loss(graph: Graph, inputs: list[Tensor], labels: Tensor, context
             f"a training batch with inputs {shapes} does not fit the graph: {str(error).splitlines()[0]}",
             remedy="give each batch as (*inputs, labels)",
         ) from error
-    return output, (context.data.loss or torch.nn.functional.cross_entropy)(output, labels)
+    try:
+        return output, (context.data.loss or torch.nn.functional.cross_entropy)(output, labels)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise DataError(
+            f"the loss does not take the graph's output and labels {list(labels.shape)}: {str(error).splitlines()[0]}",
+            remedy="give data.loss=…, from (output, labels) to a scalar, or labels that fit",
+        ) from error
 
 
 def _loss(run: _Run, inputs: list[Tensor], labels: Tensor) -> Tensor:
@@ -199,22 +205,27 @@ def loss_gradients(
 
     Args:
         graph: gives the outputs; in whatever mode it is.
-        tensors: that it reads and that take gradients.
+        tensors: float ones that it reads; frozen ones stay so.
         context: of the pass, with the data.
         count: of batches.
 
     Raises:
         DataError: the training data is empty or its batches do not fit the graph.
     """
+    frozen = [t for t in tensors if not t.requires_grad]
     empty = True
-    for *inputs, labels in itertools.islice(_batches(context), count):
-        empty = False
-        with torch.enable_grad():
-            _, loss = _output_and_loss(graph, inputs, labels, context)
-            yield tuple(
-                torch.zeros_like(t) if g is None else g
-                for t, g in zip(tensors, torch.autograd.grad(loss, tensors, allow_unused=True), strict=True)
-            )
+    try:
+        for tensor in frozen:
+            tensor.requires_grad_()
+        for *inputs, labels in itertools.islice(_batches(context), count):
+            empty = False
+            with torch.enable_grad():
+                _, loss = _output_and_loss(graph, inputs, labels, context)
+                found = torch.autograd.grad(loss, tensors, allow_unused=True)
+            yield tuple(torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True))
+    finally:
+        for tensor in frozen:
+            tensor.requires_grad_(False)
     if empty:
         raise DataError("the training data is empty", remedy="give a DataLoader or a list of (*inputs, labels)")
 

@@ -7,6 +7,7 @@ tell it takes for not zero.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from mcc import ops
@@ -72,10 +73,27 @@ def find_zeros(graph: Graph, ties: Ties) -> dict[fx.Node, Zeros]:
         if raw.op == "get_attr":
             found[raw] = _axes(ties.of(node)) if is_zeroed(graph, str(raw.target)) else NONE
         elif raw.op == "call_function" and ties.dims.get(raw) is not None:
-            found[raw] = _zeros_of(node, ties, found) & _axes(ties.dims[raw])
+            found[raw] = _zeros_of(node, ties, found) & _axes(ties.dims[raw]) - _in_some_places_only(node, ties)
         else:
             found[raw] = NONE
     return found
+
+
+def _in_some_places_only(node: Node, ties: Ties) -> Zeros:
+    """Axes that several dims of a value have, where what goes in may be zero along one of these dims alone."""
+    if isinstance(node.value, list | tuple):
+        return NONE
+    often = Counter(axis for term in ties.of(node) for axis in set(axes_of(term)))
+    several = frozenset(axis for axis, count in often.items() if count > 1)
+    operands = tensor_operands(node)
+    if not several or node.op in _PRODUCTS or node.op in (ops.OPS["matmul"], ops.OPS["bmm"]):
+        return NONE  # these say themselves what each dim needs
+    if node.op in ops.LAYERS and node.operand(2) is None:
+        return NONE
+    if len(operands) != 1:
+        return several
+    given = Counter(axis for term in ties.of(operands[0]) for axis in set(axes_of(term)))
+    return frozenset(axis for axis in several if given[axis] != often[axis])
 
 
 def _axes(dims: Iterable[Any]) -> Zeros:
@@ -195,6 +213,8 @@ def _batch_norm(node: Node, ties: Ties, found: dict[fx.Node, Zeros]) -> Zeros:
 def _norm(node: Node, ties: Ties, found: dict[fx.Node, Zeros]) -> Zeros:
     """A norm by the values themselves gives zero for zeros, times its gain, plus its shift."""
     assert node.op is not None
+    if node.op is ops.OPS["instance_norm"] and not node.argument(5, True):
+        return _batch_norm(node, ties, found)
     gain = node.op.weights[0]
     made = (_operand_zeros(node, 0, found) | _operand_zeros(node, gain, found)) & _axes(ties.of(node))
     return _with_bias(made, node, gain + 1, found) if len(node.op.weights) > 1 else made

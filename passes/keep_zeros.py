@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mcc.cost import weight_expression
 from mcc.errors import SpecError
 from mcc.masks import Layers, insert_mask, masked_weights
 from mcc.rewrite import Context, Lossy, Pass
@@ -54,7 +55,7 @@ class KeepZeros(Pass):
         return masked_weights(before, after)
 
     def _refusal(self, node: Node) -> str | None:
-        root = node.weight
-        assert root is not None
-        share = 1 - int(root.tensor.count_nonzero()) / max(root.tensor.numel(), 1)
+        expression = weight_expression(node.operand(1))
+        assert expression is not None
+        share = 1 - expression.kept / max(expression.elements, 1)
         return None if share >= self.least else f"{share:.0%} of its weights are zero, less than {self.least:.0%}"

@@ -22,6 +22,7 @@ from mcc.train import loss_gradients
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+ROUNDING = 1e-9  # of shares
 BATCHES = 16  # of training data; more change the order of blocks little
 
 
@@ -32,12 +33,14 @@ class Block:
     Attributes:
         add: what joins the branch and its shortcut.
         shortcut: what goes past.
+        side: which operand of `add` that is, 0 or 1.
         branch: what is added to it.
         layer: the module that all layers of the branch belong to.
     """
 
     add: Node
     shortcut: Node
+    side: int
     branch: Node
     layer: str
 
@@ -93,12 +96,16 @@ class PruneBlocks(Pass):
         saliency = (_changes_of_loss if self.saliency == "taylor" else _influences)(graph, blocks, context)
         whole, removed = self._cost(graph), list[Block]()
         for block in sorted(blocks, key=lambda block: saliency[block.add.name]):
-            if self._gone(graph, whole, removed) >= self.ratio:
+            if self._gone(graph, whole) >= self.ratio - ROUNDING:
                 break
-            _remove(block)
-            removed.append(block)
-        gone = self._gone(graph, whole, removed)
-        if gone < self.ratio:
+            if block.add in graph.nodes:  # not inside a larger one that is gone
+                shortcut = block.add.operand(block.side)
+                assert shortcut is not None
+                block.add.fx.replace_all_uses_with(shortcut.fx)
+                graph.clean()
+                removed.append(block)
+        gone = self._gone(graph, whole)
+        if gone < self.ratio - ROUNDING:
             raise PassError(
                 f"{self}: {self.of} cannot fall by {self.ratio:.0%}, only by {gone:.0%}",
                 remedy="lower `ratio`, or prune channels, heads or neurons too",
@@ -110,11 +117,11 @@ class PruneBlocks(Pass):
     def reference(self, before: Graph, after: Graph) -> Graph:
         """The graph before, with the removed branches times zero."""
         made, left = before.copy(), {n.name for n in after.nodes}
-        for block in residual_blocks(made):
+        for block in list(residual_blocks(made)):
             if block.add.name not in left:
                 zero = made.call(block.add, ops.MUL.target, block.branch.fx, 0.0)
                 zero.meta["val"] = block.branch.value
-                block.add.fx.replace_input_with(block.branch.fx, zero)
+                block.add.fx.update_arg(1 - block.side, zero)
         return made.clean()
 
     def _cost(self, graph: Graph) -> float:
@@ -122,9 +129,9 @@ class PruneBlocks(Pass):
         costs = {"blocks": len(list(residual_blocks(graph))), "macs": size.macs, "bytes": size.stored_bytes}
         return float(costs[self.of])
 
-    def _gone(self, graph: Graph, whole: float, removed: list[Block]) -> float:
+    def _gone(self, graph: Graph, whole: float) -> float:
         """The share of the whole cost that is no more."""
-        return len(removed) / whole if self.of == "blocks" else 1 - self._cost(graph) / whole
+        return 1 - self._cost(graph) / whole
 
     def _candidates(self, graph: Graph, context: Context) -> list[Block]:
         taken, matched = [], set()
@@ -162,7 +169,8 @@ def residual_blocks(graph: Graph, context: Context | None = None) -> Iterator[Bl
 
 def _block(node: Node, before: dict[fx.Node, frozenset[fx.Node]]) -> tuple[Block | None, str | None]:
     """The branch that a sum adds to what it is computed from, or why there is none; no reason where it has no layer."""
-    for shortcut, branch in ((node.operand(0), node.operand(1)), (node.operand(1), node.operand(0))):
+    for side in (0, 1):
+        shortcut, branch = node.operand(side), node.operand(1 - side)
         assert shortcut is not None
         assert branch is not None
         if shortcut.fx not in before[branch.fx]:
@@ -173,19 +181,10 @@ def _block(node: Node, before: dict[fx.Node, frozenset[fx.Node]]) -> tuple[Block
         leaving = [n for n in inside if any(u not in inside and u is not node.fx for u in n.users)]
         if leaving:
             return None, f"%{leaving[0].name} inside the branch is read elsewhere"
-        return Block(node, shortcut, branch, _module(node.graph, inside)), None
+        return Block(node, shortcut, side, branch, _module(node.graph, inside)), None
     sides = [o.fx for o in (node.operand(0), node.operand(1)) if o is not None]
     both = all(any(Node(n, node.graph).weight is not None for n in (*before[side], side)) for side in sides)
     return None, "neither side is what the other is computed from" if both else None
-
-
-def _remove(block: Block) -> None:
-    """Read what goes past the branch: another node than at first, where the block before was removed."""
-    add = block.add.fx
-    shortcut = next(a for a in add.args[:2] if a is not block.branch.fx)
-    assert isinstance(shortcut, fx.Node)
-    add.replace_all_uses_with(shortcut)
-    block.add.graph.clean()
 
 
 def _module(graph: Graph, inside: Iterable[fx.Node]) -> str:

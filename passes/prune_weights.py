@@ -11,9 +11,9 @@ from torch import Tensor
 from mcc import ops
 from mcc.errors import SpecError
 from mcc.graph import Graph, Schedule
-from mcc.masks import SCOPES, Layers, Pattern, Scope, choose, insert_mask, masked_weights
+from mcc.masks import SCOPES, Layers, Pattern, Scope, choose, insert_mask, mask_name, masked_weights
 from mcc.rewrite import Context, Lossy, Pass
-from mcc.statistics import channel_energies
+from mcc.statistics import channel_energies, channels_read
 from mcc.train import loss_gradients
 
 if TYPE_CHECKING:
@@ -98,9 +98,8 @@ class PruneWeights(Pass):
         )
         factors = self._factors(graph, layers, context)
         for name in layers:
-            if f"{name}_mask" not in dict(graph.module.named_buffers()):
-                insert_mask(graph, name, torch.ones(graph.tensor(name).shape, dtype=torch.bool))
-                context.edited()
+            insert_mask(graph, name, torch.ones(graph.tensor(name).shape, dtype=torch.bool))
+            context.edited()
         if self.schedule == "cubic":
             schedule = CubicPruning(self.ratio, self.scope, pattern, tuple(layers))
             return graph.with_schedules((*graph.schedules, schedule))
@@ -142,7 +141,7 @@ class CubicPruning(Schedule):
         """Prune to s(t); masks change in a hundred steps, not at every batch."""
         ramp = min(round(progress / RAMP_END, 2), 1.0)
         target = self.ratio * (1 - (1 - ramp) ** 3)
-        masks = [graph.tensor(f"{name}_mask") for name in self.names]
+        masks = [graph.tensor(mask_name(graph, name)) for name in self.names]
         sparsity = 1 - sum(int(m.count_nonzero()) for m in masks) / sum(m.numel() for m in masks)
         if target > sparsity + 1e-6:
             set_masks(graph, dict.fromkeys(self.names), target, self.scope, self.pattern)
@@ -153,9 +152,10 @@ def set_masks(graph: Graph, factors: dict[str, Tensor | None], ratio: float, sco
     scores = {}
     for name, factor in factors.items():
         size = graph.tensor(name).detach().abs()
-        scores[name] = torch.where(graph.tensor(f"{name}_mask"), size if factor is None else size * factor, -1.0)
+        score = size if factor is None else size * factor
+        scores[name] = torch.where(graph.tensor(mask_name(graph, name)), score, -1.0)
     for name, mask in choose(scores, ratio, scope, pattern).items():
-        graph.set_tensor(f"{name}_mask", mask & graph.tensor(f"{name}_mask") if pattern != Pattern() else mask)
+        insert_mask(graph, name, mask)
 
 
 def _weight_of(node: Node) -> Tensor:
@@ -167,20 +167,15 @@ def _weight_of(node: Node) -> Tensor:
 def _input_sizes(graph: Graph, layers: dict[str, list[Node]], context: Context) -> dict[str, Tensor]:
     """The root mean square of what each weight [out, in, …] multiplies, of a shape that broadcasts against it."""
     assert context.data.calibration is not None
-    channels = {}
-    for node in (n for nodes in layers.values() for n in nodes):
-        source = node.operand(0)
-        assert source is not None
-        channels[source.name] = -1 if node.op is ops.LINEAR else len(source.shape) - _weight_of(node).dim() + 1
-    energies = channel_energies(graph, channels, context.data.calibration)
+    energies = channel_energies(
+        graph, [channels_read(n) for nodes in layers.values() for n in nodes], context.data.calibration
+    )
     found = {}
     for name, nodes in layers.items():
         weight = graph.tensor(name)
         total = torch.zeros((), dtype=torch.float64)
         for node in nodes:
-            source = node.operand(0)
-            assert source is not None
-            total = total + _for_weight(energies[source.name], node, weight)
+            total = total + _for_weight(energies[channels_read(node)], node, weight)
         found[name] = (total / len(nodes)).sqrt().to(weight.dtype)
     return found
 

@@ -210,6 +210,15 @@ def _summed(rng: random.Random, x: Tensor) -> Callable[[Tensor], Tensor]:
     return rng.choice(ways)
 
 
+def _paired(rng: random.Random, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """A value against its own transpose, one of both dims ended again."""
+    if x.dim() != 3 or x.shape[2] > 8:
+        raise ValueError
+    way = rng.choice([torch.mul, torch.add, torch.sub, torch.maximum])
+    end = rng.choice([lambda v: v.sum(-1), lambda v: v.mean(-2), lambda v: v.softmax(-1).sum(-2), lambda v: v.amax(-1)])
+    return lambda v: end(way(v.unsqueeze(3), v.unsqueeze(2)))
+
+
 def _repeated(rng: random.Random, x: Tensor) -> Callable[[Tensor], Tensor]:
     axis = _channel(x) % x.dim()
     counts = [2 if i == axis else 1 for i in range(x.dim())]
@@ -322,5 +331,5 @@ MAKERS: dict[str, Maker] = {
     "other": _unary(torch.sigmoid, torch.cos, F.softplus, lambda v: v + 1, lambda v: v.clamp(0.1, 1), lambda v: 1 - v),
     "two": _two, "join": _join, "halves": _of_last(_halves), "part": _of_last(_part), "padded": _of_last(_padded),
     "shuffled": _of_last(_shuffled), "summed": _of_last(_summed), "repeated": _of_last(_repeated),
-    "picked": _of_last(_picked), "space": _of_last(_space),
+    "paired": _of_last(_paired), "picked": _of_last(_picked), "space": _of_last(_space),
 }  # fmt: skip

@@ -190,6 +190,56 @@ def test_a_sum_of_what_is_not_zero_blocks():
     )
 
 
+class Pairs(nn.Module):
+    """A value against its own transpose: zero at a removed row, not at the removed column."""
+
+    def __init__(self, way) -> None:
+        super().__init__()
+        self.a, self.b, self.way = nn.Linear(4, 6), nn.Parameter(torch.randn(6, 3)), way
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.way(y.unsqueeze(2), y.unsqueeze(1)).sum(-1) @ self.b
+
+
+@pytest.mark.parametrize(("way", "goes"), [
+    (lambda p, q: p - q, False), (lambda p, q: p / (1 + q * q), False), (torch.maximum, False),
+    (lambda p, q: torch.where(p > q, p, q), False), (lambda p, q: p.masked_fill(q > 0, 0.0), False),
+    (lambda p, q: (p - q).square(), False), (lambda p, q: p.expand_as(p * q), False), (lambda p, q: p * q, True),
+])  # fmt: skip
+def test_zeros_of_one_dim_are_none_of_another(way, goes):
+    assert bool(check_exact(Pairs(way).double().eval(), (torch.randn(2, 4).double(),))) == goes
+
+
+def test_an_instance_norm_by_running_statistics_gives_no_zeros():
+    class Normalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.n = nn.Conv2d(3, 6, 1), nn.InstanceNorm2d(6, track_running_stats=True)
+            self.n.running_mean.normal_()
+
+        def forward(self, x):
+            return self.n(self.c(x)).sum(1)
+
+    assert not check_exact(Normalized().double().eval(), (torch.randn(2, 3, 4, 4).double(),))
+
+
+def test_a_squeeze_of_what_was_wide_leaves_what_became_one():
+    class Squeezed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x).squeeze(1).relu())
+
+    before = capture(Squeezed().double().eval(), (torch.randn(2, 8).double(),))
+    coupling = couple(before.copy())
+    after = keep(coupling, {coupling.open_groups[0].axis: torch.tensor([2])})
+    x = torch.randn(2, 8).double()
+    torch.testing.assert_close(after(x), zeroed(before, after)(x))
+
+
 def test_the_scores_of_narrower_heads_keep_their_scale():
     before = capture(SharedKeys().double().eval(), (torch.randn(2, 5, 16).double(),))
     coupling = couple(before.copy())

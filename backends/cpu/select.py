@@ -88,7 +88,11 @@ def prefer_dense(node: Node, density: float, target: Target) -> str | None:
     else:
         kind = "pixels" if math.prod(extent(s) for s in weight.shape[2:]) == 1 else "windows"
         what = kind
-    precision = "float" if source.op is not ops.DEQUANTIZE else "dot4" if target.exact_dot4 else "int8"
+    if source.op is ops.FAKE_QUANTIZE_PER_TOKEN:
+        return "no sparse kernel quantizes the rows it reads"
+    # activations become codes after the weights that read them
+    codes = source.op in (ops.FAKE_QUANTIZE, ops.DEQUANTIZE)
+    precision = "float" if not codes else "dot4" if target.exact_dot4 else "int8"
     limit = DENSEST[precision][kind]
     if density <= limit:
         return None

@@ -12,6 +12,7 @@ from networks import Residual, Shared, mlp
 from torch import nn
 
 import mcc
+from mcc import ops
 from mcc.cost import graph_size
 from mcc.data import Data
 from mcc.errors import PassError
@@ -175,6 +176,47 @@ def test_what_only_looks_like_a_mask_stays_as_it_is():
 
     graph = mcc.capture(Gate().eval(), (torch.randn(2, 4),))
     assert graph.tensor("fixed").dtype is graph.tensor("learned").dtype is torch.float32
+
+
+@pytest.mark.parametrize("first", [PruneWeights(ratio=0.9), PruneWeights(ratio=0.9, scope="layer")])
+@pytest.mark.parametrize(
+    "second", [PruneWeights(ratio=0.5, scope=s) for s in ("global", "layer", "output")] + [KeepZeros(least=0.1)]
+)
+def test_what_is_pruned_stays_pruned(first, second):
+    model, x = mlp(16, 12, 4), torch.randn(2, 16)
+    before, _ = run(model, x, first)
+    graph, rows = run(model, x, first, second)
+    for name in ("0", "2"):
+        assert not (graph.tensor(f"{name}.weight_mask") & ~before.tensor(f"{name}.weight_mask")).any()
+    assert rows[2].largest_error is not None
+
+
+def test_masks_of_torch_are_the_ones_that_later_passes_change():
+    model, x = mlp(16, 12, 4), torch.randn(2, 16)
+    for name in ("0", "2"):
+        torch.nn.utils.prune.l1_unstructured(model[int(name)], "weight", 0.5)
+    graph, _ = run(model, x, PruneWeights(ratio=0.6, scope="layer"))
+    assert sum(n.op is ops.MUL for n in graph.nodes) == 2
+    assert graph.tensor("0.weight_mask").double().mean() == pytest.approx(0.4, abs=0.01)
+
+
+def test_wanda_tells_the_dims_of_one_value_apart():
+    class Both(nn.Module):
+        def __init__(self, width) -> None:
+            super().__init__()
+            self.c, self.l = nn.Conv1d(6, 4, 1), nn.Linear(width, 4)
+
+        def forward(self, x):
+            return self.c(x).sum((1, 2)) + self.l(x).sum((1, 2))
+
+    for width in (8, 6):
+        model, x = Both(width), torch.randn(64, 6, width) * torch.arange(1, 7).reshape(6, 1) ** 2
+        data = Data(calibration=[x])
+        graph, _ = run(model, x[:2], PruneWeights(saliency="wanda", scope="output"), data=data)
+        scores = model.c.weight.detach().abs() * x.square().mean((0, 2)).sqrt().reshape(6, 1)
+        assert torch.equal(
+            graph.tensor("c.weight_mask").flatten(1), (scores >= scores.sort(1).values[:, 3:4]).flatten(1)
+        )
 
 
 def test_zeros_of_a_checkpoint_become_masks_where_there_are_enough():

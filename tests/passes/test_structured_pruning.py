@@ -83,7 +83,7 @@ def test_both_halves_of_a_gate_lose_the_same_neurons():
 
 
 @settings(max_examples=15)
-@given(st.floats(0.05, 0.85), st.sampled_from([1, 3, 8]), st.sampled_from(["layer", "global"]))
+@given(st.floats(0.4, 0.85), st.sampled_from([1, 3, 8]), st.sampled_from(["layer", "global"]))
 def test_the_ratio_of_indices_is_met_up_to_alignment(ratio, align, scope):
     graph, _ = run(Chain(), images(), PruneChannels(ratio=ratio, align=align, scope=scope))
     left = {"a": graph.tensor("a.weight").shape[0], "c": graph.tensor("c.weight").shape[0]}
@@ -142,6 +142,33 @@ def test_the_geometric_median_goes():
     rows = model.c.weight.flatten(1)
     gone = torch.cdist(rows, rows).sum(1).argmin()
     assert torch.equal(graph.tensor("c.weight"), model.c.weight[[i for i in range(24) if i != gone]])
+
+
+def test_equal_saliencies_go_in_order_and_the_ratio_is_met():
+    """Fresh batch norms have gains of one."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 2, 1))
+    step = PruneChannels(saliency="batch-norm", scope="global", ratio=0.5)
+    graph, _ = run(model, images(), step)
+    assert torch.equal(graph.tensor("0.weight"), model[0].weight[8:])
+
+
+def test_what_removes_nothing_says_so():
+    for options in ({"align": 32}, {"ratio": 0.01}, {"largest": 0.01}):
+        with pytest.raises(PassError, match="nothing goes: 16 channels of a"):
+            run(Chain(), images(), PruneChannels(**options))
+
+
+def test_frozen_parameters_have_saliencies_and_stay_frozen():
+    model = Chain().requires_grad_(False)
+    for saliency in ("taylor", "fisher"):
+        graph, _ = run(model, images(), PruneChannels(saliency=saliency), data=Data(train=labelled()))
+        assert not any(p.requires_grad for _, p in graph.named_parameters())
+
+
+def test_a_loss_that_does_not_fit_is_an_error_of_the_data():
+    wrong = [(x, labels[:3]) for x, labels in labelled()]
+    with pytest.raises(DataError, match="the loss does not take the graph's output and labels"):
+        run(Chain(), images(), PruneChannels(saliency="taylor"), data=Data(train=wrong))
 
 
 def test_random_is_seeded():
@@ -248,6 +275,48 @@ def test_blocks_go_until_the_macs_are_met_and_what_cannot_is_said():
         run(Blocks(), torch.randn(2, 8), PruneBlocks(ratio=0.99, of="macs"), data=data)
     with pytest.raises(PassError, match="pattern 'x' matches no block"):
         run(Blocks(), torch.randn(2, 8), PruneBlocks(include=("x",)), data=data)
+
+
+class Nested(nn.Module):
+    """A block inside a block; which side the shortcut is on differs."""
+
+    def __init__(self, swapped) -> None:
+        super().__init__()
+        self.g, self.f, self.k, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.swapped = swapped
+
+    def forward(self, x):
+        h = self.g(x)
+        inner = h + self.f(h)
+        y = x + inner if self.swapped else inner + x
+        return self.out(y + 30 * self.k(y))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(("ratio", "left"), [(0.3, None), (0.6, None), (0.99, {"out"})])
+def test_nested_blocks_go_from_the_right_side(swapped, ratio, left):
+    x = torch.randn(16, 8)
+    graph, rows = run(Nested(swapped), x[:2], PruneBlocks(ratio=ratio), data=Data(calibration=[x]))
+    assert rows[1].largest_error is not None
+    layers = {n.layer for n in graph.nodes if n.op is ops.LINEAR}
+    assert left is None or layers == left
+    assert "k" in layers or ratio == 0.99
+
+
+def test_blocks_in_a_row_go_together():
+    class Row(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            x = x + self.a(x)
+            x = self.b(x) + x
+            return x + self.c(x)
+
+    x = torch.randn(16, 8)
+    graph, _ = run(Row(), x[:2], PruneBlocks(ratio=0.99), data=Data(calibration=[x]))
+    assert torch.equal(graph(x), x)
 
 
 def test_a_shortcut_that_changes_the_value_keeps_its_block():

@@ -121,6 +121,24 @@ def test_a_grouped_sparse_convolution_is_decoded_at_build_time_and_the_report_sa
     )
 
 
+@pytest.mark.parametrize(("target", "steps", "kernel"), [
+    ("cpu:avx2", [], "sparse_dense"), ("cpu:avx2", [Quantize()], "dense_int8"),
+    ("cpu:avx512", [Quantize(activations="dynamic")], "dense_per_token"),
+    ("cpu:avx512", [Quantize(activations=None)], "sparse_dense"),
+])  # fmt: skip
+def test_codes_are_read_sparse_at_lower_densities_than_floats(target, steps, kernel):
+    """At density 0.25: between the limits of integers and of floats."""
+    model, x = nn.Sequential(nn.Linear(256, 256)), torch.randn(64, 256)
+    prune = PruneWeights(ratio=0.75, scope="layer")
+    artifact = mcc.compile(
+        model, (x,), passes=[prune, *steps], data=Data(calibration=[x]), measure="never", tuning="model", verify=False,
+        target=target,
+    )  # fmt: skip
+    assert [row.kernel.split()[0] for row in artifact.report.layers] == [kernel]
+    reasons = [d.reason for row in artifact.report.passes for d in row.declined]
+    assert bool(reasons) == (kernel != "sparse_dense")
+
+
 @pytest.mark.parametrize("codes", [False, True])
 def test_a_sparse_convolution_with_a_residual_is_one_kernel(codes):
     class Block(nn.Module):
