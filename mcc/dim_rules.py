@@ -318,12 +318,6 @@ _BY_NAME: dict[str, Callable[[Ties, Node], Any]] = {
     "batch_norm": _batch_norm, "instance_norm": _instance_norm, "group_norm": _group_norm, "layer_norm": _layer_norm,
     "rms_norm": _layer_norm, "linalg_vector_norm": _reduction, "_weight_norm": _weight_norm, "prelu": _prelu,
     "pixel_shuffle": _pixel_shuffle,
-
-
-
-
-
-
     "zeros_like": _first, "ones_like": _first, "full_like": _first, "empty_like": _first, "zeros": _filled,
     "ones": _filled, "full": _filled, "new_zeros": _filled, "new_ones": _filled, "new_full": _filled,
     "arange": _counted, "arange.start": _counted, "arange.start_step": _counted, "eye": _counted,
