@@ -22,6 +22,8 @@ from mcc.target import parse_target
 sys.path.insert(0, str(Path(__file__).parent))
 settings.register_profile("mcc", deadline=None)  # a first call compiles or imports
 settings.load_profile("mcc")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores: more threads than those wait for each other
 GOLDEN = Path(__file__).parent / "golden"
 
 

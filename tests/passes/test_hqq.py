@@ -79,7 +79,7 @@ def test_what_is_not_taken_is_listed_with_the_reason():
     assert [d.reason for d in rows[1].declined] == ["its 96 inputs are no multiple of 64"]
     with pytest.raises(PassError, match="its pruned weights would not stay zero: no code stands for it"):
         run(nn.Linear(64, 8), x, PruneWeights(ratio=0.5), Hqq())
-    with pytest.raises(PassError, match="there is no layer to prune"):
+    with pytest.raises(PassError, match="no layer to prune: linear: its pruned weights would not stay zero"):
         run(nn.Linear(64, 8), x, Hqq(), PruneWeights(ratio=0.5))
     steps = Hqq(group_size=None), Quantize(activations="dynamic")
     _, rows = run(TiedLanguageModel(), torch.randint(0, 50, (2, 6)), *steps)
