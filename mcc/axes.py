@@ -218,9 +218,7 @@ def _steps(factors: Sequence[Term]) -> list[int]:
 def _refined(product: Product, steps: Sequence[int], place: str) -> list[Term]:
     """The product's factors, split so that their steps are `steps`, decreasing."""
     found: list[Term] = []
-    for outer, inner, factor in zip(
-        _steps(product.factors), _steps(product.factors)[1:], product.factors, strict=False
-    ):
+    for (outer, inner), factor in zip(pairwise(_steps(product.factors)), product.factors, strict=True):
         within = [s for s in steps if inner <= s <= outer]
         found += factored(factor, [a // b for a, b in pairwise(within)], place)
     return found
@@ -265,7 +263,7 @@ def _matched(dims: Sequence[Term], sizes: Sequence[int], place: str) -> list[Ter
     if any(outer % inner for outer, inner in pairwise(steps)):
         block(whole, f"{place} reshapes dims whose parts do not fit each other")
         return [Axis(s, [f"{place} reshapes dims whose parts do not fit each other"]) for s in sizes]
-    parts = _refined(Product(tuple(dims)), steps, place)
+    parts = _refined(whole, steps, place)
     made: list[Term] = []
     for outer, inner in pairwise(bounds):
         first, last = steps.index(outer), steps.index(inner)

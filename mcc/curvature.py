@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from mcc.errors import DataError, PassError
+from mcc.statistics import run_in_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from mcc.graph import Node
-    from mcc.rewrite import Pass
+    from torch import fx
+
+    from mcc.graph import Graph, Node
+    from mcc.rewrite import Context, Pass
 
 BLOCK = 128  # inputs whose errors are spread over the inputs behind them in one product
 
@@ -82,6 +85,39 @@ def inverse_factor(curvature: Tensor, damping: float, step: Pass, node: Node) ->
     except RuntimeError as error:  # torch.linalg.LinAlgError, which its stubs do not export
         raise PassError(f"{step}: the Hessian of {node.layer} is singular", remedy="raise damping") from error
     return factor.float()
+
+
+def layer_by_layer(
+    graph: Graph, context: Context, label: str, layers: Iterable[Node], change: Callable[[Node, list[list[Any]]], None]
+) -> None:
+    """Change the weights of layers one after another, each told what the changed layers before it give.
+
+    Args:
+        graph: of the layers.
+        context: of the pass, with calibration data; counts an edit and shows progress for each layer.
+        label: for the progress display.
+        layers: linear layers.
+        change: gets a layer and its arguments for each batch, and changes its stored weight.
+
+    Raises:
+        DataError: there is no batch, or a batch does not fit the graph's inputs.
+    """
+    assert context.data.calibration is not None
+    by_call = {node.fx: node for node in layers}
+    task = context.progress.add_task(label, total=len(by_call)) if context.progress is not None else None
+
+    def before(node: fx.Node, arguments: list[list[Any]]) -> bool:
+        if node not in by_call:
+            return False
+        change(by_call[node], arguments)
+        context.edited()
+        if context.progress is not None and task is not None:
+            context.progress.advance(task)
+        return True
+
+    run_in_step(graph, context.data.calibration, before)
+    if context.progress is not None and task is not None:
+        context.progress.remove_task(task)
 
 
 def compensated(weight: Tensor, inverse: Tensor, settle: Callable[[Tensor, int], Tensor]) -> Tensor:

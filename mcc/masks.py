@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -14,6 +13,7 @@ from mcc import ops
 from mcc.cost import weight_expression
 from mcc.errors import PassError, SpecError
 from mcc.graph import Graph, Node, identifier
+from mcc.patterns import Patterns
 from mcc.rewrite import Context, Pass, Rewriter
 
 if TYPE_CHECKING:
@@ -194,32 +194,22 @@ class Layers:
             PassError: a pattern matches nothing, or there is no layer.
         """
         found: dict[str, list[Node]] = {}
-        matched: set[str] = set()
+        patterns = Patterns(self.include, self.exclude)
         layers = [n for n in graph.nodes if n.op in ops.LAYERS]
         for node in layers:
-            reason = self._left_out(node, matched) or _unmaskable(node) or refusal(node)
+            reason = patterns.refusal([node.layer]) or _unmaskable(node) or refusal(node)
             if reason is not None:
                 context.decline(node, reason)
                 continue
             root = node.weight
             assert root is not None
             found.setdefault(str(root.fx.target), []).append(node)
-        unmatched = [p for p in (*self.include, *self.exclude) if p not in matched and p != "*"]
-        if unmatched or not found:
+        if patterns.unmatched or not found:
             names = ", ".join(sorted({n.layer for n in layers})) or "none"
-            what = (
-                f"pattern {unmatched[0]!r} matches no layer" if unmatched else f"no layer to prune: {context.reasons}"
-            )
+            unmatched = f"pattern {patterns.unmatched!r} matches no layer"
+            what = unmatched if patterns.unmatched else f"no layer to prune: {context.reasons}"
             raise PassError(f"{step}: {what}", remedy=f"layers of this model: {names}")
         return found
-
-    def _left_out(self, node: Node, matched: set[str]) -> str | None:
-        included = [p for p in self.include if fnmatchcase(node.layer, p)]
-        excluded = [p for p in self.exclude if fnmatchcase(node.layer, p)]
-        matched.update(included, excluded)
-        if excluded:
-            return f"excluded by {excluded[0]!r}"
-        return None if included else "not included"
 
 
 def _unmaskable(node: Node) -> str | None:

@@ -174,7 +174,7 @@ def _make_functional(module: fx.GraphModule) -> None:
             return order.get(user, -1) > place
 
         chain = list(_view_chain(written))
-        shared = _read_elsewhere(written, later)
+        shared = _read_elsewhere(written, chain, later)
         if shared:
             _refuse_unknown_views(node, chain)
             _rebase(module, node, chain, later)
@@ -231,11 +231,10 @@ def _views(base: fx.Node) -> Iterator[fx.Node]:
             yield from _views(user)
 
 
-def _read_elsewhere(written: fx.Node, later: Callable[[fx.Node], bool]) -> bool:
+def _read_elsewhere(written: fx.Node, chain: list[fx.Node], later: Callable[[fx.Node], bool]) -> bool:
     """Whether memory that a write changes is read after it through another value: then the write must reach that."""
-    root = written
-    while _is_view(root):
-        root = root.args[0]  # type: ignore[assignment]  # a view's first argument is a node
+    root = chain[-1].args[0] if chain else written
+    assert isinstance(root, fx.Node)
     if root.op == "get_attr":
         return True
     return any(later(user) for alias in (root, *_views(root)) if alias is not written for user in alias.users)

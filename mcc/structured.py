@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from mcc.cost import graph_size
 from mcc.coupling import Coupling, Group, couple
 from mcc.errors import PassError, SpecError
+from mcc.patterns import Patterns
 from mcc.report import Declined
 from mcc.rewrite import Context, Lossy, Pass
 from mcc.saliency import NEEDS, Saliencies, SaliencyName, saliencies
@@ -98,26 +98,19 @@ class StructuredPruning(Pass):
 
     def _groups(self, coupling: Coupling, context: Context) -> list[Group]:
         """The groups to prune; others of the kinds are declined."""
-        taken, matched = [], set()
+        taken, patterns = [], Patterns(self.include, self.exclude)
         for group in coupling.groups:
             if group.kind not in self.kinds:
                 continue
-            included = {p for p in self.include if any(fnmatchcase(layer, p) for layer in group.givers)}
-            excluded = {p for p in self.exclude if any(fnmatchcase(layer, p) for layer in group.givers)}
-            matched |= included | excluded
-            reason = next(iter(group.blocked), None)
-            if excluded:
-                reason = f"excluded by {sorted(excluded)[0]!r}"
-            elif not included:
-                reason = "not included"
+            reason = patterns.refusal(group.givers) or next(iter(group.blocked), None)
             if reason is None:
                 taken.append(group)
             else:
                 context.declined.append(Declined(group.givers[0], f"{group.size} {group.kind}s: {reason}"))
-        unmatched = [p for p in (*self.include, *self.exclude) if p not in matched and p != "*"]
-        if unmatched or not taken:
+        if patterns.unmatched or not taken:
             kinds = " or ".join(self.kinds)
-            what = f"pattern {unmatched[0]!r} matches no layer with a {kinds}" if unmatched else f"no {kinds} can go"
+            unmatched = f"pattern {patterns.unmatched!r} matches no layer with a {kinds}"
+            what = unmatched if patterns.unmatched else f"no {kinds} can go"
             raise PassError(f"{self}: {what}", remedy=f"`mcc inspect --prunable` lists groups; here: {context.reasons}")
         return taken
 

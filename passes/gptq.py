@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mcc.channels import weight_is_shared
 from mcc.cost import weight_expression
-from mcc.curvature import compensated, inverse_factor, layer_hessian
+from mcc.curvature import compensated, inverse_factor, layer_by_layer, layer_hessian
 from mcc.errors import SpecError
 from mcc.formats import nearest
 from mcc.quantization import (
@@ -24,11 +24,8 @@ from mcc.quantization import (
     weights_rounded,
 )  # fmt: skip
 from mcc.rewrite import Context, Lossy, Pass
-from mcc.statistics import run_in_step
 
 if TYPE_CHECKING:
-    from torch import fx
-
     from mcc.graph import Graph, Node
 
 NARROWEST, WIDEST = 2, 4
@@ -80,26 +77,16 @@ class Gptq(Pass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         """Quantize layer by layer while the calibration data runs through the graph."""
-        layers = {node.fx: node for node in linear_layers_taken(self, graph, context, self._refusal)}
-        parameters: dict[fx.Node, tuple[Tensor, Tensor]] = {}
-        assert context.data.calibration is not None
-        task = context.progress.add_task("gptq", total=len(layers)) if context.progress is not None else None
+        layers = linear_layers_taken(self, graph, context, self._refusal)
+        parameters: dict[Node, tuple[Tensor, Tensor]] = {}
 
-        def before(node: fx.Node, arguments: list[list[Any]]) -> bool:
-            if node not in layers:
-                return False
-            parameters[node] = self._quantize(layers[node], arguments)
-            context.edited()
-            if context.progress is not None and task is not None:
-                context.progress.advance(task)
-            return True
+        def change(node: Node, arguments: list[list[Any]]) -> None:
+            parameters[node] = self._quantize(node, arguments)
 
-        run_in_step(graph, context.data.calibration, before)
-        for fx_node, node in layers.items():
+        layer_by_layer(graph, context, "gptq", layers, change)
+        for node in layers:
             name, _ = layer_weight(node)
-            insert_quantizer(node, name, lambda n=fx_node: parameters[n], 0, code_range(self.bits))  # type: ignore[misc]
-        if context.progress is not None and task is not None:
-            context.progress.remove_task(task)
+            insert_quantizer(node, name, lambda n=node: parameters[n], 0, code_range(self.bits))  # type: ignore[misc]
         return graph
 
     def reference(self, before: Graph, after: Graph) -> Graph:

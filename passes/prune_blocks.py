@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -14,6 +13,7 @@ from mcc import ops
 from mcc.cost import graph_size
 from mcc.errors import PassError, SpecError
 from mcc.graph import Graph, Node
+from mcc.patterns import Patterns
 from mcc.report import Declined
 from mcc.rewrite import Context, Lossy, Pass
 from mcc.statistics import record
@@ -125,28 +125,26 @@ class PruneBlocks(Pass):
         return made.clean()
 
     def _cost(self, graph: Graph) -> float:
+        if self.of == "blocks":
+            return float(len(list(residual_blocks(graph))))
         size = graph_size(graph)
-        costs = {"blocks": len(list(residual_blocks(graph))), "macs": size.macs, "bytes": size.stored_bytes}
-        return float(costs[self.of])
+        return float(size.macs if self.of == "macs" else size.stored_bytes)
 
     def _gone(self, graph: Graph, whole: float) -> float:
         """The share of the whole cost that is no more."""
         return 1 - self._cost(graph) / whole
 
     def _candidates(self, graph: Graph, context: Context) -> list[Block]:
-        taken, matched = [], set()
+        taken, patterns = [], Patterns(self.include, self.exclude)
         for block in residual_blocks(graph, context):
-            included = [p for p in self.include if fnmatchcase(block.layer, p)]
-            excluded = [p for p in self.exclude if fnmatchcase(block.layer, p)]
-            matched |= {*included, *excluded}
-            if excluded or not included:
-                reason = f"excluded by {excluded[0]!r}" if excluded else "not included"
-                context.declined.append(Declined(block.layer, reason))
-            else:
+            reason = patterns.refusal([block.layer])
+            if reason is None:
                 taken.append(block)
-        unmatched = [p for p in (*self.include, *self.exclude) if p not in matched and p != "*"]
-        if unmatched or not taken:
-            what = f"pattern {unmatched[0]!r} matches no block" if unmatched else "there is no block to remove"
+            else:
+                context.declined.append(Declined(block.layer, reason))
+        if patterns.unmatched or not taken:
+            unmatched = f"pattern {patterns.unmatched!r} matches no block"
+            what = unmatched if patterns.unmatched else "there is no block to remove"
             raise PassError(f"{self}: {what}", remedy=f"what was not taken: {context.reasons}")
         return taken
 

@@ -11,16 +11,13 @@ from torch import Tensor
 from mcc import ops
 from mcc.channels import weight_is_shared
 from mcc.cost import weight_expression
-from mcc.curvature import BLOCK, compensated, inverse_factor, layer_hessian
+from mcc.curvature import BLOCK, compensated, inverse_factor, layer_by_layer, layer_hessian
 from mcc.errors import SpecError
 from mcc.masks import Layers, Pattern, best_among, insert_mask, largest, masked_weights
 from mcc.quantization import layer_weight
 from mcc.rewrite import Context, Lossy, Pass
-from mcc.statistics import run_in_step
 
 if TYPE_CHECKING:
-    from torch import fx
-
     from mcc.graph import Graph, Node
 
 
@@ -58,7 +55,8 @@ class SparseGpt(Pass):
             raise SpecError(
                 f"sparse-gpt: ratio={self.ratio}, damping={self.damping}", remedy="both are shares, above 0 and up to 1"
             )
-        if Pattern.parse(self.pattern, self.ratio).rows * Pattern.parse(self.pattern, self.ratio).columns > 1:
+        pattern = Pattern.parse(self.pattern, self.ratio)
+        if pattern.rows * pattern.columns > 1:
             raise SpecError(f"sparse-gpt: pattern={self.pattern!r}", remedy="use '' or N:M; prune-weights has blocks")
 
     @property
@@ -69,26 +67,15 @@ class SparseGpt(Pass):
     def run(self, graph: Graph, context: Context) -> Graph:
         """Prune layer by layer while the calibration data runs through the graph."""
         taken = Layers(self.include, self.exclude).taken(self, graph, context, self._refusal)
-        layers = {node.fx: (name, node) for name, nodes in taken.items() for node in nodes}
         masks: dict[str, Tensor] = {}
-        assert context.data.calibration is not None
-        task = context.progress.add_task("sparse-gpt", total=len(layers)) if context.progress is not None else None
 
-        def before(node: fx.Node, arguments: list[list[Any]]) -> bool:
-            if node not in layers:
-                return False
-            name, layer = layers[node]
-            masks[name] = self._prune(layer, arguments)
-            context.edited()
-            if context.progress is not None and task is not None:
-                context.progress.advance(task)
-            return True
+        def change(node: Node, arguments: list[list[Any]]) -> None:
+            name, mask = self._prune(node, arguments)
+            masks[name] = mask
 
-        run_in_step(graph, context.data.calibration, before)
+        layer_by_layer(graph, context, "sparse-gpt", [n for nodes in taken.values() for n in nodes], change)
         for name, mask in masks.items():
             insert_mask(graph, name, mask)
-        if context.progress is not None and task is not None:
-            context.progress.remove_task(task)
         return graph
 
     def reference(self, before: Graph, after: Graph) -> Graph:
@@ -106,8 +93,8 @@ class SparseGpt(Pass):
         assert root is not None
         return Pattern.parse(self.pattern, self.ratio).misfit(root.tensor.shape)
 
-    def _prune(self, node: Node, arguments: list[list[Any]]) -> Tensor:
-        """Change a layer's stored weight; returns its mask."""
+    def _prune(self, node: Node, arguments: list[list[Any]]) -> tuple[str, Tensor]:
+        """Change a layer's stored weight; returns its name and its mask."""
         name, weight = layer_weight(node)
         expression = weight_expression(node.operand(1))
         assert expression is not None
@@ -129,4 +116,4 @@ class SparseGpt(Pass):
 
         pruned = compensated(weight.float(), inverse, settle)
         node.graph.set_tensor(name, pruned.to(weight.dtype))
-        return mask
+        return name, mask

@@ -36,6 +36,15 @@ def float_sums_inexact(region: Region) -> str | None:
     return f"its integer sums may reach {largest}, float32 is exact to {EXACT_FLOAT}"
 
 
+def float_codes_refusal(region: Region) -> str | None:
+    """Why a kernel that sums codes in float32 cannot take the region, or None if it can; floats it can always."""
+    if region.activation is None:
+        return None
+    if region.weight.scale is None:
+        return "the activations are quantized and the weight is not"
+    return float_sums_inexact(region)
+
+
 def zero_sum_factor(region: Region, target: Target) -> int:
     """What sums of weights are multiplied with to begin a region's integer sums: -zero point as `dot4` sees codes."""
     assert region.activation is not None

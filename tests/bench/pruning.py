@@ -19,15 +19,14 @@ from pathlib import Path
 
 import torch
 from accuracy import Augmented, answers
-from torch import Tensor, nn
+from torch import Tensor
 
 import mcc
 from mcc.benchmark import interleave
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "end_to_end"))
-from real_models import CifarResNet, cifar
+from real_models import RESNETS, cifar, resnet
 
-FILES = {"ResNet-20": (3, "resnet20-12fca82f.th"), "ResNet-56": (9, "resnet56-4bfd9763.th")}
 TRAINED = "; fine-tune{{epochs={}, optimizer='sgd', learning_rate=0.05, weight_decay=0.0001, distill=0.9, teacher='captured'}}"
 WAYS = {
     "ResNet-20": (
@@ -42,15 +41,6 @@ WAYS = {
 }
 
 
-def trained(name: str, data: Path) -> nn.Module:
-    """A ResNet with its trained weights."""
-    blocks, file = FILES[name]
-    model = CifarResNet(blocks)
-    state = torch.load(data / "resnet_cifar10" / file, map_location="cpu", weights_only=True)["state_dict"]
-    model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
-    return model.eval()
-
-
 def loaded(artifact: mcc.Artifact) -> tuple[mcc.Artifact, int]:
     """The artifact saved and loaded again, and its bytes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +51,7 @@ def loaded(artifact: mcc.Artifact) -> tuple[mcc.Artifact, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="ResNet-56", choices=FILES)
+    parser.add_argument("--model", default="ResNet-56", choices=RESNETS)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--only", default="")
     parser.add_argument("--threads", type=int, default=1)
@@ -74,7 +64,7 @@ def main() -> None:
     data = Path(os.environ["MCC_DATA"])
     images, labels = cifar(data, "test", 10_000)
     train, targets = cifar(data, "train", 50_000)
-    model = trained(options.model, data)
+    model = resnet(data, options.model)
     shapes = {"dynamic_shapes": ({0: "batch"},), "measure": "never", "threads": options.threads}
     dense, size = loaded(mcc.compile(model, (images[:2],), **shapes))
     print(f"\n{options.model}, seed {options.seed}, {options.epochs} epochs\n")

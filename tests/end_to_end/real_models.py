@@ -58,14 +58,21 @@ class CifarResNet(nn.Module):
         return self.linear(F.adaptive_avg_pool2d(y, 1).flatten(1))
 
 
-def resnet20(data: Path) -> nn.Module:
-    """ResNet-20 with its trained weights."""
-    model = CifarResNet(3)
-    state = torch.load(data / "resnet_cifar10" / "resnet20-12fca82f.th", map_location="cpu", weights_only=True)[
-        "state_dict"
-    ]
+RESNETS = {"ResNet-20": (3, "resnet20-12fca82f.th"), "ResNet-56": (9, "resnet56-4bfd9763.th")}
+
+
+def resnet(data: Path, name: str) -> nn.Module:
+    """One of `RESNETS` with its trained weights."""
+    blocks, file = RESNETS[name]
+    model = CifarResNet(blocks)
+    state = torch.load(data / "resnet_cifar10" / file, map_location="cpu", weights_only=True)["state_dict"]
     model.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
     return model.eval()
+
+
+def resnet20(data: Path) -> nn.Module:
+    """ResNet-20 with its trained weights."""
+    return resnet(data, "ResNet-20")
 
 
 def _normalized(pixels: np.ndarray) -> Tensor:

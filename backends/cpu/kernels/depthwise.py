@@ -18,7 +18,7 @@ from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.epilogue import channel_vectors
-from mcc.backends.cpu.integer_sums import float_sums_inexact
+from mcc.backends.cpu.integer_sums import float_codes_refusal
 from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
 from mcc.backends.cpu.kernels.convolution_body import ConvolutionBody
@@ -52,11 +52,7 @@ class Depthwise:
             return "the weight is sparse"
         if not shape.depthwise or shape.inputs < target.vector_lanes:
             return "it is not depthwise, or has fewer channels than a vector"
-        if region.activation is not None:
-            if region.weight.scale is None:
-                return "the activations are quantized and the weight is not"
-            return float_sums_inexact(region)
-        return None
+        return float_codes_refusal(region)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """Pixels of a row that a tile holds."""

@@ -15,7 +15,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc import ops
-from mcc.backends.cpu.integer_sums import float_sums_inexact
+from mcc.backends.cpu.integer_sums import float_codes_refusal
 from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
 from mcc.backends.cpu.kernels.sparse import SparseBody, sparse_tiles
@@ -51,11 +51,7 @@ class SparseConv2d:
             return "it has groups"
         if shape.outputs < target.vector_lanes:
             return "it has fewer outputs than a vector"
-        if region.activation is not None:
-            if region.weight.scale is None:
-                return "the activations are quantized and the weight is not"
-            return float_sums_inexact(region)
-        return None
+        return float_codes_refusal(region)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """Pixels of a tile, see `sparse_tiles`."""
