@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from mcc import layouts, ops
+from mcc.backends.cpu.integerize import reads_sparse
 from mcc.backends.cpu.pads import PADS, filling
 from mcc.backends.cpu.permutes import order_of
 from mcc.backends.cpu.transposed import transposed, transposed_fits
@@ -256,7 +257,9 @@ def _fixed(node: Node, dims: Iterable[int]) -> bool:
 def _convolution_fits(node: Node) -> bool:
     stored = weight_expression(node.operand(1)) is not None and node.dtype is torch.float32
     bias = node.operand(2)
-    return stored and _fixed(node, (1, 2, 3)) and (bias is None or bias.is_parameter)
+    if not stored or not _fixed(node, (1, 2, 3)) or (bias is not None and not bias.is_parameter):
+        return False
+    return not reads_sparse(node)  # its kernel takes vectors of neighbouring pixels
 
 
 _POOLED = (torch.float32, torch.uint8)

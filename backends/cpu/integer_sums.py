@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from mcc.backends.kernel import Region
+    from mcc.backends.kernel import Region, StoredWeight
     from mcc.target import Target
 
 LARGEST_CODE = 255
@@ -31,9 +31,14 @@ def sums_overflow(region: Region) -> str | None:
 def float_sums_inexact(region: Region) -> str | None:
     """Why float32 cannot hold the region's integer sums exactly, or None if it can."""
     largest = largest_sum(region)
-    if largest < EXACT_FLOAT:
+    if codes_sum_exactly(region.weight):
         return None
     return f"its integer sums may reach {largest}, float32 is exact to {EXACT_FLOAT}"
+
+
+def codes_sum_exactly(weight: StoredWeight) -> bool:
+    """Whether float32 holds every sum of products of these codes with unsigned 8-bit codes."""
+    return weight.largest_row * LARGEST_CODE < EXACT_FLOAT
 
 
 def float_codes_refusal(region: Region) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from mcc import ops
+from mcc.backends.cpu.integer_sums import codes_sum_exactly
 from mcc.backends.cpu.tokens import refusal as attention_refusal
 from mcc.backends.kernel import PER_TOKEN, PER_TOKEN_LIMIT, QuantizedInput, Region, SparseArrays, StoredWeight
 from mcc.formats import unpack
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from mcc.backends.cpu.lowering import Lowering
     from mcc.graph import Node
 
-ANCHORS = (ops.LINEAR, ops.CONV2D_NHWC)
+ANCHORS = (ops.LINEAR, ops.CONV2D_NHWC, ops.CONV2D)
 
 
 def integerize(lowering: Lowering) -> Lowering:
@@ -30,7 +31,7 @@ def integerize(lowering: Lowering) -> Lowering:
     regions: dict[fx.Node, Region] = {}
     refused: dict[fx.Node, str] = {}
     for node in lowering.graph.nodes:
-        if node.op not in ANCHORS:
+        if node.op not in ANCHORS or (node.op is ops.CONV2D and not reads_sparse(node)):
             if node.op is not None and node.op.macs(node.fx):
                 reason = attention_refusal(node, lowering.target) if node.op is ops.ATTENTION else None
                 refused[node.fx] = reason or f"there is no own kernel for {node.op.name} yet"
@@ -52,6 +53,17 @@ def integerize(lowering: Lowering) -> Lowering:
         array = None if bias is None else bias.tensor.detach().numpy().astype(np.float32)
         regions[node.fx] = Region(node, source, node, weight, array, activation, ())
     return replace(lowering, regions=regions, refused=refused)
+
+
+def reads_sparse(node: Node) -> bool:
+    """Whether a convolution with channels first has a kernel: that of sparse weights, whose sums of codes are exact."""
+    top, source = node.operand(1), node.operand(0)
+    assert top is not None
+    assert source is not None
+    weight = stored_weight(top)
+    if weight is None or weight.sparse is None or not all(isinstance(s, int) for s in source.shape[1:]):
+        return False
+    return weight.dtype != "int8" or source.op is not ops.DEQUANTIZE or codes_sum_exactly(weight)
 
 
 def stored_weight(top: Node) -> StoredWeight | None:

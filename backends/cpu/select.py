@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BYTE = 8
 MANY_ROWS = 8
+FEWEST_INPUTS = 4  # of an output: with fewer there is too little to leave out
 # the density below which a sparse kernel overtakes the dense one, whose integer form has instructions of its own
 DENSEST = {
     "float": {"few rows": 0.2, "rows": 0.35, "pixels": 0.25, "windows": 0.15},
@@ -83,8 +84,8 @@ def prefer_dense(node: Node, density: float, target: Target) -> str | None:
     if node.op is ops.LINEAR:
         rows = math.prod(extent(s) for s in node.shape[:-1])
         kind, what = ("few rows", f"{rows} rows") if rows < MANY_ROWS else ("rows", f"{rows} rows")
-    elif int(node.argument(6, 1)) != 1:
-        return "there is no kernel for sparse weights of groups yet"
+    elif int(weight.shape[1]) < FEWEST_INPUTS:
+        return f"the groups have {int(weight.shape[1])} input channels each"
     else:
         kind = "pixels" if math.prod(extent(s) for s in weight.shape[2:]) == 1 else "windows"
         what = kind

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mcc import ops
 from mcc.backends.cpu.kernels.tiles import TileShape
+from mcc.backends.relax.emitter import tuple_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -100,15 +102,17 @@ def merge_groups(weight: NDArray[Any], groups: int, merged: int) -> NDArray[Any]
 
 
 def conv_shape(region: Region) -> ConvShape | str:
-    """The sizes of a region's convolution, or why it has none."""
+    """The sizes of a region's convolution, channels first or last, or why it has none."""
     dims = region.source.shape
     if len(dims) != 4 or not all(isinstance(s, int) for s in dims[1:]):
         return "its height, width or channels vary"
     anchor, weight = region.anchor, region.weight.shape
-    (top, left, bottom, right) = anchor.argument(4)
-    stride, dilation = anchor.argument(3), anchor.argument(5)
+    stride, padding, dilation = (tuple_of(anchor.argument(i, d), 2) for i, d in ((3, 1), (4, 0), (5, 1)))
+    first = anchor.op is ops.CONV2D
+    channels, height, width = (int(dims[i]) for i in ((1, 2, 3) if first else (3, 1, 2)))
+    top, left, bottom, right = padding * 2 if first else anchor.argument(4)
     return ConvShape(
-        int(dims[3]), weight[0], int(anchor.argument(6)), (int(dims[1]), int(dims[2])), (weight[2], weight[3]),
+        channels, weight[0], int(anchor.argument(6, 1)), (height, width), (weight[2], weight[3]),
         (stride[0], stride[1]), (top, left), (bottom, right), (dilation[0], dilation[1]),
     )  # fmt: skip
 

@@ -174,21 +174,20 @@ def _conv2d(draw: Any, target: Target, family: str) -> tuple[Kernel, Region, lis
 
 @st.composite
 def _sparse_conv2d(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
-    image = (draw(st.integers(1, 15)), draw(st.integers(1, 20)))
+    del target
+    image = (draw(st.integers(1, 15)), draw(st.one_of(st.integers(1, 20), st.integers(100, 150))))
     size, stride, padding, dilation = draw(_windows(image))
-    inputs, outputs, form = (
-        draw(st.integers(1, 70)),
-        draw(st.integers(target.vector_lanes, 70)),
-        draw(st.sampled_from(FORMATS)),
-    )
-    density = draw(st.sampled_from([0.0, 0.05, 0.3, 1.0]))
-    weight = make_weight((outputs, inputs, *size), "float32" if form == "float32" else "int8", 4, 63, density=density)
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3, 8]))
+    inputs, outputs = (groups * draw(st.integers(1, 70 // groups)) for _ in range(2))
+    form, density = draw(st.sampled_from(FORMATS)), draw(st.sampled_from([0.0, 0.05, 0.3, 1.0]))
+    shape, dtype = (outputs, inputs // groups, *size), "float32" if form == "float32" else "int8"
+    weight = make_weight(shape, dtype, 4, 63, density=density)
     activation = QuantizedInput(0.02, draw(zero_points)) if form == "codes" else None
     region = make_region(
-        ops.CONV2D_NHWC, (Symbolic(), *image, inputs), weight, draw(epilogues()), activation,
-        (stride, padding, dilation, 1), bias=draw(st.booleans()),
+        ops.CONV2D, (Symbolic(), inputs, *image), weight, draw(epilogues()), activation,
+        (stride, padding[:2], dilation, groups), bias=draw(st.booleans()),
     )  # fmt: skip
-    return SparseConv2d(), region, [(n, *image, inputs) for n in (1, 2, 5, 0)]
+    return SparseConv2d(), region, [(n, inputs, *image) for n in (1, 2, 5, 0)]
 
 
 _DRAWN = {

@@ -136,6 +136,9 @@ def assert_kernel_equals_reference(
         apart = np.abs(found.astype(np.float64) - expected.astype(np.float64))
         if region.output_dtype == "uint8":
             assert apart.max(initial=0) <= 1
+            if region.anchor.op is ops.CONV2D:  # the pixels of an output that has no weights are equal: they flip as one
+                alike = (expected == expected[..., :1, :1]).all((2, 3))
+                apart = np.concatenate([apart[~alike].reshape(-1), apart[alike][:, 0, 0]])
             assert (apart > 0).sum() <= max(2, 0.01 * apart.size)
         else:
             assert apart.max(initial=0) <= 1e-5 * max(np.abs(expected).max(initial=1), 1)

@@ -112,13 +112,12 @@ def test_which_activations_fuse(activation, text):
     assert regions(nn.Sequential(nn.Linear(4, 4), activation), torch.randn(2, 4))["0"].text == text
 
 
-def test_a_grouped_sparse_convolution_is_decoded_at_build_time_and_the_report_says_so():
+def test_a_grouped_sparse_convolution_has_a_kernel_and_a_depthwise_one_is_stored_dense():
     x = torch.randn(4, 8, 10, 10)
-    artifact = compiled(nn.Conv2d(8, 16, 3, groups=2), x, PruneWeights(ratio=0.9))
-    assert (
-        artifact.report.passes[-1].declined[0].reason
-        == "stored dense: there is no kernel for sparse weights of groups yet"
-    )
+    grouped = compiled(nn.Conv2d(8, 16, 3, groups=2), x, PruneWeights(ratio=0.95)).report
+    assert [row.kernel.split()[0] for row in grouped.layers] == ["sparse_conv2d"]
+    depthwise = compiled(nn.Conv2d(8, 8, 3, groups=8), x, PruneWeights(ratio=0.95)).report
+    assert depthwise.passes[-1].declined[0].reason == "stored dense: the groups have 1 input channels each"
 
 
 @pytest.mark.parametrize(("target", "steps", "kernel"), [
@@ -157,7 +156,7 @@ def test_a_sparse_convolution_with_a_residual_is_one_kernel(codes):
     )
     rows = {row.layer: row for row in artifact.report.layers}
     assert {row.kernel.split()[0] for row in rows.values()} == {"sparse_conv2d"}
-    assert rows["b"].op.startswith("mcc.conv2d_nhwc + add + relu")
+    assert rows["b"].op.startswith("conv2d + add + relu")
 
 
 def test_a_layer_left_to_the_op_library_is_in_the_report_with_the_reason():
