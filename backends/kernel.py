@@ -97,11 +97,28 @@ EpilogueStep = Relu | Clamp | Activation | Add | Requantize
 
 @dataclass(frozen=True)
 class SparseArrays:
-    """A compressed-sparse-row weight, as `mcc.formats.SparseRows` has it."""
+    """A weight without its zeros, as `mcc.formats.SparseRows` has it."""
 
     values: NDArray[Any]
     columns: NDArray[Any]
     row_pointers: NDArray[Any]
+    block: tuple[int, int] = (1, 1)
+
+    @property
+    def by_element(self) -> SparseArrays:
+        """The same in blocks of one element: compressed sparse rows."""
+        height, width = self.block
+        if self.block == (1, 1):
+            return self
+        counts = np.diff(self.row_pointers)
+        inputs = self.columns.astype(np.int64)[:, None] * width + np.arange(width)
+        cuts = self.row_pointers[1:-1]
+        values = np.split(self.values.reshape(-1, height, width), cuts)
+        return SparseArrays(
+            np.concatenate([v.transpose(1, 0, 2).reshape(-1) for v in values]),
+            np.concatenate([np.tile(c.reshape(-1), height) for c in np.split(inputs, cuts)]).astype(np.int32),
+            np.concatenate([[0], np.repeat(counts * width, height).cumsum()]).astype(np.int32),
+        )
 
 
 @dataclass(frozen=True)
@@ -161,7 +178,10 @@ class StoredWeight:
             kind = f"{self.bits}-bit codes of a table" + (" of pairs" if self.span > 1 else "")
         if self.grouped:
             kind += f" in groups of {self.group_size}"
-        return ("sparse " if self.sparse is not None else "") + kind
+        if self.sparse is None:
+            return kind
+        height, width = self.sparse.block
+        return f"sparse {kind}" + ("" if height * width == 1 else f" in blocks of {height}x{width}")
 
     @cached_property
     def largest_row(self) -> int:
@@ -183,9 +203,10 @@ class StoredWeight:
         if self.sparse is None:
             assert self.dense is not None
             return self.dense
-        dense = np.zeros((self.shape[0], int(np.prod(self.shape[1:]))), self.sparse.values.dtype)
-        rows = np.repeat(np.arange(self.shape[0]), np.diff(self.sparse.row_pointers))
-        dense[rows, self.sparse.columns] = self.sparse.values
+        sparse = self.sparse.by_element
+        dense = np.zeros((self.shape[0], int(np.prod(self.shape[1:]))), sparse.values.dtype)
+        rows = np.repeat(np.arange(self.shape[0]), np.diff(sparse.row_pointers))
+        dense[rows, sparse.columns] = sparse.values
         return dense.reshape(self.shape)
 
 

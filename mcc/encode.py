@@ -10,15 +10,15 @@ from torch import Tensor
 from mcc import ops
 from mcc.codebooks import codebook_codes
 from mcc.cost import WIDEST_PACKED, WeightExpression, code_bits, weight_expression
-from mcc.formats import encode_sparse, pack, packed_bytes, quantize, sparse_bytes
+from mcc.formats import encode_sparse, mask_block, pack, packed_bytes, quantize, sparse_bytes
 from mcc.graph import Graph, Node, identifier
 from mcc.report import Declined
 from mcc.rewrite import Rewriter
 
 _TOPS = (ops.MUL, ops.FAKE_QUANTIZE, ops.FAKE_CODEBOOK)
 GROUPED = 2  # dims of scales that belong to groups of inputs
-SparseVerdict = Callable[[Node, float], str | None]
-"""Given an op and its weight's density: why the backend would rather have the weight dense, or None if not."""
+SparseVerdict = Callable[[Node, float, tuple[int, int]], str | None]
+"""Given an op, its weight's density and blocks: why the backend would rather have the weight dense, or None if not."""
 
 
 def encode(graph: Graph, prefer_dense: SparseVerdict) -> tuple[Graph, list[Declined]]:
@@ -78,7 +78,7 @@ def _encode_weight(node: Node, prefer_dense: SparseVerdict) -> str | None:
                 ("values", sparse.values), ("columns", sparse.columns), ("row_pointers", sparse.row_pointers),
             )
         ]  # fmt: skip
-        made = rewriter.call(ops.DECODE_SPARSE, *operands, list(stored.shape))
+        made = rewriter.call(ops.DECODE_SPARSE, *operands, list(stored.shape), list(sparse.block))
         made.rename(f"{identifier(name)}_sparse")
     elif expression.quantizer is not None:
         made = _read_codes(rewriter, name, stored, expression.quantizer)
@@ -136,8 +136,9 @@ def _dense_reason(node: Node, expression: WeightExpression, stored: Tensor, pref
     as_sparse = sparse_bytes(expression.mask, stored.element_size())
     if as_sparse >= dense_bytes:
         return f"stored dense: at density {density:.2f} sparse takes {as_sparse:,} bytes, dense {dense_bytes:,}"
+    block = mask_block(expression.mask)
     for user in node.users:
-        reason = prefer_dense(user, density)
+        reason = prefer_dense(user, density, block)
         if reason is not None:
             return f"stored dense: {reason}"
     return None

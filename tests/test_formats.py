@@ -15,9 +15,10 @@ from torch import nn
 
 import mcc
 from mcc.backends import cpu
+from mcc.backends.kernel import SparseArrays, StoredWeight
 from mcc.data import Data
 from mcc.encode import encode
-from mcc.formats import along_axis, encode_sparse, pack, packed_bytes, sparse_bytes
+from mcc.formats import BLOCKS, along_axis, encode_sparse, pack, packed_bytes, sparse_bytes
 from mcc.passes import PruneWeights, Quantize
 from mcc.pipeline import Pipeline
 from mcc.target import parse_target
@@ -34,9 +35,42 @@ def test_sparse_rows_decode_to_the_masked_weight(shape, density, dtype, seed):
     weight = torch.randint(-9, 9, shape, generator=generator).to(dtype)
     mask = torch.rand(shape, generator=generator) < density
     sparse = encode_sparse(weight, mask)
-    decoded = torch.ops.mcc.decode_sparse(sparse.values, sparse.columns, sparse.row_pointers, list(shape))
+    assert_decodes(sparse, weight, mask)
+
+
+@given(
+    block=st.sampled_from([*BLOCKS, (1, 1)]), blocks=st.sampled_from([(1, 1), (2, 3), (3, 5)]),
+    density=st.floats(0.1, 0.9), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_masks_of_whole_blocks_are_stored_by_blocks(block, blocks, density, seed):
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(blocks, generator=generator) < density
+    mask = kept.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    weight = torch.randn(mask.shape, generator=generator)
+    sparse = encode_sparse(weight, mask)
+    if mask.any():
+        assert np.prod(sparse.block) >= np.prod(block)
+        assert sparse.columns.numel() * np.prod(sparse.block) == sparse.values.numel()
+    assert_decodes(sparse, weight, mask)
+    arrays = SparseArrays(*(t.numpy() for t in (sparse.values, sparse.columns, sparse.row_pointers)), sparse.block)
+    plain = StoredWeight("w", tuple(mask.shape), None, arrays, None)
+    assert np.array_equal(plain.decoded(), np.where(mask.numpy(), weight.numpy(), 0))
+    assert np.diff(arrays.by_element.row_pointers).tolist() == mask.sum(1).tolist()
+
+
+def assert_decodes(sparse, weight, mask):
+    parts = (sparse.values, sparse.columns, sparse.row_pointers)
+    decoded = torch.ops.mcc.decode_sparse(*parts, list(weight.shape), list(sparse.block))
     assert np.array_equal(decoded.numpy(), np.where(mask.numpy(), weight.numpy(), 0))
     assert sparse.stored_bytes == sparse_bytes(mask, weight.element_size())
+
+
+def test_a_block_takes_one_index():
+    mask = torch.zeros(32, 64, dtype=torch.bool)
+    mask[:16, 5] = mask[16:, 9] = True
+    sparse = encode_sparse(torch.ones(32, 64), mask)
+    assert (sparse.block, sparse.columns.tolist(), sparse.row_pointers.tolist()) == ((16, 1), [5, 9], [0, 1, 2])
+    assert sparse.stored_bytes == 32 * 4 + 2 * 2 + 3 * 4
 
 
 @given(

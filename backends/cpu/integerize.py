@@ -95,7 +95,8 @@ def _stored_codes(inner: Node | None, shape: tuple[int, ...]) -> StoredWeight | 
         parts = [inner.operand(i) for i in range(3)]
         values, columns, row_pointers = (p.tensor.detach().numpy() for p in parts if p is not None)
         name = str(parts[0].fx.target).removesuffix("_values") if parts[0] is not None else ""
-        return StoredWeight(name, shape, None, SparseArrays(values, columns, row_pointers), None)
+        block = inner.argument(4)
+        return StoredWeight(name, shape, None, SparseArrays(values, columns, row_pointers, (block[0], block[1])), None)
     if inner.op is ops.UNPACK:
         packed = inner.operand(0)
         assert packed is not None

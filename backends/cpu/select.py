@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 BYTE = 8
 MANY_ROWS = 8
+TALL = 4  # outputs of a block that are worth more than as many weights
 FEWEST_INPUTS = 4  # of an output: with fewer there is too little to leave out
 # the density below which a sparse kernel overtakes the dense one, whose integer form has instructions of its own
 DENSEST = {
-    "float": {"few rows": 0.2, "rows": 0.35, "pixels": 0.25, "windows": 0.15},
-    "int8": {"few rows": 0.05, "rows": 0.2, "pixels": 0.15, "windows": 0.15},
-    "dot4": {"few rows": 0.05, "rows": 0.12, "pixels": 0.1, "windows": 0.07},
+    "float": {"few rows": 0.2, "rows": 0.35, "blocks": 0.7, "pixels": 0.5, "windows": 0.3},
+    "int8": {"few rows": 0.05, "rows": 0.2, "blocks": 0.3, "pixels": 0.3, "windows": 0.25},
+    "dot4": {"few rows": 0.05, "rows": 0.12, "blocks": 0.2, "pixels": 0.25, "windows": 0.15},
 }
 
 
@@ -70,7 +71,7 @@ def _first(region: Region, lowering: Lowering) -> tuple[Kernel | None, str]:
     return None, "; ".join(reasons)
 
 
-def prefer_dense(node: Node, density: float, target: Target) -> str | None:
+def prefer_dense(node: Node, density: float, block: tuple[int, int], target: Target) -> str | None:
     """Why a weight of this density had better be read dense for this op, or None if a sparse kernel gains by it.
 
     Measured on AVX-512 and AVX2, see `DENSEST` and tests/bench/sparse.py. A weight read dense is still stored without
@@ -83,7 +84,9 @@ def prefer_dense(node: Node, density: float, target: Target) -> str | None:
     assert weight is not None
     if node.op is ops.LINEAR:
         rows = math.prod(extent(s) for s in node.shape[:-1])
-        kind, what = ("few rows", f"{rows} rows") if rows < MANY_ROWS else ("rows", f"{rows} rows")
+        kind, what = ("few rows" if rows < MANY_ROWS else "rows"), f"{rows} rows"
+        if block[0] >= TALL:
+            kind, what = "blocks", f"blocks of {block[0]}x{block[1]}"
     elif int(weight.shape[1]) < FEWEST_INPUTS:
         return f"the groups have {int(weight.shape[1])} input channels each"
     else:

@@ -1,6 +1,6 @@
 """Layers with weights pruned at random: mcc sparse against mcc dense and ONNX Runtime dense, on one thread.
 
-    python tests/bench/sparse.py [--density 0.1] [--precision fp32,int8] [--target cpu:avx2] [--runs 40] [--only 3x3]
+    python tests/bench/sparse.py [--density 0.1] [--pattern 16x1] [--precision fp32,int8] [--target cpu:avx2] [--runs 40] [--only 3x3]
 
 Each layer is called alone, in turns, from NumPy in to NumPy out; a convolution with a relu and one back to as many
 channels behind it, both pruned. Images come and go with their channels first, and mcc's transposes of them count. Sparse
@@ -50,6 +50,7 @@ def reference(model: nn.Module, x: torch.Tensor) -> onnxruntime.InferenceSession
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--pattern", default="")
     parser.add_argument("--precision", default="fp32,int8")
     parser.add_argument("--target", default="cpu")
     parser.add_argument("--runs", type=int, default=40)
@@ -62,7 +63,7 @@ def main() -> None:
 def rows(precision: str, options: argparse.Namespace) -> None:
     """Print a table: minimum ms of each, and how much faster sparse is."""
     quantize = "; quantize" if precision == "int8" else ""
-    prune = f"prune-weights{{ratio={1 - options.density:g}}}" + quantize
+    prune = f"prune-weights{{ratio={1 - options.density:g}, pattern='{options.pattern}'}}{quantize}"
     print(f"\n{precision}, density {options.density:g}, {options.target}\n")
     print(
         "| layer | sparse ms | dense ms | ONNX Runtime fp32 ms | over dense | over ONNX Runtime |\n|---|--:|--:|--:|--:|--:|"

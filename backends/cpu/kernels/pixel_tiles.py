@@ -98,7 +98,7 @@ class Planes:
         """Where a tap of the window begins in a channel."""
         (down, right), (downs, rights) = shape.stride, _taps(shape)
         (row, phase), across = divmod(downs[tap[0]], down), rights[tap[1]]
-        column, shift = (0, across) if across in self.shifts and len(self.shifts) == len(rights) else divmod(across, right)
+        column, shift = (0, across) if self.shifts == tuple(rights) else divmod(across, right)
         plane = self.phases.index(phase) * len(self.shifts) + self.shifts.index(shift)
         return (plane * self.rows + row) * self.pitch + column
 

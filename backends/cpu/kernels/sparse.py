@@ -63,17 +63,9 @@ class SparseDense:
     def refuses(self, region: Region, target: Target) -> str | None:
         """Takes linear with a sparse weight whose codes sum exactly."""
         del target
-        if region.weight.sparse is None:
-            return "the weight is dense"
-        if region.weight.grouped:
-            return "groups of the weight's inputs have scales of their own"
-        if region.operands:
-            return "its epilogue reads another value"
-        if region.activation is not None:
-            if region.weight.scale is None or region.activation.per_token:
-                return "activations are quantized per token, or the weight is not quantized"
-            return float_sums_inexact(region)
-        return None
+        if region.weight.sparse is not None and region.weight.sparse.block != (1, 1):
+            return "the weight is stored in blocks"
+        return sparse_refusal(region)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """See `sparse_tiles`."""
@@ -87,6 +79,21 @@ class SparseDense:
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """As for a dense layer."""
         return dense_reference(region, source, operands)
+
+
+def sparse_refusal(region: Region) -> str | None:
+    """Why no sparse kernel for linear layers takes a region, or None."""
+    if region.weight.sparse is None:
+        return "the weight is dense"
+    if region.weight.grouped:
+        return "groups of the weight's inputs have scales of their own"
+    if region.operands:
+        return "its epilogue reads another value"
+    if region.activation is not None:
+        if region.weight.scale is None or region.activation.per_token:
+            return "activations are quantized per token, or the weight is not quantized"
+        return float_sums_inexact(region)
+    return None
 
 
 def sparse_tiles(region: Region, target: Target) -> tuple[str, ...]:
@@ -138,8 +145,7 @@ class SparseBody:
         self.outputs, self.inputs = weight.shape[0], math.prod(weight.shape[1:])
         self.groups = -(-self.outputs // GROUP)
         self.codes = region.activation is not None
-        self.packed = pack_groups(weight.sparse)
-        self.packed |= channel_vectors(region)
+        self.packed = self.pack(weight.sparse) | channel_vectors(region)
         self.steps = steps_after_scale(region)
         if region.activation is not None:
             sums = weight.decoded().astype(np.int64).reshape(self.outputs, -1).sum(1)
@@ -147,6 +153,10 @@ class SparseBody:
         self.leading = leading_dims(region.source.shape[:-1])
         self.rows = product(self.leading)
         self.operands: list[Expression] = []
+
+    def pack(self, weight: SparseArrays) -> dict[str, NDArray[Any]]:
+        """The weight's arrays as the loops read them."""
+        return pack_groups(weight)
 
     def function(self, name: str) -> tirx.PrimFunc:
         """The PrimFunc."""
@@ -163,16 +173,16 @@ class SparseBody:
         self.y = flat(rest[-1], self.rows * self.outputs)
         rows = self.rows
         if isinstance(rows, int) and rows <= FEW_ROWS:
-            serial(rows, self._one_row)
+            serial(rows, self.one_row)
             return
         # the last tile repeats the last row: equal results are written twice
         tiles = tirx.floordiv(rows + self.width - 1 - FEW_ROWS, self.width)
         after = tirx.min(tiles * self.width, rows)
         in_tiles = partial(parallel, tiles, lambda t: self._tile(lambda r: tirx.min(t * self.width + r, rows - 1)))
         branch(tiles > 0, in_tiles)  # even an empty parallel loop wakes the threads
-        serial(rows - after, lambda r: self._one_row(after + r))
+        serial(rows - after, lambda r: self.one_row(after + r))
 
-    def _finish(self, total: Expression, splat: Callable[[Expression], Expression]) -> Expression:
+    def finish(self, total: Expression, splat: Callable[[Expression], Expression]) -> Expression:
         """Scale and bias of a vector of sums; `splat` reads a per-output array."""
         v, arrays = self.vectors, self.arrays
         if "start" in arrays:
@@ -181,11 +191,11 @@ class SparseBody:
             return v.fma(total, splat(arrays["scale"]), splat(arrays["bias"]))
         return total + splat(arrays["bias"])
 
-    def _one_row(self, row: Expression) -> None:
+    def one_row(self, row: Expression) -> None:
         """Lanes are the outputs of a group; x is gathered."""
         arrays = self.arrays
         base = T.cast(row, "int64") * self.inputs
-        source, start = (self._float_row(base), tirx.const(0, "int64")) if self.codes else (self.x, base)
+        source, start = (self.float_row(base), tirx.const(0, "int64")) if self.codes else (self.x, base)
         words = self._column_words()
 
         def step(at: Expression, register: Any) -> None:
@@ -211,7 +221,7 @@ class SparseBody:
 
         serial(self.groups, group)
 
-    def _float_row(self, base: Expression) -> Expression:
+    def float_row(self, base: Expression) -> Expression:
         """A row of codes as float32."""
         n = self.vectors.lanes
         room = B.alloc_buffer((-(-self.inputs // n) * n,), "float32", layout=None)
@@ -253,7 +263,7 @@ class SparseBody:
             def gathered(array: Expression, outputs: list[Expression] = outputs) -> Expression:
                 return tirx.Shuffle([array[o] for o in outputs], list(range(v.lanes)))
 
-            value = B.Bind(emit_epilogue(v, self._finish(part, gathered), self.steps))
+            value = B.Bind(emit_epilogue(v, self.finish(part, gathered), self.steps))
             for i, position in enumerate(lanes):
 
                 def write(i: int = i, value: Expression = value, outputs: list[Expression] = outputs) -> None:
@@ -267,7 +277,7 @@ class SparseBody:
         source = B.alloc_buffer((self.inputs * self.width,), "float32", layout=None)
         result = B.alloc_buffer((self.outputs * self.width,), "float32", layout=None)
         self._transpose_in(source, row_of)
-        self._multiply(source, result)
+        self.multiply(source, result)
         self._transpose_out(result, row_of)
 
     def _transpose_in(self, source: Expression, row_of: Callable[[Expression], Expression]) -> None:
@@ -297,7 +307,7 @@ class SparseBody:
         value = self.vectors.load(self.x, index)
         return self.vectors.to_float(value) if self.codes else value
 
-    def _multiply(self, source: Expression, result: Expression) -> None:
+    def multiply(self, source: Expression, result: Expression) -> None:
         v, arrays, width = self.vectors, self.arrays, self.width
 
         def output(g: Expression, i: Expression) -> None:
@@ -313,7 +323,7 @@ class SparseBody:
                 for t, register in enumerate(sums):
                     register.set(v.fma(v.load(source, k * width + t * v.lanes), w, register.get()))
             for t, register in enumerate(sums):
-                total = self._finish(register.get(), lambda array: v.splat(array[n]))
+                total = self.finish(register.get(), lambda array: v.splat(array[n]))
                 v.store(result, n * width + t * v.lanes, total)
 
         def group(g: Expression) -> None:

@@ -1,9 +1,9 @@
 """Sparse convolutions with channels first: one stored weight meets whole vectors of neighbouring pixels.
 
-The rows of input that a tile of output pixels reads are copied to planes with their padding, one plane for each channel
-and, under a stride, each phase of it. There the pixels of a tile lie end to end, rows and the gaps between them, so that
-every tap of the window is an offset: y[n] += w * planes[offset(k, tap) + pixel]. The sums of a tile stay in registers
-while an output's weights go by, a block of channels that the first cache holds after another.
+The rows of input that a tile of output pixels reads are copied to planes with their padding: of each channel one for
+each phase of the stride. There the pixels of a tile lie end to end, rows and the gaps between them, so that every tap
+of the window is an offset: y[n] += w * planes[offset(k, tap) + pixel]. The sums of a tile stay in registers while an
+output's weights go by, a block of channels that the first cache holds after another.
 
 Elsen, Dukhan, Gale, Simonyan: Fast sparse convnets. CVPR 2020, which has 1 x 1 convolutions; Park et al.: Faster CNNs
 with direct sparse convolutions and guided pruning. ICLR 2017, which has the offsets. Integer codes go through the same
@@ -79,9 +79,9 @@ class _Body:
     """One kernel."""
 
     def __init__(self, region: Region, vectors: Vectors, tile: PixelTile) -> None:
-        shape, sparse = plane_shape(region), region.weight.sparse
+        shape, stored = plane_shape(region), region.weight.sparse
         assert isinstance(shape, ConvShape)
-        assert sparse is not None
+        assert stored is not None
         self.region, self.vectors, self.shape, self.tile = region, vectors, shape, tile
         self.planes = Planes.of(tile, shape)
         self.size = -(-(shape.inputs * self.planes.channel) // vectors.lanes) * vectors.lanes + self.planes.extent
@@ -92,7 +92,7 @@ class _Body:
         chunks = min(-(-SHARED // pieces), -(-shape.outputs // tile.outputs))
         self.each = -(-shape.outputs // (chunks * tile.outputs)) * tile.outputs
         self.chunks = -(-shape.outputs // self.each)
-        self.packed = self._pack(sparse) | channel_vectors(region)
+        self.packed = self._pack(stored.by_element) | channel_vectors(region)
         if region.activation is not None:
             sums = region.weight.decoded().astype(np.int64).reshape(shape.outputs, -1).sum(1)
             self.packed["start"] = (-region.activation.zero_point * sums).astype(np.float32)
@@ -194,11 +194,12 @@ class _Body:
             branch(whole or n < self.shape.outputs, lambda: self._write(image, corner, sums, place, n))
 
         for block in range(tile.blocks):
+
             def some(i: Expression, block: int = block) -> None:
                 number = B.Bind((chunk * tile.blocks + block) * sets + i)
                 outputs = [B.Bind(self.arrays["order"][number * tile.outputs + o]) for o in range(tile.outputs)]
                 places = [(n if tile.blocks > 1 else o) * extent for o, n in enumerate(outputs)]
-                self._sum(source, base, number, sums, places, fresh=block == 0)
+                self._sum((source, base), number, sums, places, fresh=block == 0)
                 if tile.blocks == 1:
                     for n, place in zip(outputs, places, strict=True):
                         write(n, place)
@@ -208,9 +209,16 @@ class _Body:
             serial(each, lambda n: write(n, n * extent))
 
     def _sum(
-        self, source: Expression, base: Expression, number: Expression, sums: Expression, places: list[Any], *, fresh: bool
+        self,
+        planes: tuple[Expression, Expression],
+        number: Expression,
+        sums: Expression,
+        places: list[Any],
+        *,
+        fresh: bool,
     ) -> None:
-        """Add the products of a set's weights, for all pixels of the tile, to its sums."""
+        """Add the products of a set's weights, for all pixels of the tile; `planes`: an array, and where they begin."""
+        source, base = planes
         v, arrays, width = self.vectors, self.arrays, self.tile.outputs
         registers = v.registers(width, self.planes.extent // v.lanes, "float32")
         for row, place in zip(registers, places, strict=True):
@@ -228,7 +236,9 @@ class _Body:
             for t, register in enumerate(row):
                 v.store(sums, place + t * v.lanes, register.get())
 
-    def _write(self, image: Expression, corner: tuple[Expression, Expression], sums: Expression, place: Any, n: Any) -> None:
+    def _write(
+        self, image: Expression, corner: tuple[Expression, Expression], sums: Expression, place: Any, n: Expression
+    ) -> None:
         """The tile's pixels without the gaps, scaled, through the epilogue, to where they lie in the output."""
         v, arrays, tile, planes = self.vectors, self.arrays, self.tile, self.planes
         pixels = tile.rows * tile.columns

@@ -17,8 +17,10 @@ from mcc.backends.cpu.kernels.depthwise_int8 import DepthwiseInt8
 from mcc.backends.cpu.kernels.low_bit import LowBitDense
 from mcc.backends.cpu.kernels.low_bit_per_token import LowBitPerToken
 from mcc.backends.cpu.kernels.sparse import SparseDense
+from mcc.backends.cpu.kernels.sparse_blocks import SparseBlocks
 from mcc.backends.cpu.kernels.sparse_conv import SparseConv2d
 from mcc.backends.kernel import PER_TOKEN, Activation, Add, Clamp, Kernel, QuantizedInput, Region, Relu, Requantize
+from mcc.formats import BLOCKS
 from mcc.target import Target
 
 ROWS = [1, 2, 3, 5, 7, 16, 33, 64, 65, 131]
@@ -33,6 +35,7 @@ FAMILIES = (
     "low_bit",
     "low_bit_per_token",
     "sparse",
+    "sparse_blocks",
     "sparse_conv2d",
     "conv2d",
     "depthwise",
@@ -116,15 +119,16 @@ def _low_bit(draw: Any, target: Target, per_token: bool) -> tuple[Kernel, Region
 
 
 @st.composite
-def _sparse(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
+def _sparse(draw: Any, target: Target, *, blocks: bool) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
     del target
-    inputs, outputs, form = draw(channels), draw(channels), draw(st.sampled_from(FORMATS))
-    density = draw(st.sampled_from([0.0, 0.05, 0.3, 1.0]))
-    weight = make_weight((outputs, inputs), "float32" if form == "float32" else "int8", 3, density=density)
+    block = draw(st.sampled_from(BLOCKS)) if blocks else (1, 1)
+    outputs, inputs = (size * draw(st.integers(1, 70 // size)) for size in block)
+    form, density = draw(st.sampled_from(FORMATS)), draw(st.sampled_from([0.0, 0.05, 0.3, 1.0]))
+    weight = make_weight((outputs, inputs), "float32" if form == "float32" else "int8", 3, density=density, block=block)
     activation = QuantizedInput(0.02, draw(zero_points)) if form == "codes" else None
     steps = draw(epilogues(operands=False))
     return (
-        SparseDense(),
+        SparseBlocks() if blocks else SparseDense(),
         make_region(ops.LINEAR, (Symbolic(), inputs), weight, steps, activation),
         [(m, inputs) for m in (*ROWS, 0)],
     )
@@ -197,7 +201,8 @@ _DRAWN = {
     "dense_per_token": lambda t: _dense(t, "per token"),
     "low_bit": lambda target: _low_bit(target, per_token=False),
     "low_bit_per_token": lambda target: _low_bit(target, per_token=True),
-    "sparse": _sparse,
+    "sparse": lambda target: _sparse(target, blocks=False),
+    "sparse_blocks": lambda target: _sparse(target, blocks=True),
     "conv2d": lambda t: _conv2d(t, "conv2d"),
     "depthwise": lambda t: _conv2d(t, "depthwise"),
     "depthwise_int8": lambda t: _conv2d(t, "depthwise_int8"),

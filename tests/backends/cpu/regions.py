@@ -41,8 +41,9 @@ class Value:
 
 
 def make_weight(
-    shape: tuple[int, ...], dtype: str, seed: int, limit: int = 127, density: float | None = None
-) -> StoredWeight:
+    shape: tuple[int, ...], dtype: str, seed: int, limit: int = 127, density: float | None = None,
+    block: tuple[int, int] = (1, 1),
+) -> StoredWeight:  # fmt: skip
     random = np.random.default_rng(seed)
     weight = (random.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
     scale = None
@@ -51,10 +52,12 @@ def make_weight(
         weight = np.clip(np.rint(weight / scale.reshape(-1, *[1] * (len(shape) - 1))), -limit, limit).astype(np.int8)
     if density is None:
         return StoredWeight("w", shape, weight, None, scale)
-    mask = random.random(shape) < density
-    row_pointers = np.concatenate([[0], mask.reshape(shape[0], -1).sum(1).cumsum()]).astype(np.int32)
-    columns = np.nonzero(mask.reshape(shape[0], -1))[1].astype(np.uint16)
-    return StoredWeight("w", shape, None, SparseArrays(weight[mask], columns, row_pointers), scale)
+    height, width = block
+    rows = weight.reshape(shape[0] // height, height, -1, width).swapaxes(1, 2)
+    mask = random.random(rows.shape[:2]) < density
+    row_pointers = np.concatenate([[0], mask.sum(1).cumsum()]).astype(np.int32)
+    columns = np.nonzero(mask)[1].astype(np.uint16)
+    return StoredWeight("w", shape, None, SparseArrays(rows[mask].reshape(-1), columns, row_pointers, block), scale)
 
 
 def make_grouped_weight(shape: tuple[int, int], bits: int, groups: int, seed: int, zeros: str = "none") -> StoredWeight:
@@ -136,7 +139,9 @@ def assert_kernel_equals_reference(
         apart = np.abs(found.astype(np.float64) - expected.astype(np.float64))
         if region.output_dtype == "uint8":
             assert apart.max(initial=0) <= 1
-            if region.anchor.op is ops.CONV2D:  # the pixels of an output that has no weights are equal: they flip as one
+            if (
+                region.anchor.op is ops.CONV2D
+            ):  # the pixels of an output that has no weights are equal: they flip as one
                 alike = (expected == expected[..., :1, :1]).all((2, 3))
                 apart = np.concatenate([apart[~alike].reshape(-1), apart[alike][:, 0, 0]])
             assert (apart > 0).sum() <= max(2, 0.01 * apart.size)

@@ -138,6 +138,17 @@ def test_codes_are_read_sparse_at_lower_densities_than_floats(target, steps, ker
     assert bool(reasons) == (kernel != "sparse_dense")
 
 
+@pytest.mark.parametrize(("pattern", "kernel", "text"), [
+    ("16x1", "sparse_blocks", "sparse float32 in blocks of 16x1"),
+    ("4x4", "sparse_blocks", "sparse float32 in blocks of 4x4"), ("", "sparse_dense", "sparse float32"),
+])  # fmt: skip
+def test_weights_pruned_by_blocks_are_stored_and_read_by_blocks(pattern, kernel, text):
+    torch.manual_seed(0)
+    x = torch.randn(9, 64)
+    row = compiled(nn.Linear(64, 48), x, PruneWeights(ratio=0.75, pattern=pattern)).report.layers[0]
+    assert (row.kernel.split()[0], row.stored) == (kernel, text)
+
+
 @pytest.mark.parametrize("codes", [False, True])
 def test_a_sparse_convolution_with_a_residual_is_one_kernel(codes):
     class Block(nn.Module):
