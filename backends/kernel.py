@@ -122,6 +122,26 @@ class SparseArrays:
 
 
 @dataclass(frozen=True)
+class NofMArrays:
+    """A weight of which every few inputs have N of M stored, as `mcc.sparse_formats.NofM` has it."""
+
+    values: NDArray[Any]
+    places: NDArray[np.int8]
+    among: int
+
+    @property
+    def kept(self) -> int:
+        """Elements stored of a group."""
+        return int(self.values.shape[2])
+
+    def decoded(self) -> NDArray[Any]:
+        """The dense matrix."""
+        dense = np.zeros((*self.values.shape[:2], self.among), self.values.dtype)
+        np.put_along_axis(dense, self.places.astype(np.int64), self.values, 2)
+        return dense.reshape(len(dense), -1)
+
+
+@dataclass(frozen=True)
 class StoredWeight:
     """A region's weight as the graph stores it.
 
@@ -141,7 +161,7 @@ class StoredWeight:
     name: str
     shape: tuple[int, ...]
     dense: NDArray[Any] | None
-    sparse: SparseArrays | None
+    sparse: SparseArrays | NofMArrays | None
     scale: NDArray[Any] | None
     zero_point: NDArray[Any] | None = None
     bits: int = 8
@@ -180,6 +200,8 @@ class StoredWeight:
             kind += f" in groups of {self.group_size}"
         if self.sparse is None:
             return kind
+        if isinstance(self.sparse, NofMArrays):
+            return f"{self.sparse.kept}:{self.sparse.among} of {kind}"
         height, width = self.sparse.block
         return f"sparse {kind}" + ("" if height * width == 1 else f" in blocks of {height}x{width}")
 
@@ -203,6 +225,8 @@ class StoredWeight:
         if self.sparse is None:
             assert self.dense is not None
             return self.dense
+        if isinstance(self.sparse, NofMArrays):
+            return self.sparse.decoded()
         sparse = self.sparse.by_element
         dense = np.zeros((self.shape[0], int(np.prod(self.shape[1:]))), sparse.values.dtype)
         rows = np.repeat(np.arange(self.shape[0]), np.diff(sparse.row_pointers))

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from mcc import ops
 from mcc.codebooks import entries_of
-from mcc.formats import along_axis, packed_bytes, sparse_bytes, unpack
+from mcc.formats import along_axis, packed_bytes, unpack
 from mcc.graph import Graph, Node
 from mcc.report import Size
+from mcc.sparse_formats import smallest_form
 
 # bytes: a constant that is larger, and larger than what it is made of, is computed at every call instead of stored
 LARGEST_GROWTH = 1 << 20
@@ -47,7 +48,7 @@ class WeightExpression:
         root: the node that reads the stored tensor (of a sparse weight, its values).
         mask: the 0/1 mask it is multiplied by, or None.
         quantizer: the fake_quantize, quantize, dequantize, fake_codebook or decode_codebook node over it, or None.
-        sparse: the decode_sparse node over it, or None.
+        sparse: the decode_sparse or decode_n_of_m node over it, or None.
         packed: the unpack node over it, or None.
     """
 
@@ -93,10 +94,11 @@ class WeightExpression:
         if self.packed is not None:
             size = self.root.tensor.numel()
         if self.mask is not None and (self.quantizer is None or self.quantizer.op is not ops.FAKE_CODEBOOK):
-            size = min(size, sparse_bytes(self.mask, element))
+            size = min(size, smallest_form(self.mask, element).stored_bytes)
         if self.sparse is not None:
             operands = (self.sparse.operand(i) for i in range(3))
-            size = sum(o.tensor.numel() * o.tensor.element_size() for o in operands if o is not None)
+            stored = [o.operand(0) if o is not None and o.op is ops.UNPACK else o for o in operands]
+            size = sum(o.tensor.numel() * o.tensor.element_size() for o in stored if o is not None)
         if self.quantizer is not None:
             operands = (self.quantizer.operand(i) for i in (1, 2))
             size += sum(o.tensor.numel() * o.tensor.element_size() for o in operands if o is not None)
@@ -133,7 +135,7 @@ def weight_expression(node: Node | None) -> WeightExpression | None:
             mask = other.tensor if mask is None else mask & other.tensor
         elif node.op in _QUANTIZERS:
             quantizer = node
-        elif node.op is ops.DECODE_SPARSE:
+        elif node.op in ops.WITHOUT_ZEROS:
             sparse = node
         elif node.op is ops.UNPACK:
             packed = node
@@ -149,7 +151,7 @@ def layer_costs(graph: Graph) -> tuple[LayerCost, ...]:
     rows = []
     for node in graph.nodes:
         row = node.op
-        if row is None or row in (ops.MUL, ops.DECODE_SPARSE, ops.UNPACK) or row in _QUANTIZERS:
+        if row is None or row in (ops.MUL, *ops.WITHOUT_ZEROS, ops.UNPACK) or row in _QUANTIZERS:
             continue
         macs, parameters, stored = row.macs(node.fx), 0, 0
         for position in range(len(node.fx.args)):

@@ -10,15 +10,16 @@ from torch import Tensor
 from mcc import ops
 from mcc.codebooks import codebook_codes
 from mcc.cost import WIDEST_PACKED, WeightExpression, code_bits, weight_expression
-from mcc.formats import encode_sparse, mask_block, pack, packed_bytes, quantize, sparse_bytes
+from mcc.formats import pack, packed_bytes, quantize
 from mcc.graph import Graph, Node, identifier
 from mcc.report import Declined
 from mcc.rewrite import Rewriter
+from mcc.sparse_formats import Form, encode_n_of_m, encode_sparse, smallest_form
 
 _TOPS = (ops.MUL, ops.FAKE_QUANTIZE, ops.FAKE_CODEBOOK)
 GROUPED = 2  # dims of scales that belong to groups of inputs
-SparseVerdict = Callable[[Node, float, tuple[int, int]], str | None]
-"""Given an op, its weight's density and blocks: why the backend would rather have the weight dense, or None if not."""
+SparseVerdict = Callable[[Node, float, Form], str | None]
+"""Given an op, its weight's density and form: why the backend would rather have the weight dense, or None if not."""
 
 
 def encode(graph: Graph, prefer_dense: SparseVerdict) -> tuple[Graph, list[Declined]]:
@@ -71,14 +72,7 @@ def _encode_weight(node: Node, prefer_dense: SparseVerdict) -> str | None:
     stored = _stored_values(expression)
     reason = None if expression.mask is None else _dense_reason(node, expression, stored, prefer_dense)
     if expression.mask is not None and reason is None:
-        sparse = encode_sparse(stored, expression.mask)
-        operands = [
-            rewriter.read(f"{name}_{part}", tensor)
-            for part, tensor in (
-                ("values", sparse.values), ("columns", sparse.columns), ("row_pointers", sparse.row_pointers),
-            )
-        ]  # fmt: skip
-        made = rewriter.call(ops.DECODE_SPARSE, *operands, list(stored.shape), list(sparse.block))
+        made = _read_without_zeros(rewriter, name, stored, expression.mask)
         made.rename(f"{identifier(name)}_sparse")
     elif expression.quantizer is not None:
         made = _read_codes(rewriter, name, stored, expression.quantizer)
@@ -91,6 +85,20 @@ def _encode_weight(node: Node, prefer_dense: SparseVerdict) -> str | None:
         made = rewriter.call(ops.DEQUANTIZE, made, scale, zero_point, expression.quantizer.argument(3))
     made.take_place_of(node)
     return reason
+
+
+def _read_without_zeros(rewriter: Rewriter, name: str, stored: Tensor, mask: Tensor) -> Node:
+    if smallest_form(mask, stored.element_size()).among:
+        chosen = encode_n_of_m(stored, mask)
+        values = rewriter.read(f"{name}_values", chosen.values)
+        packed = rewriter.read(f"{name}_places", pack(chosen.places, chosen.bits, 0))
+        places = rewriter.call(ops.UNPACK, packed, chosen.bits, 0, list(chosen.places.shape))
+        places.rename(f"{identifier(name)}_in_groups")
+        return rewriter.call(ops.DECODE_N_OF_M, values, places, chosen.among)
+    sparse = encode_sparse(stored, mask)
+    arrays = {"values": sparse.values, "columns": sparse.columns, "row_pointers": sparse.row_pointers}
+    operands = [rewriter.read(f"{name}_{part}", tensor) for part, tensor in arrays.items()]
+    return rewriter.call(ops.DECODE_SPARSE, *operands, list(stored.shape), list(sparse.block))
 
 
 def _read_codes(rewriter: Rewriter, name: str, codes: Tensor, quantizer: Node) -> Node:
@@ -133,12 +141,12 @@ def _dense_reason(node: Node, expression: WeightExpression, stored: Tensor, pref
         if scale is not None and len(scale.shape) == GROUPED:
             return "stored dense: no sparse kernel reads scales of groups"
         dense_bytes = packed_bytes(stored.numel(), code_bits(expression.quantizer))
-    as_sparse = sparse_bytes(expression.mask, stored.element_size())
-    if as_sparse >= dense_bytes:
-        return f"stored dense: at density {density:.2f} sparse takes {as_sparse:,} bytes, dense {dense_bytes:,}"
-    block = mask_block(expression.mask)
+    form = smallest_form(expression.mask, stored.element_size())
+    if form.stored_bytes >= dense_bytes:
+        sizes = f"sparse takes {form.stored_bytes:,} bytes, dense {dense_bytes:,}"
+        return f"stored dense: at density {density:.2f} {sizes}"
     for user in node.users:
-        reason = prefer_dense(user, density, block)
+        reason = prefer_dense(user, density, form)
         if reason is not None:
             return f"stored dense: {reason}"
     return None

@@ -1,13 +1,11 @@
 """Stored formats: how a compressed weight or activation stands in a graph, as ops that run in plain PyTorch.
 
-A compressed weight is an expression: `dequantize(codes, scale, …)`, `decode_sparse(values, …)`, or one inside the
-other; codes of a few bits stand packed, under `unpack`. Kernels read the operands of these ops as they are stored;
-everything else runs the ops themselves. During training a quantizer is `fake_quantize`, which has gradients.
+A compressed weight is an expression: `dequantize(codes, scale, …)`, `decode_sparse(values, …)` of sparse_formats.py, or
+one inside the other; codes of a few bits stand packed, under `unpack`. Kernels read the operands of these ops as they
+are stored; everything else runs the ops. During training a quantizer is `fake_quantize`, which has gradients.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -158,32 +156,6 @@ def _(x: Tensor, limit: int) -> Tensor:
 fake_quantize_per_token.register_autograd(lambda _ctx, gradient: (gradient, None))
 
 
-@torch.library.custom_op("mcc::decode_sparse", mutates_args=())
-def decode_sparse(values: Tensor, columns: Tensor, row_pointers: Tensor, shape: list[int], block: list[int]) -> Tensor:
-    """The dense tensor of a weight stored by rows of blocks, without its zeros (BSR; CSR where a block is 1 x 1).
-
-    Args:
-        values: [blocks * height * width], float32 or int8: block by block, each row by row.
-        columns: [blocks], uint16 or int32: where in its row of blocks one stands (dims after the first are flattened).
-        row_pointers: [shape[0] / height + 1], int32: row r has the blocks row_pointers[r] to row_pointers[r + 1].
-        shape: of the result.
-        block: height and width of a block.
-    """
-    height, width = block
-    rows = torch.repeat_interleave(
-        torch.arange(shape[0] // height), (row_pointers[1:] - row_pointers[:-1]).to(torch.int64)
-    )
-    dense = torch.zeros(shape[0] // height, height, int(np.prod(shape[1:])) // width, width, dtype=values.dtype)
-    dense[rows, :, columns.to(torch.int64)] = values.reshape(-1, height, width)
-    return dense.reshape(shape)
-
-
-@decode_sparse.register_fake
-def _(values: Tensor, columns: Tensor, row_pointers: Tensor, shape: list[int], block: list[int]) -> Tensor:
-    del columns, row_pointers, block
-    return values.new_empty(shape)
-
-
 @torch.library.custom_op("mcc::unpack", mutates_args=())
 def unpack(packed: Tensor, bits: int, low: int, shape: list[int]) -> Tensor:
     """The int8 codes of a stream of bits.
@@ -216,69 +188,3 @@ def pack(codes: Tensor, bits: int, low: int) -> Tensor:
 def packed_bytes(elements: int, bits: int) -> int:
     """Bytes that `pack` gives."""
     return -(-elements * bits // 8)
-
-
-BLOCKS = ((16, 1), (4, 4), (1, 16), (8, 1), (1, 8), (4, 1), (1, 4))
-"""Blocks of outputs by inputs that weights may be stored in, the largest first."""
-
-
-@dataclass(frozen=True)
-class SparseRows:
-    """A weight without its zeros; fields as `decode_sparse` takes them."""
-
-    values: Tensor
-    columns: Tensor
-    row_pointers: Tensor
-    block: tuple[int, int]
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the three arrays."""
-        return sum(t.numel() * t.element_size() for t in (self.values, self.columns, self.row_pointers))
-
-
-def mask_block(mask: Tensor) -> tuple[int, int]:
-    """The largest of `BLOCKS` that a mask [rows, …] keeps or removes whole, or (1, 1)."""
-    rows = mask.reshape(mask.shape[0], -1)
-    smallest = [block for block in ((4, 1), (1, 4)) if _has_blocks(rows, *block)]  # each of the others has one of these
-    if not smallest or not rows.any():
-        return 1, 1
-    return next(block for block in BLOCKS if _has_blocks(rows, *block))
-
-
-def _has_blocks(rows: Tensor, height: int, width: int) -> bool:
-    if rows.shape[0] % height or rows.shape[1] % width:
-        return False
-    blocks = _blocks(rows, height, width)
-    return bool((blocks.all(3).all(1) == blocks.any(3).any(1)).all())
-
-
-def _blocks(rows: Tensor, height: int, width: int) -> Tensor:
-    """[rows / height, height, columns / width, width]."""
-    return rows.reshape(rows.shape[0] // height, height, rows.shape[1] // width, width)
-
-
-def encode_sparse(weight: Tensor, mask: Tensor) -> SparseRows:
-    """Keep the elements of `weight` where `mask` is true, zero or not, in blocks where the mask has such.
-
-    Args:
-        weight: [rows, …], float32 or int8.
-        mask: bool, the shape of weight.
-    """
-    block = height, width = mask_block(mask)
-    kept = _blocks(mask.reshape(mask.shape[0], -1), height, width)[:, 0, :, 0]
-    columns = kept.nonzero()[:, 1]
-    counts = kept.sum(dim=1, dtype=torch.int64)
-    row_pointers = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
-    narrow = torch.uint16 if kept.shape[1] <= 1 << 16 else torch.int32
-    values = _blocks(weight.reshape(weight.shape[0], -1), height, width).transpose(1, 2)[kept].reshape(-1)
-    return SparseRows(values.clone(), columns.to(narrow), row_pointers.to(torch.int32), block)
-
-
-def sparse_bytes(mask: Tensor, element_size: int) -> int:
-    """Bytes `encode_sparse` would store for this mask, without encoding."""
-    height, width = mask_block(mask)
-    columns = mask.numel() // max(mask.shape[0], 1) // width
-    index_size = 2 if columns <= 1 << 16 else 4
-    kept, rows = int(mask.sum()), mask.shape[0] // height
-    return kept * element_size + kept // (height * width) * index_size + 4 * (rows + 1)

@@ -21,7 +21,7 @@ from mcc.errors import MccError
 from mcc.text import graph_text
 
 WEIGHT_WRAPPERS = (
-    ops.MUL, ops.FAKE_QUANTIZE, ops.DEQUANTIZE, ops.DECODE_SPARSE, ops.UNPACK, ops.QUANTIZE, ops.FAKE_CODEBOOK,
+    ops.MUL, ops.FAKE_QUANTIZE, ops.DEQUANTIZE, *ops.WITHOUT_ZEROS, ops.UNPACK, ops.QUANTIZE, ops.FAKE_CODEBOOK,
     ops.DECODE_CODEBOOK,
 )  # fmt: skip
 

@@ -209,8 +209,8 @@ _TABLE = (
     *_rows("window", "mcc.max_pool2d_nhwc mcc.avg_pool2d_nhwc mcc.upsample_nhwc"),
     *_rows(
         "compression",
-        "mcc.fake_quantize mcc.fake_quantize_per_token mcc.quantize mcc.dequantize mcc.decode_sparse mcc.unpack "
-        "mcc.decode_codebook mcc.fake_codebook mcc.token_scales mcc.quantize_tokens "
+        "mcc.fake_quantize mcc.fake_quantize_per_token mcc.quantize mcc.dequantize mcc.decode_sparse mcc.decode_n_of_m "
+        "mcc.unpack mcc.decode_codebook mcc.fake_codebook mcc.token_scales mcc.quantize_tokens "
         "mcc.dequantize_tokens",
     ),
 )
@@ -231,8 +231,10 @@ FAKE_QUANTIZE, QUANTIZE = OPS["mcc.fake_quantize"], OPS["mcc.quantize"]
 FAKE_QUANTIZE_PER_TOKEN = OPS["mcc.fake_quantize_per_token"]
 QUANTIZE_TOKENS, DEQUANTIZE_TOKENS = OPS["mcc.quantize_tokens"], OPS["mcc.dequantize_tokens"]
 FAKE_CODEBOOK, DECODE_CODEBOOK = OPS["mcc.fake_codebook"], OPS["mcc.decode_codebook"]
-DEQUANTIZE, DECODE_SPARSE, UNPACK = OPS["mcc.dequantize"], OPS["mcc.decode_sparse"], OPS["mcc.unpack"]
-FIXED = (DEQUANTIZE, DECODE_SPARSE, FAKE_CODEBOOK, DECODE_CODEBOOK)  # over weights that cannot be changed under them
+DEQUANTIZE, UNPACK = OPS["mcc.dequantize"], OPS["mcc.unpack"]
+DECODE_SPARSE, DECODE_N_OF_M = OPS["mcc.decode_sparse"], OPS["mcc.decode_n_of_m"]
+WITHOUT_ZEROS = (DECODE_SPARSE, DECODE_N_OF_M)
+FIXED = (DEQUANTIZE, *WITHOUT_ZEROS, FAKE_CODEBOOK, DECODE_CODEBOOK)  # over weights that cannot be changed under them
 
 
 def op_name(target: object) -> str:

@@ -15,12 +15,14 @@ from torch import nn
 
 import mcc
 from mcc.backends import cpu
-from mcc.backends.kernel import SparseArrays, StoredWeight
+from mcc.backends.kernel import NofMArrays, SparseArrays, StoredWeight
 from mcc.data import Data
 from mcc.encode import encode
-from mcc.formats import BLOCKS, along_axis, encode_sparse, pack, packed_bytes, sparse_bytes
+from mcc.formats import along_axis, pack, packed_bytes
+from mcc.masks import best_among
 from mcc.passes import PruneWeights, Quantize
 from mcc.pipeline import Pipeline
+from mcc.sparse_formats import BLOCKS, encode_n_of_m, encode_sparse, smallest_form, sparse_bytes
 from mcc.target import parse_target
 
 
@@ -63,6 +65,50 @@ def assert_decodes(sparse, weight, mask):
     decoded = torch.ops.mcc.decode_sparse(*parts, list(weight.shape), list(sparse.block))
     assert np.array_equal(decoded.numpy(), np.where(mask.numpy(), weight.numpy(), 0))
     assert sparse.stored_bytes == sparse_bytes(mask, weight.element_size())
+
+
+@given(
+    pattern=st.sampled_from([(1, 4), (2, 4), (4, 8), (3, 8)]), size=st.sampled_from([(1, 1), (3, 2), (5, 7)]),
+    holes=st.floats(0, 0.5), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_weights_with_n_of_m_are_stored_with_their_places(pattern, size, holes, seed):
+    (kept, among), generator = pattern, torch.Generator().manual_seed(seed)
+    scores = torch.rand(size[0], size[1], among, generator=generator)
+    mask = (scores.argsort(-1).argsort(-1) < kept) & (torch.rand(scores.shape, generator=generator) >= holes)
+    mask, weight = mask.flatten(1), torch.randn(size[0], size[1] * among, generator=generator)
+    mask[0, 0] |= not mask.any()
+    stored = encode_n_of_m(weight, mask)
+    assert stored.values.shape == stored.places.shape
+    assert torch.equal(torch.ops.mcc.decode_n_of_m(stored.values, stored.places, stored.among), weight * mask)
+    arrays = NofMArrays(stored.values.numpy(), stored.places.numpy(), stored.among)
+    assert np.array_equal(arrays.decoded(), (weight * mask).numpy())
+
+
+def test_the_form_with_the_fewest_bytes_is_taken():
+    torch.manual_seed(0)
+    scores = torch.rand(64, 64)
+    two_of_four = smallest_form(best_among(scores, 2, 4), 4)
+    assert (str(two_of_four), two_of_four.stored_bytes) == ("2:4", 2048 * 4 + 2048 * 2 // 8)
+    assert str(smallest_form(best_among(scores, 4, 8), 4)) == "4:8"
+    assert str(smallest_form(scores < 0.5, 4)) == "blocks of 1x1"
+    assert str(smallest_form((torch.rand(4, 64) < 0.3).repeat_interleave(16, 0), 4)) == "blocks of 16x1"
+
+
+def test_two_of_four_weights_stand_with_packed_places(golden):
+    torch.manual_seed(0)
+    x = torch.randn(64, 40)
+    before = compressed(nn.Sequential(nn.Linear(40, 24)), x, PruneWeights(ratio=0.5, pattern="2:4"))
+    graph, declined = encode(before, prefer_dense)
+    golden("two_of_four_layer", str(graph))
+    torch.testing.assert_close(graph(x), before(x))
+    assert declined == []
+
+
+def test_codes_are_not_multiplied_by_n_of_m_weights_and_the_report_says_so():
+    x = torch.randn(64, 40)
+    steps = (PruneWeights(ratio=0.5, pattern="2:4"), Quantize())
+    _, declined = encode(compressed(nn.Sequential(nn.Linear(40, 24)), x, *steps), prefer_dense)
+    assert [d.reason for d in declined] == ["stored dense: no kernel multiplies codes by weights of 2:4"]
 
 
 def test_a_block_takes_one_index():

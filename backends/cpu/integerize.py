@@ -12,7 +12,15 @@ from torch import fx
 from mcc import ops
 from mcc.backends.cpu.integer_sums import codes_sum_exactly
 from mcc.backends.cpu.tokens import refusal as attention_refusal
-from mcc.backends.kernel import PER_TOKEN, PER_TOKEN_LIMIT, QuantizedInput, Region, SparseArrays, StoredWeight
+from mcc.backends.kernel import (
+    PER_TOKEN,
+    PER_TOKEN_LIMIT,
+    NofMArrays,
+    QuantizedInput,
+    Region,
+    SparseArrays,
+    StoredWeight,
+)
 from mcc.formats import unpack
 
 if TYPE_CHECKING:
@@ -97,6 +105,15 @@ def _stored_codes(inner: Node | None, shape: tuple[int, ...]) -> StoredWeight | 
         name = str(parts[0].fx.target).removesuffix("_values") if parts[0] is not None else ""
         block = inner.argument(4)
         return StoredWeight(name, shape, None, SparseArrays(values, columns, row_pointers, (block[0], block[1])), None)
+    if inner.op is ops.DECODE_N_OF_M:
+        kept, places = inner.operand(0), inner.operand(1)
+        assert kept is not None
+        assert places is not None
+        packed = places.operand(0)
+        assert packed is not None
+        unpacked = unpack(packed.tensor, *places.fx.args[1:]).numpy()
+        arrays = NofMArrays(kept.tensor.detach().numpy(), unpacked, inner.argument(2))
+        return StoredWeight(str(kept.fx.target).removesuffix("_values"), shape, None, arrays, None)
     if inner.op is ops.UNPACK:
         packed = inner.operand(0)
         assert packed is not None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from mcc.backends.kernel import Kernel, Region
     from mcc.graph import Node
+    from mcc.sparse_formats import Form
     from mcc.target import Target
 
 BYTE = 8
@@ -71,7 +72,7 @@ def _first(region: Region, lowering: Lowering) -> tuple[Kernel | None, str]:
     return None, "; ".join(reasons)
 
 
-def prefer_dense(node: Node, density: float, block: tuple[int, int], target: Target) -> str | None:
+def prefer_dense(node: Node, density: float, form: Form, target: Target) -> str | None:
     """Why a weight of this density had better be read dense for this op, or None if a sparse kernel gains by it.
 
     Measured on AVX-512 and AVX2, see `DENSEST` and tests/bench/sparse.py. A weight read dense is still stored without
@@ -85,8 +86,8 @@ def prefer_dense(node: Node, density: float, block: tuple[int, int], target: Tar
     if node.op is ops.LINEAR:
         rows = math.prod(extent(s) for s in node.shape[:-1])
         kind, what = ("few rows" if rows < MANY_ROWS else "rows"), f"{rows} rows"
-        if block[0] >= TALL:
-            kind, what = "blocks", f"blocks of {block[0]}x{block[1]}"
+        if form.among or form.rows >= TALL:
+            kind, what = "blocks", str(form)
     elif int(weight.shape[1]) < FEWEST_INPUTS:
         return f"the groups have {int(weight.shape[1])} input channels each"
     else:
@@ -96,6 +97,8 @@ def prefer_dense(node: Node, density: float, block: tuple[int, int], target: Tar
         return "no sparse kernel quantizes the rows it reads"
     # activations become codes after the weights that read them
     codes = source.op in (ops.FAKE_QUANTIZE, ops.DEQUANTIZE)
+    if codes and form.among:
+        return f"no kernel multiplies codes by weights of {form}"
     precision = "float" if not codes else "dot4" if target.exact_dot4 else "int8"
     limit = DENSEST[precision][kind]
     if density <= limit:

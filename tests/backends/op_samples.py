@@ -350,5 +350,6 @@ NOT_CALLED = {
     "eye",
     "scalar_tensor",
     "mcc.decode_sparse",
+    "mcc.decode_n_of_m",
     "mcc.unpack",
 }

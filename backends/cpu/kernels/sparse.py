@@ -63,7 +63,7 @@ class SparseDense:
     def refuses(self, region: Region, target: Target) -> str | None:
         """Takes linear with a sparse weight whose codes sum exactly."""
         del target
-        if region.weight.sparse is not None and region.weight.sparse.block != (1, 1):
+        if isinstance(region.weight.sparse, SparseArrays) and region.weight.sparse.block != (1, 1):
             return "the weight is stored in blocks"
         return sparse_refusal(region)
 
@@ -83,8 +83,8 @@ class SparseDense:
 
 def sparse_refusal(region: Region) -> str | None:
     """Why no sparse kernel for linear layers takes a region, or None."""
-    if region.weight.sparse is None:
-        return "the weight is dense"
+    if not isinstance(region.weight.sparse, SparseArrays):
+        return "the weight is dense" if region.weight.sparse is None else "of neighbouring weights a few are stored"
     if region.weight.grouped:
         return "groups of the weight's inputs have scales of their own"
     if region.operands:
@@ -141,7 +141,7 @@ class SparseBody:
     def __init__(self, region: Region, vectors: Vectors, width: int) -> None:
         self.region, self.vectors, self.width = region, vectors, width
         weight = region.weight
-        assert weight.sparse is not None
+        assert isinstance(weight.sparse, SparseArrays)
         self.outputs, self.inputs = weight.shape[0], math.prod(weight.shape[1:])
         self.groups = -(-self.outputs // GROUP)
         self.codes = region.activation is not None

@@ -43,7 +43,7 @@ class SparseBlocks:
     def refuses(self, region: Region, target: Target) -> str | None:
         """Takes linear with a weight in blocks whose codes sum exactly."""
         del target
-        if region.weight.sparse is not None and region.weight.sparse.block == (1, 1):
+        if isinstance(region.weight.sparse, SparseArrays) and region.weight.sparse.block == (1, 1):
             return "the weight is not stored in blocks"
         return sparse_refusal(region)
 

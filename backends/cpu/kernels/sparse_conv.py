@@ -55,7 +55,7 @@ class SparseConv2d:
         shape = plane_shape(region)
         if isinstance(shape, str):
             return shape
-        if region.weight.sparse is None:
+        if not isinstance(region.weight.sparse, SparseArrays):
             return "the weight is dense"
         return float_codes_refusal(region)
 
@@ -81,7 +81,7 @@ class _Body:
     def __init__(self, region: Region, vectors: Vectors, tile: PixelTile) -> None:
         shape, stored = plane_shape(region), region.weight.sparse
         assert isinstance(shape, ConvShape)
-        assert stored is not None
+        assert isinstance(stored, SparseArrays)
         self.region, self.vectors, self.shape, self.tile = region, vectors, shape, tile
         self.planes = Planes.of(tile, shape)
         self.size = -(-(shape.inputs * self.planes.channel) // vectors.lanes) * vectors.lanes + self.planes.extent

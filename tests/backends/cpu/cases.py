@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 from regions import Symbolic, Value, make_grouped_weight, make_region, make_table_weight, make_weight
 
@@ -19,8 +20,20 @@ from mcc.backends.cpu.kernels.low_bit_per_token import LowBitPerToken
 from mcc.backends.cpu.kernels.sparse import SparseDense
 from mcc.backends.cpu.kernels.sparse_blocks import SparseBlocks
 from mcc.backends.cpu.kernels.sparse_conv import SparseConv2d
-from mcc.backends.kernel import PER_TOKEN, Activation, Add, Clamp, Kernel, QuantizedInput, Region, Relu, Requantize
-from mcc.formats import BLOCKS
+from mcc.backends.cpu.kernels.sparse_n_of_m import SparseNofM
+from mcc.backends.kernel import (
+    PER_TOKEN,
+    Activation,
+    Add,
+    Clamp,
+    Kernel,
+    NofMArrays,
+    QuantizedInput,
+    Region,
+    Relu,
+    Requantize,
+)
+from mcc.sparse_formats import AMONG, BLOCKS
 from mcc.target import Target
 
 ROWS = [1, 2, 3, 5, 7, 16, 33, 64, 65, 131]
@@ -36,6 +49,7 @@ FAMILIES = (
     "low_bit_per_token",
     "sparse",
     "sparse_blocks",
+    "sparse_n_of_m",
     "sparse_conv2d",
     "conv2d",
     "depthwise",
@@ -135,6 +149,21 @@ def _sparse(draw: Any, target: Target, *, blocks: bool) -> tuple[Kernel, Region,
 
 
 @st.composite
+def _n_of_m(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
+    among = draw(st.sampled_from(AMONG))
+    kept, groups, outputs = draw(st.integers(1, among // 2)), draw(st.integers(1, 20)), draw(channels)
+    dense = make_weight((outputs, groups * among), draw(st.sampled_from(FORMATS[:2])), 6)
+    random = np.random.default_rng(8)
+    places = np.sort(random.random((outputs, groups, among)).argsort(-1)[..., :kept], -1).astype(np.int8)
+    assert dense.dense is not None
+    values = np.take_along_axis(dense.dense.reshape(outputs, groups, among), places.astype(np.int64), 2)
+    weight = replace(dense, dense=None, sparse=NofMArrays(values, places, among))
+    rows = Symbolic(draw(st.sampled_from([1, 64])))
+    region = make_region(ops.LINEAR, (rows, groups * among), weight, draw(epilogues()), bias=draw(st.booleans()))
+    return SparseNofM(), region, [(m, groups * among) for m in (*ROWS, 0)]
+
+
+@st.composite
 def _windows(draw: Any, image: tuple[int, int]) -> tuple[tuple[int, int], list[int], list[int], list[int]]:
     """Kernel size, stride, padding (top, left, bottom, right) and dilation for which an image gives some output."""
     kernel, stride, dilation, before, after = [], [], [], [], []
@@ -202,6 +231,7 @@ _DRAWN = {
     "low_bit": lambda target: _low_bit(target, per_token=False),
     "low_bit_per_token": lambda target: _low_bit(target, per_token=True),
     "sparse": lambda target: _sparse(target, blocks=False),
+    "sparse_n_of_m": _n_of_m,
     "sparse_blocks": lambda target: _sparse(target, blocks=True),
     "conv2d": lambda t: _conv2d(t, "conv2d"),
     "depthwise": lambda t: _conv2d(t, "depthwise"),

@@ -141,8 +141,9 @@ def test_codes_are_read_sparse_at_lower_densities_than_floats(target, steps, ker
 @pytest.mark.parametrize(("pattern", "kernel", "text"), [
     ("16x1", "sparse_blocks", "sparse float32 in blocks of 16x1"),
     ("4x4", "sparse_blocks", "sparse float32 in blocks of 4x4"), ("", "sparse_dense", "sparse float32"),
+    ("1:4", "sparse_n_of_m", "1:4 of float32"),
 ])  # fmt: skip
-def test_weights_pruned_by_blocks_are_stored_and_read_by_blocks(pattern, kernel, text):
+def test_weights_pruned_by_a_pattern_are_stored_and_read_by_it(pattern, kernel, text):
     torch.manual_seed(0)
     x = torch.randn(9, 64)
     row = compiled(nn.Linear(64, 48), x, PruneWeights(ratio=0.75, pattern=pattern)).report.layers[0]
