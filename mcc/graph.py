@@ -298,6 +298,11 @@ class Graph:
         else:
             owner.register_buffer(leaf, tensor)
 
+    def remove_tensor(self, name: str) -> None:
+        """Remove a buffer that no node reads."""
+        owner, leaf = self._owner(name)
+        del owner._buffers[leaf]
+
     def free_name(self, name: str) -> str:
         """`name`, or the first of `name_2`, `name_3`, … that is not the name of a tensor."""
         taken = {n for n, _ in self.module.named_parameters(remove_duplicate=False)}
@@ -416,8 +421,11 @@ class Schedule:
     """Something that changes tensors of a graph while it trains."""
 
     def advance(self, graph: Graph, progress: float) -> None:
-        """Bring `graph` to `progress`, in [0, 1], of the training that is under way."""
+        """Bring `graph` to `progress`, in [0, 1], of the training that is under way; called before every step."""
         raise NotImplementedError
+
+    def after_gradients(self, graph: Graph, progress: float) -> None:
+        """Read or change the gradients of `graph`, between their computation and the optimizer's step."""
 
 
 def _plain_tree(tree: object) -> object:

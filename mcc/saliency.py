@@ -75,34 +75,35 @@ def by_index(values: Tensor, slot: Slot, axis: Axis) -> Tensor:
     return torch.zeros(axis.size, dtype=torch.float64).index_add_(0, at[at >= 0], along[at >= 0])
 
 
-def _matrices(graph: Graph, group: Group) -> list[tuple[Slot, Tensor]]:
+def matrices(graph: Graph, group: Group) -> list[tuple[Slot, Tensor]]:
     """The float tensors of two dims or more in which a group stands."""
     found = [(slot, graph.tensor(slot.tensor).detach()) for slot in group.slots]
     return [(slot, t) for slot, t in found if t.dim() > 1 and t.is_floating_point()]
 
 
+def gains(graph: Graph, group: Group) -> list[tuple[Slot, Tensor]]:
+    """The gains of batch norms in which a group stands."""
+    found = [n.operand(1) for n in graph.nodes if n.op is ops.BATCH_NORM]
+    names = {str(gain.fx.target) for gain in found if gain is not None and gain.is_parameter}
+    return [(slot, graph.tensor(slot.tensor).detach()) for slot in group.slots if slot.tensor in names]
+
+
 def _norms(graph: Graph, group: Group, order: int) -> Tensor:
     total = torch.zeros(group.size, dtype=torch.float64)
-    for slot, tensor in _matrices(graph, group):
+    for slot, tensor in matrices(graph, group):
         total += by_index(tensor.abs().double() ** order, slot, group.axis)
     return total ** (1 / order)
 
 
 def _gains(graph: Graph, group: Group) -> Tensor:
-    total, found = torch.zeros(group.size, dtype=torch.float64), False
-    for node in graph.nodes:
-        gain = node.operand(1) if node.op is ops.BATCH_NORM else None
-        for slot in group.slots:
-            if gain is not None and gain.is_parameter and slot.tensor == gain.fx.target:
-                total += by_index(gain.tensor.detach().abs(), slot, group.axis)
-                found = True
-    return total if found else _norms(graph, group, 2)
+    found = [by_index(gain.abs(), slot, group.axis) for slot, gain in gains(graph, group)]
+    return torch.stack(found).sum(0) if found else _norms(graph, group, 2)
 
 
 def _distances(graph: Graph, group: Group) -> Tensor:
     """Of what gives each index, the sum of distances from that of the others."""
     total = torch.zeros(group.size, dtype=torch.float64)
-    for slot, tensor in _matrices(graph, group):
+    for slot, tensor in matrices(graph, group):
         at = positions(slot.term, group.axis)
         if slot.dim == 0 and (at >= 0).all() and list(axes_of(slot.term)) == [group.axis]:
             rows = tensor.flatten(1).double()

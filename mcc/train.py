@@ -151,6 +151,8 @@ def _train_epoch(run: _Run, epoch: int) -> float:
                 remedy="lower learning_rate, or quantize before folding batch norms, which keep training stable",
             )
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it so
+        for schedule in run.graph.schedules:
+            schedule.after_gradients(run.graph, progress)
         run.scales.receive_gradients()
         for optimizer in run.optimizers:
             optimizer.step()

@@ -18,18 +18,20 @@ from mcc.passes.prune_weights import PruneWeights
 from mcc.passes.quantize import Quantize
 from mcc.passes.quantize_codebook import QuantizeCodebook
 from mcc.passes.quantize_kv_cache import QuantizeKvCache
+from mcc.passes.regularize_channels import RegularizeChannels
+from mcc.passes.rigl import Rigl
 from mcc.passes.smooth_quant import SmoothQuant
 from mcc.passes.sparse_gpt import SparseGpt
 from mcc.rewrite import Pass
 
 PASSES: tuple[type[Pass], ...] = (
-    EliminateIdentity, FoldBatchNorm, FoldConstants, KeepZeros, PruneWeights, SparseGpt, PruneChannels, PruneHeads,
-    PruneNeurons, PruneBlocks, FineTune, SmoothQuant, Awq, Gptq, Quantize, AdaRound, CorrectBias, QuantizeKvCache,
-    QuantizeCodebook, Hqq,
+    EliminateIdentity, FoldBatchNorm, FoldConstants, KeepZeros, PruneWeights, Rigl, SparseGpt, RegularizeChannels,
+    PruneChannels, PruneHeads, PruneNeurons, PruneBlocks, FineTune, SmoothQuant, Awq, Gptq, Quantize, AdaRound,
+    CorrectBias, QuantizeKvCache, QuantizeCodebook, Hqq,
 )  # fmt: skip
 
 __all__ = [
     "PASSES", "AdaRound", "Awq", "CorrectBias", "EliminateIdentity", "FineTune", "FoldBatchNorm", "FoldConstants",
     "Gptq", "Hqq", "KeepZeros", "PruneBlocks", "PruneChannels", "PruneHeads", "PruneNeurons", "PruneWeights",
-    "Quantize", "QuantizeCodebook", "QuantizeKvCache", "SmoothQuant", "SparseGpt",
+    "Quantize", "QuantizeCodebook", "QuantizeKvCache", "RegularizeChannels", "Rigl", "SmoothQuant", "SparseGpt",
 ]  # fmt: skip

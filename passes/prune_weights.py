@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 RAMP_END = 0.75
 GRADIENT_BATCHES = 32  # more change the order of weights little
-NEEDS = {"magnitude": (), "wanda": ("calibration",), "snip": ("train",)}
+NEEDS = {"magnitude": (), "movement": (), "wanda": ("calibration",), "snip": ("train",)}
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,17 @@ class PruneWeights(Pass):
     Han et al.: Learning both weights and connections. NeurIPS 2015 (magnitude);
     Zhu, Gupta: To prune, or not to prune. ICLR workshop 2018 (cubic schedule);
     Sun, Liu, Bair, Kolter: A simple and effective pruning approach for large language models. ICLR 2024 (wanda);
-    Lee, Ajanthan, Torr: SNIP: single-shot network pruning based on connection sensitivity. ICLR 2019.
+    Lee, Ajanthan, Torr: SNIP: single-shot network pruning based on connection sensitivity. ICLR 2019;
+    Sanh, Wolf, Rush: Movement pruning: adaptive sparsity by fine-tuning. NeurIPS 2020 (movement, but what is removed
+    stays so).
 
     Attributes:
         ratio: fraction of weights removed, in (0, 1).
         scope: "global" ranks the weights of all layers together, "layer" each layer by itself, "output" each output of
             a layer, "erk" each layer with a ratio of its own, which leaves small layers denser.
         saliency: what is kept longest: "magnitude" is |w|, "wanda" |w| times the root mean square of the input, "snip"
-            |w times its gradient|.
+            |w times its gradient|, "movement" how far training has moved w away from zero, the sum of -w times its
+            gradient over all steps, which takes a schedule.
         pattern: "" for single weights, "2:4" for two kept of every four inputs, "16x1" for blocks of 16 outputs and one
             input.
         schedule: "one-shot", or "cubic" across the fine-tuning that follows.
@@ -55,7 +58,7 @@ class PruneWeights(Pass):
 
     ratio: float = 0.5
     scope: Scope = "global"
-    saliency: Literal["magnitude", "wanda", "snip"] = "magnitude"
+    saliency: Literal["magnitude", "movement", "wanda", "snip"] = "magnitude"
     pattern: str = ""
     schedule: Literal["one-shot", "cubic"] = "one-shot"
     include: tuple[str, ...] = ("*",)
@@ -73,10 +76,15 @@ class PruneWeights(Pass):
                 raise SpecError(
                     f"prune-weights: {option}={getattr(self, option)!r}", remedy=f"use one of {', '.join(allowed)}"
                 )
-        if self.schedule == "cubic" and (self.saliency != "magnitude" or ":" in self.pattern):
+        trained = self.saliency in ("magnitude", "movement")
+        if self.schedule == "cubic" and (not trained or ":" in self.pattern):
             raise SpecError(
                 f"prune-weights: schedule='cubic' with saliency={self.saliency!r}, pattern={self.pattern!r}",
-                remedy="a schedule ranks by magnitude, and N:M has one ratio only",
+                remedy="a schedule ranks by magnitude or movement, and N:M has one ratio only",
+            )
+        if self.saliency == "movement" and self.schedule != "cubic":
+            raise SpecError(
+                "prune-weights: saliency='movement' at once", remedy="schedule='cubic': weights move while they train"
             )
         Pattern.parse(self.pattern, self.ratio)
 
@@ -101,9 +109,15 @@ class PruneWeights(Pass):
             insert_mask(graph, name, torch.ones(graph.tensor(name).shape, dtype=torch.bool))
             context.edited()
         if self.schedule == "cubic":
-            schedule = CubicPruning(self.ratio, self.scope, pattern, tuple(layers))
+            names = tuple(layers)
+            if self.saliency == "movement":
+                for name in names:
+                    graph.set_tensor(moved(name), torch.zeros_like(graph.tensor(name).detach()))
+            schedule = CubicPruning(self.ratio, self.scope, pattern, names, self.saliency == "movement")
             return graph.with_schedules((*graph.schedules, schedule))
-        set_masks(graph, {name: factors.get(name) for name in layers}, self.ratio, self.scope, pattern)
+        sizes = {name: graph.tensor(name).detach().abs() for name in layers}
+        scores = {name: size * factors[name] if name in factors else size for name, size in sizes.items()}
+        set_masks(graph, scores, self.ratio, self.scope, pattern)
         return graph
 
     def reference(self, before: Graph, after: Graph) -> Graph:
@@ -130,12 +144,14 @@ class CubicPruning(Schedule):
         scope: as in `PruneWeights`.
         pattern: what goes together.
         names: of the masked weights.
+        movement: weights are ranked by how far they have moved away from zero, else by magnitude.
     """
 
     ratio: float
     scope: Scope
     pattern: Pattern
     names: tuple[str, ...]
+    movement: bool = False
 
     def advance(self, graph: Graph, progress: float) -> None:
         """Prune to s(t); masks change in a hundred steps, not at every batch."""
@@ -144,17 +160,32 @@ class CubicPruning(Schedule):
         masks = [graph.tensor(mask_name(graph, name)) for name in self.names]
         sparsity = 1 - sum(int(m.count_nonzero()) for m in masks) / sum(m.numel() for m in masks)
         if target > sparsity + 1e-6:
-            set_masks(graph, dict.fromkeys(self.names), target, self.scope, self.pattern)
+            scores = {n: graph.tensor(moved(n) if self.movement else n).detach() for n in self.names}
+            scores = scores if self.movement else {n: weight.abs() for n, weight in scores.items()}
+            set_masks(graph, scores, target, self.scope, self.pattern)
+        if self.movement and progress == 1:
+            for name in self.names:
+                graph.remove_tensor(moved(name))
+
+    def after_gradients(self, graph: Graph, progress: float) -> None:
+        """Add up movement: a step against the gradient takes w away from zero where their signs differ."""
+        del progress
+        for name in self.names if self.movement else ():
+            weight = graph.tensor(name)
+            if weight.grad is not None:
+                graph.tensor(moved(name)).sub_(weight.detach() * weight.grad)
 
 
-def set_masks(graph: Graph, factors: dict[str, Tensor | None], ratio: float, scope: Scope, pattern: Pattern) -> None:
-    """Make the masks of weights keep those with the largest |w| times factor; a weight pruned before stays pruned."""
-    scores = {}
-    for name, factor in factors.items():
-        size = graph.tensor(name).detach().abs()
-        score = size if factor is None else size * factor
-        scores[name] = torch.where(graph.tensor(mask_name(graph, name)), score, -1.0)
-    for name, mask in choose(scores, ratio, scope, pattern).items():
+def moved(name: str) -> str:
+    """The name of the buffer with a weight's movement: it is in the checkpoints of training."""
+    return f"{name}_movement"
+
+
+def set_masks(graph: Graph, scores: dict[str, Tensor], ratio: float, scope: Scope, pattern: Pattern) -> None:
+    """Make the masks of weights keep those with the largest scores; a weight pruned before stays pruned."""
+    least = min(float(score.min()) for score in scores.values()) - 1
+    kept = {name: torch.where(graph.tensor(mask_name(graph, name)), score, least) for name, score in scores.items()}
+    for name, mask in choose(kept, ratio, scope, pattern).items():
         insert_mask(graph, name, mask)
 
 

@@ -15,7 +15,7 @@ import mcc
 from mcc import ops
 from mcc.cost import graph_size
 from mcc.data import Data
-from mcc.errors import PassError
+from mcc.errors import PassError, SpecError
 from mcc.masks import Pattern
 from mcc.passes import FineTune, KeepZeros, PruneWeights, Quantize
 from mcc.passes.prune_weights import CubicPruning
@@ -34,6 +34,38 @@ def batches(count=8):
         (torch.randn(16, 12, generator=generator), torch.randint(0, 3, (16,), generator=generator))
         for _ in range(count)
     ]
+
+
+def regression(seed=1):
+    """Of eight inputs the last four count; labels are what they give."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(24, 64, 8, generator=generator)
+    return [(x, x[:, 4:].sum(1, keepdim=True)) for x in inputs]
+
+
+def squared(found, wanted):
+    return (found - wanted).square().mean()
+
+
+def test_movement_keeps_what_grows_and_magnitude_what_is_large():
+    kept = {}
+    for saliency in ("movement", "magnitude"):
+        model = nn.Linear(8, 1, bias=False)
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor([[3.0, 3.0, 3.0, 3.0, 0.1, 0.1, 0.1, 0.1]]))
+        step = PruneWeights(ratio=0.5, schedule="cubic", saliency=saliency)
+        data = Data(train=regression(), loss=squared)
+        graph, _ = run(
+            model, torch.randn(2, 8), step, FineTune(epochs=1, optimizer="sgd", learning_rate=2e-3), data=data
+        )
+        kept[saliency] = graph.tensor("weight_mask")[0].tolist()
+        assert [name for name, _ in graph.module.named_buffers()] == ["weight_mask"]
+    assert kept == {"movement": [False] * 4 + [True] * 4, "magnitude": [True] * 4 + [False] * 4}
+
+
+def test_movement_takes_a_schedule():
+    with pytest.raises(SpecError, match="saliency='movement' at once\n  remedy  schedule='cubic'"):
+        PruneWeights(saliency="movement")
 
 
 def test_a_mask_stands_between_the_weight_and_its_layer(check_rewrite):
