@@ -39,7 +39,7 @@ def integerize(lowering: Lowering) -> Lowering:
     regions: dict[fx.Node, Region] = {}
     refused: dict[fx.Node, str] = {}
     for node in lowering.graph.nodes:
-        if node.op not in ANCHORS or (node.op is ops.CONV2D and not reads_sparse(node)):
+        if node.op not in ANCHORS or (node.op is ops.CONV2D and not (reads_sparse(node) or depthwise(node))):
             if node.op is not None and node.op.macs(node.fx):
                 reason = attention_refusal(node, lowering.target) if node.op is ops.ATTENTION else None
                 refused[node.fx] = reason or f"there is no own kernel for {node.op.name} yet"
@@ -72,6 +72,18 @@ def reads_sparse(node: Node) -> bool:
     if weight is None or weight.sparse is None or not all(isinstance(s, int) for s in source.shape[1:]):
         return False
     return weight.dtype != "int8" or source.op is not ops.DEQUANTIZE or codes_sum_exactly(weight)
+
+
+def depthwise(node: Node) -> bool:
+    """Whether a convolution of single channels in float has a kernel with channels first too."""
+    top, source = node.operand(1), node.operand(0)
+    assert top is not None
+    assert source is not None
+    weight = stored_weight(top)
+    if weight is None or weight.dense is None or weight.dtype != "float32" or source.op is ops.DEQUANTIZE:
+        return False
+    alone = weight.shape[1] == 1 and weight.shape[0] == int(node.argument(6, 1)) > 1
+    return alone and all(isinstance(s, int) for s in source.shape[1:])
 
 
 def stored_weight(top: Node) -> StoredWeight | None:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from mcc import ops
 from mcc.backends.cpu.channels_last import FORMS, PREFERRED, Turner
+from mcc.backends.cpu.integerize import depthwise
 from mcc.backends.cpu.permutes import order_of, simplify_permutes
 from mcc.backends.cpu.tokens import attend_by_tokens
 from mcc.graph import Node
@@ -56,7 +57,10 @@ def choose_channels_last(graph: Graph, turner: Turner) -> set[fx.Node]:
         if node not in able:
             flow.add_edge(node, "first")  # no capacity: it cannot be cut
         elif node in wanted:
-            flow.add_edge("last", node)
+            call = Node(node, graph)
+            either = call.op is ops.CONV2D and depthwise(call)
+            # between layers with channels first it had better stay so than be transposed twice
+            flow.add_edge("last", node, **({"capacity": _bytes(node)} if either else {}))
         elif ops.lookup(node.target) is _PERMUTE:
             flow.add_edge("last", node, capacity=_bytes(node))  # with channels first it has to be done
         if node.all_input_nodes and isinstance(node.all_input_nodes[0].meta.get("val"), list | tuple):

@@ -8,10 +8,13 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, Pair, conv_shape
+from mcc.backends.kernel import SparseArrays
 
 if TYPE_CHECKING:
-    from mcc.backends.kernel import Region
+    from mcc.backends.kernel import Region, StoredWeight
     from mcc.target import Target
 
 MOST_PIXELS = 128
@@ -121,6 +124,16 @@ def plane_shape(region: Region) -> ConvShape | str:
     return replace(shape, image=(1, prod(shape.image)))
 
 
+def stored_elements(weight: StoredWeight) -> SparseArrays:
+    """A convolution's weights one by one: those that a sparse one has, or all of a dense one."""
+    if isinstance(weight.sparse, SparseArrays):
+        return weight.sparse.by_element
+    assert weight.dense is not None
+    rows = weight.dense.reshape(len(weight.dense), -1)
+    ends = np.arange(len(rows) + 1) * rows.shape[1]
+    return SparseArrays(rows.reshape(-1), np.tile(np.arange(rows.shape[1]), len(rows)), ends)
+
+
 def columns_copied(tile: PixelTile, shape: ConvShape, planes: Planes) -> list[int]:
     """How many columns of the image each plane has that some tile reads, where it has any."""
     width, counts = shape.result[1], []
@@ -134,10 +147,9 @@ def columns_copied(tile: PixelTile, shape: ConvShape, planes: Planes) -> list[in
 
 def pixel_tiles(region: Region, target: Target) -> tuple[PixelTile, ...]:
     """For each width of vectors and each mode the tile that is best by `_cost`, the best of all first."""
-    shape, sparse = plane_shape(region), region.weight.sparse
+    shape = plane_shape(region)
     assert isinstance(shape, ConvShape)
-    assert sparse is not None
-    stored, registers = sparse.values.size, target.vector_registers * 3 // 4
+    stored, registers = stored_elements(region.weight).values.size, target.vector_registers * 3 // 4
     widths = sorted({target.vector_lanes, min(target.vector_lanes, HALF)})
     found: list[tuple[float, PixelTile]] = []
     for lanes, mode in product(widths, _modes(region, shape)):

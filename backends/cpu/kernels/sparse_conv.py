@@ -26,7 +26,14 @@ from mcc.backends.cpu.epilogue import Epilogue, channel_vectors
 from mcc.backends.cpu.integer_sums import float_codes_refusal
 from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
-from mcc.backends.cpu.kernels.pixel_tiles import PixelTile, Planes, columns_copied, pixel_tiles, plane_shape
+from mcc.backends.cpu.kernels.pixel_tiles import (
+    PixelTile,
+    Planes,
+    columns_copied,
+    pixel_tiles,
+    plane_shape,
+    stored_elements,
+)
 from mcc.backends.cpu.kernels.tiles import leading_dims, loop_for
 from mcc.backends.cpu.microkernel import Expression, Parameter, Vectors, branch, flat, kernel_function, serial
 from mcc.backends.kernel import Lowered, Region, SparseArrays
@@ -75,13 +82,29 @@ class SparseConv2d:
         return np.ascontiguousarray(np.moveaxis(conv_reference(region, last[0], last[1:]), 3, 1))
 
 
+@dataclass(frozen=True)
+class DepthwisePlanes(SparseConv2d):
+    """Convolutions of single channels in float between sparse ones: every weight is one that is stored."""
+
+    name: str = "depthwise_planes"
+
+    def refuses(self, region: Region, target: Target) -> str | None:
+        """Takes a fixed height and width, and dense float32 weights."""
+        del target
+        shape = plane_shape(region)
+        if isinstance(shape, str):
+            return shape
+        if not shape.depthwise or region.weight.dense is None:
+            return "outputs read several channels, or the weight is sparse"
+        return "the activations are quantized" if region.activation is not None else None
+
+
 class _Body:
     """One kernel."""
 
     def __init__(self, region: Region, vectors: Vectors, tile: PixelTile) -> None:
-        shape, stored = plane_shape(region), region.weight.sparse
+        shape, stored = plane_shape(region), stored_elements(region.weight)
         assert isinstance(shape, ConvShape)
-        assert isinstance(stored, SparseArrays)
         self.region, self.vectors, self.shape, self.tile = region, vectors, shape, tile
         self.planes = Planes.of(tile, shape)
         self.size = -(-(shape.inputs * self.planes.channel) // vectors.lanes) * vectors.lanes + self.planes.extent
@@ -92,7 +115,7 @@ class _Body:
         chunks = min(-(-SHARED // pieces), -(-shape.outputs // tile.outputs))
         self.each = -(-shape.outputs // (chunks * tile.outputs)) * tile.outputs
         self.chunks = -(-shape.outputs // self.each)
-        self.packed = self._pack(stored.by_element) | channel_vectors(region)
+        self.packed = self._pack(stored) | channel_vectors(region)
         if region.activation is not None:
             sums = region.weight.decoded().astype(np.int64).reshape(shape.outputs, -1).sum(1)
             self.packed["start"] = (-region.activation.zero_point * sums).astype(np.float32)
@@ -175,7 +198,7 @@ class _Body:
             image = B.Bind(T.cast(tirx.floordiv(i, strips * bands * self.chunks), "int64"))
             self._tile(image, (top, left), chunk)
 
-        macs = self.region.weight.sparse.values.size * math.prod(shape.result)  # type: ignore[union-attr]
+        macs = self.packed["values"].size * math.prod(shape.result)
         loop_for(macs, FEWEST_MACS, self.batch)(self.batch * (bands * strips * self.chunks), piece)
 
     def _tile(self, image: Expression, corner: tuple[Expression, Expression], chunk: Expression) -> None:
@@ -184,7 +207,7 @@ class _Body:
         source, base = self.x, image * (self.shape.inputs * math.prod(self.shape.image)) + corner[1]
         if not tile.in_place:
             source, base = B.alloc_buffer((self.size,), "float32", layout=None), tirx.const(0, "int64")
-            self._copy_planes(source, image, corner)
+            self._copy_planes(source, image, corner, chunk)
         sets = each // tile.outputs
         sums = B.alloc_buffer((extent * (each if tile.blocks > 1 else tile.outputs),), "float32", layout=None)
 
@@ -264,23 +287,30 @@ class _Body:
         for i in range(0, pixels, v.lanes):
             vector(min(i, max(pixels - v.lanes, 0)), min(v.lanes, pixels))
 
-    def _copy_planes(self, planes: Expression, image: Expression, corner: tuple[Expression, Expression]) -> None:
-        """What the tile reads, as float32, zero beyond the image, or the code of zero."""
-        shape, at, v = self.shape, self.planes, self.vectors
-        if shape.pads:
-            activation = self.region.activation
-            outside = v.constant(0.0 if activation is None else float(activation.zero_point))
-            serial(self.size // v.lanes, lambda i: v.store(planes, i * v.lanes, outside))
+    def _copy_planes(
+        self, planes: Expression, image: Expression, corner: tuple[Expression, Expression], chunk: Expression
+    ) -> None:
+        """What the chunk's outputs read for the tile, as float32, zero beyond the image, or the code of zero."""
+        shape, at, v, activation = self.shape, self.planes, self.vectors, self.region.activation
+        outside = v.constant(0.0 if activation is None else float(activation.zero_point))
         source = B.Bind(image * (shape.inputs * math.prod(shape.image)))
 
         def channel(k: Expression) -> None:
+            if shape.pads:
+                serial(at.channel // v.lanes, lambda i: v.store(planes, k * at.channel + i * v.lanes, outside))
             begin = B.Bind(source + k * math.prod(shape.image))
             for p, phase in enumerate(at.phases):
                 for s, shift in enumerate(at.shifts):
                     place = k * at.channel + (p * len(at.shifts) + s) * (at.rows * at.pitch)
                     self._copy_plane(planes, place, begin, corner, (phase, shift))
 
-        serial(shape.inputs, channel)
+        if shape.groups == 1:
+            serial(shape.inputs, channel)
+            return
+        last = tirx.min((chunk + 1) * self.each, shape.outputs) - 1
+        first, end = (tirx.floordiv(n, shape.group_outputs) for n in (chunk * self.each, last))
+        start = B.Bind(first * shape.group_inputs)
+        serial((end + 1) * shape.group_inputs - start, lambda k: channel(start + k))
 
     def _copy_plane(
         self, planes: Expression, plane: Expression, source: Expression, corner: tuple[Any, Any], phase: tuple[int, int]
@@ -321,8 +351,3 @@ class _Body:
             self.vectors.store(planes, to + c, T.cast(value, f"float32x{lanes}"), lanes)
 
         serial(tirx.floordiv(count + (lanes - 1), lanes), piece)
-
-
-def _not_empty(array: NDArray[Any]) -> NDArray[Any]:
-    """Kernels take no empty arrays."""
-    return array if array.size else np.zeros(1, array.dtype)

@@ -19,7 +19,7 @@ from mcc.backends.cpu.kernels.low_bit import LowBitDense
 from mcc.backends.cpu.kernels.low_bit_per_token import LowBitPerToken
 from mcc.backends.cpu.kernels.sparse import SparseDense
 from mcc.backends.cpu.kernels.sparse_blocks import SparseBlocks
-from mcc.backends.cpu.kernels.sparse_conv import SparseConv2d
+from mcc.backends.cpu.kernels.sparse_conv import DepthwisePlanes, SparseConv2d
 from mcc.backends.cpu.kernels.sparse_n_of_m import SparseNofM
 from mcc.backends.kernel import (
     PER_TOKEN,
@@ -51,6 +51,7 @@ FAMILIES = (
     "sparse_blocks",
     "sparse_n_of_m",
     "sparse_conv2d",
+    "depthwise_planes",
     "conv2d",
     "depthwise",
     "depthwise_int8",
@@ -206,13 +207,15 @@ def _conv2d(draw: Any, target: Target, family: str) -> tuple[Kernel, Region, lis
 
 
 @st.composite
-def _sparse_conv2d(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
+def _sparse_conv2d(draw: Any, target: Target, *, depthwise: bool) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
     del target
     image = (draw(st.integers(1, 15)), draw(st.one_of(st.integers(1, 20), st.integers(100, 150))))
     size, stride, padding, dilation = draw(_windows(image))
-    groups = draw(st.sampled_from([1, 1, 1, 2, 3, 8]))
-    inputs, outputs = (groups * draw(st.integers(1, 70 // groups)) for _ in range(2))
-    form, density = draw(st.sampled_from(FORMATS)), draw(st.sampled_from([0.0, 0.05, 0.3, 1.0]))
+    groups = draw(st.integers(2, 70)) if depthwise else draw(st.sampled_from([1, 1, 1, 2, 3, 8]))
+    most = 1 if depthwise else 70 // groups
+    inputs, outputs = (groups * draw(st.integers(1, most)) for _ in range(2))
+    form = draw(st.sampled_from(FORMATS[:2] if depthwise else FORMATS))
+    density = None if depthwise else draw(st.sampled_from([0.0, 0.05, 0.3, 1.0]))
     shape, dtype = (outputs, inputs // groups, *size), "float32" if form == "float32" else "int8"
     weight = make_weight(shape, dtype, 4, 63, density=density)
     activation = QuantizedInput(0.02, draw(zero_points)) if form == "codes" else None
@@ -220,11 +223,12 @@ def _sparse_conv2d(draw: Any, target: Target) -> tuple[Kernel, Region, list[tupl
         ops.CONV2D, (Symbolic(), inputs, *image), weight, draw(epilogues()), activation,
         (stride, padding[:2], dilation, groups), bias=draw(st.booleans()),
     )  # fmt: skip
-    return SparseConv2d(), region, [(n, inputs, *image) for n in (1, 2, 5, 0)]
+    return DepthwisePlanes() if depthwise else SparseConv2d(), region, [(n, inputs, *image) for n in (1, 2, 5, 0)]
 
 
 _DRAWN = {
-    "sparse_conv2d": _sparse_conv2d,
+    "sparse_conv2d": lambda target: _sparse_conv2d(target, depthwise=False),
+    "depthwise_planes": lambda target: _sparse_conv2d(target, depthwise=True),
     "dense_float": lambda t: _dense(t, "float"),
     "dense_int8": lambda t: _dense(t, "one scale"),
     "dense_per_token": lambda t: _dense(t, "per token"),

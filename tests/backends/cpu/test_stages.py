@@ -171,6 +171,18 @@ def test_a_sparse_convolution_with_a_residual_is_one_kernel(codes):
     assert rows["b"].op.startswith("conv2d + add + relu")
 
 
+def test_a_depthwise_convolution_between_sparse_ones_is_not_transposed():
+    model = nn.Sequential(
+        nn.Conv2d(16, 32, 1), nn.ReLU6(), nn.Conv2d(32, 32, 3, 2, 1, groups=32), nn.ReLU6(), nn.Conv2d(32, 24, 1)
+    )
+    x, include = torch.randn(4, 16, 13, 11), ("0", "4")
+    artifact = compiled(model.eval(), x, PruneWeights(ratio=0.9, scope="layer", include=include))
+    kernels = {row.layer: row.kernel.split()[0] for row in artifact.report.layers}
+    assert kernels == {"0": "sparse_conv2d", "2": "depthwise_planes", "4": "sparse_conv2d"}
+    alone = compiled(model.eval(), x).report
+    assert {row.layer: row.kernel.split()[0] for row in alone.layers}["2"] == "depthwise"
+
+
 def test_a_layer_left_to_the_op_library_is_in_the_report_with_the_reason():
     row = compiled(nn.Conv3d(6, 6, 3), torch.randn(2, 6, 9, 9, 9)).report.layers[0]
     assert (row.kernel, row.reason) == ("op library", "there is no own kernel for conv3d yet")
