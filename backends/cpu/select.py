@@ -25,9 +25,9 @@ TALL = 4  # outputs of a block that are worth more than as many weights
 FEWEST_INPUTS = 4  # of an output: with fewer there is too little to leave out
 # the density below which a sparse kernel overtakes the dense one, whose integer form has instructions of its own
 DENSEST = {
-    "float": {"few rows": 0.2, "rows": 0.35, "blocks": 0.7, "pixels": 0.5, "windows": 0.3},
-    "int8": {"few rows": 0.05, "rows": 0.2, "blocks": 0.3, "pixels": 0.3, "windows": 0.25},
-    "dot4": {"few rows": 0.05, "rows": 0.12, "blocks": 0.2, "pixels": 0.25, "windows": 0.15},
+    "float": {"few rows": 0.2, "rows": 0.35, "blocks": 0.7, "pixels": 0.5, "windows": 0.3, "windows of blocks": 0.35},
+    "int8": {"few rows": 0.05, "rows": 0.2, "blocks": 0.3, "pixels": 0.3, "windows": 0.25, "windows of blocks": 0.3},
+    "dot4": {"few rows": 0.05, "rows": 0.12, "blocks": 0.2, "pixels": 0.25, "windows": 0.15, "windows of blocks": 0.2},
 }
 
 
@@ -91,8 +91,9 @@ def prefer_dense(node: Node, density: float, form: Form, target: Target) -> str 
     elif int(weight.shape[1]) < FEWEST_INPUTS:
         return f"the groups have {int(weight.shape[1])} input channels each"
     else:
-        kind = "pixels" if math.prod(extent(s) for s in weight.shape[2:]) == 1 else "windows"
-        what = kind
+        kind = what = "pixels" if math.prod(extent(s) for s in weight.shape[2:]) == 1 else "windows"
+        if form.rows >= TALL:
+            kind, what = ("blocks" if kind == "pixels" else "windows of blocks"), f"{what} and {form}"
     if source.op is ops.FAKE_QUANTIZE_PER_TOKEN:
         return "no sparse kernel quantizes the rows it reads"
     # activations become codes after the weights that read them

@@ -134,6 +134,12 @@ def stored_elements(weight: StoredWeight) -> SparseArrays:
     return SparseArrays(rows.reshape(-1), np.tile(np.arange(rows.shape[1]), len(rows)), ends)
 
 
+def outputs_alike(weight: StoredWeight, count: int) -> bool:
+    """Whether every `count` outputs, from the first on, have their weights at the same inputs."""
+    sparse = weight.sparse
+    return isinstance(sparse, SparseArrays) and count > 1 and sparse.block[0] % count == 0
+
+
 def columns_copied(tile: PixelTile, shape: ConvShape, planes: Planes) -> list[int]:
     """How many columns of the image each plane has that some tile reads, where it has any."""
     width, counts = shape.result[1], []
@@ -150,15 +156,19 @@ def pixel_tiles(region: Region, target: Target) -> tuple[PixelTile, ...]:
     shape = plane_shape(region)
     assert isinstance(shape, ConvShape)
     stored, registers = stored_elements(region.weight).values.size, target.vector_registers * 3 // 4
+    alike = outputs_alike(region.weight, 4)
     widths = sorted({target.vector_lanes, min(target.vector_lanes, HALF)})
     found: list[tuple[float, PixelTile]] = []
     for lanes, mode in product(widths, _modes(region, shape)):
         tried = {}
-        for vectors in range(1, min(MOST_PIXELS // lanes, registers) + 1):
+        for vectors in range(1, min(MOST_PIXELS // lanes, registers // 4 if alike else registers) + 1):
             tile = _largest(shape, vectors, lanes, mode)
             if tile is None:
                 continue
-            tile = replace(tile, outputs=4 if vectors == 1 else 2 if 2 * vectors <= registers else 1)
+            if alike:
+                tile = replace(tile, outputs=4)
+            else:
+                tile = replace(tile, outputs=4 if vectors == 1 else 2 if 2 * vectors <= registers else 1)
             for blocks in (1, 2, 4, 8, 16):
                 if blocks == 1 or stored >= FEWEST_WEIGHTS * blocks * shape.outputs:
                     cut = replace(tile, blocks=blocks)

@@ -30,6 +30,7 @@ from mcc.backends.cpu.kernels.pixel_tiles import (
     PixelTile,
     Planes,
     columns_copied,
+    outputs_alike,
     pixel_tiles,
     plane_shape,
     stored_elements,
@@ -115,6 +116,7 @@ class _Body:
         chunks = min(-(-SHARED // pieces), -(-shape.outputs // tile.outputs))
         self.each = -(-shape.outputs // (chunks * tile.outputs)) * tile.outputs
         self.chunks = -(-shape.outputs // self.each)
+        self.alike = outputs_alike(region.weight, tile.outputs)
         self.packed = self._pack(stored) | channel_vectors(region)
         if region.activation is not None:
             sums = region.weight.decoded().astype(np.int64).reshape(shape.outputs, -1).sum(1)
@@ -128,7 +130,8 @@ class _Body:
         into sets of `tile.outputs`: step s of a set holds the s-th weight of each of its outputs, zeros at the end.
 
         Returns:
-            values: [steps, outputs of a set]; offsets: the same, where in the planes a weight's pixels begin, in units;
+            values: [steps, outputs of a set]; offsets: the same, where in the planes a weight's pixels begin, in units,
+            or one a step where the outputs of a set are alike;
             starts: int32, in steps, [chunks * blocks * sets + 1]; order: int32, which output of the chunk each of a set
             is.
         """
@@ -142,7 +145,7 @@ class _Body:
                 here = np.flatnonzero((rows // self.each == chunk) & (block == b))
                 ends = np.searchsorted(rows[here], chunk * self.each + np.arange(self.each + 1))
                 counts = np.diff(ends)
-                ranked = np.argsort(-counts, kind="stable")
+                ranked = np.arange(self.each) if self.alike else np.argsort(-counts, kind="stable")
                 order.append(ranked)
                 for first in range(0, self.each, tile.outputs):
                     some = ranked[first : first + tile.outputs]
@@ -155,8 +158,9 @@ class _Body:
         offsets = self._tap_offsets() // self.unit
         narrow = np.uint16 if offsets.max() < 1 << 16 else np.int32
         values, columns = np.append(sparse.values, 0), np.append(columns, 0)  # what -1 stands for
+        read = offsets[columns[at]].astype(narrow)
         return {
-            "values": values[at].astype(sparse.values.dtype), "offsets": offsets[columns[at]].astype(narrow),
+            "values": values[at].astype(sparse.values.dtype), "offsets": read[:: tile.outputs] if self.alike else read,
             "starts": np.array(starts, np.int32), "order": np.concatenate(order).astype(np.int32),
         }  # fmt: skip
 
@@ -248,13 +252,19 @@ class _Body:
             for t, register in enumerate(row):
                 register.set(v.constant(0.0) if fresh else v.load(sums, place + t * v.lanes))
         start = B.Bind(arrays["starts"][number])
+
+        def pixels(at: Expression) -> list[Expression]:
+            begin = B.Bind(base + T.cast(arrays["offsets"][at], "int64") * self.unit)
+            return [v.load(source, begin + t * v.lanes) for t in range(len(registers[0]))]
+
         with B.serial(0, arrays["starts"][number + 1] - start) as s:
+            held = [B.Bind(x) for x in pixels(start + s)] if self.alike else []
             for o, row in enumerate(registers):
                 at = (start + s) * width + o
-                begin = B.Bind(base + T.cast(arrays["offsets"][at], "int64") * self.unit)
+                loaded = held or pixels(at)
                 w = B.Bind(v.splat(T.cast(arrays["values"][at], "float32")))
-                for t, register in enumerate(row):
-                    register.set(v.fma(v.load(source, begin + t * v.lanes), w, register.get()))
+                for x, register in zip(loaded, row, strict=True):
+                    register.set(v.fma(x, w, register.get()))
         for row, place in zip(registers, places, strict=True):
             for t, register in enumerate(row):
                 v.store(sums, place + t * v.lanes, register.get())

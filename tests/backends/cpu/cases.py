@@ -216,8 +216,11 @@ def _sparse_conv2d(draw: Any, target: Target, *, depthwise: bool) -> tuple[Kerne
     inputs, outputs = (groups * draw(st.integers(1, most)) for _ in range(2))
     form = draw(st.sampled_from(FORMATS[:2] if depthwise else FORMATS))
     density = None if depthwise else draw(st.sampled_from([0.0, 0.05, 0.3, 1.0]))
+    block = draw(st.sampled_from([(1, 1), (4, 1), (8, 1)])) if density is not None else (1, 1)
+    outputs = -(-outputs // block[0]) * block[0] if groups == 1 else outputs
+    block = block if groups == 1 else (1, 1)
     shape, dtype = (outputs, inputs // groups, *size), "float32" if form == "float32" else "int8"
-    weight = make_weight(shape, dtype, 4, 63, density=density)
+    weight = make_weight(shape, dtype, 4, 63, density=density, block=block)
     activation = QuantizedInput(0.02, draw(zero_points)) if form == "codes" else None
     region = make_region(
         ops.CONV2D, (Symbolic(), inputs, *image), weight, draw(epilogues()), activation,
