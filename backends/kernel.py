@@ -97,7 +97,7 @@ EpilogueStep = Relu | Clamp | Activation | Add | Requantize
 
 @dataclass(frozen=True)
 class SparseArrays:
-    """A weight without its zeros, as `mcc.formats.SparseRows` has it."""
+    """A weight without its zeros, as `mcc.sparse_formats.SparseRows` has it."""
 
     values: NDArray[Any]
     columns: NDArray[Any]

@@ -18,6 +18,7 @@ from mcc.backends.cpu.channels_last import FORMS, PREFERRED, Turner
 from mcc.backends.cpu.integerize import depthwise
 from mcc.backends.cpu.permutes import order_of, simplify_permutes
 from mcc.backends.cpu.tokens import attend_by_tokens
+from mcc.cost import weight_expression
 from mcc.graph import Node
 from mcc.layouts import TO_FIRST, TO_LAST
 from mcc.ops import OPS, shape_of
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 def layout(lowering: Lowering) -> Lowering:
     """Turn what the cut chose to channels last, in a copy of the graph."""
     graph = lowering.graph.copy()
+    _give_each_layer_its_dequantize(graph)
     turner = Turner(graph)
     chosen = choose_channels_last(graph, turner)
     for node in graph.nodes:
@@ -42,6 +44,17 @@ def layout(lowering: Lowering) -> Lowering:
     simplify_permutes(graph)
     attend_by_tokens(graph.clean(), lowering.target)
     return replace(lowering, graph=graph.clean().repropagate())
+
+
+def _give_each_layer_its_dequantize(graph: Graph) -> None:
+    """Layers read codes under a dequantize of their own: what has to be transposed for one of them is the codes."""
+    for node in graph.nodes:
+        if node.op is not ops.DEQUANTIZE or weight_expression(node) is not None:
+            continue
+        for layer in [user for user in node.users if user.op in ops.LAYERS][1:]:
+            own = graph.call(layer, node.fx.target, *node.fx.args)
+            own.meta["val"] = node.value
+            layer.fx.replace_input_with(node.fx, own)
 
 
 def choose_channels_last(graph: Graph, turner: Turner) -> set[fx.Node]:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from mcc import ops
 from mcc.backends.cpu.kernels import KERNELS
+from mcc.backends.cpu.kernels.pixel_tiles import MOST_PLANES
 from mcc.backends.cpu.lowering import Choice, Lowering
+from mcc.backends.relax.emitter import tuple_of
 from mcc.ops import extent
 
 if TYPE_CHECKING:
@@ -22,12 +24,41 @@ if TYPE_CHECKING:
 BYTE = 8
 MANY_ROWS = 8
 TALL = 4  # outputs of a block that are worth more than as many weights
+_ONE_VALUE = ("pointwise", "compression")
+FEW_PIXELS = 16  # of an image, one vector
 FEWEST_INPUTS = 4  # of an output: with fewer there is too little to leave out
 # the density below which a sparse kernel overtakes the dense one, whose integer form has instructions of its own
 DENSEST = {
-    "float": {"few rows": 0.2, "rows": 0.35, "blocks": 0.7, "pixels": 0.5, "windows": 0.3, "windows of blocks": 0.35},
-    "int8": {"few rows": 0.05, "rows": 0.2, "blocks": 0.3, "pixels": 0.3, "windows": 0.25, "windows of blocks": 0.3},
-    "dot4": {"few rows": 0.05, "rows": 0.12, "blocks": 0.2, "pixels": 0.25, "windows": 0.15, "windows of blocks": 0.2},
+    "float": {
+        "few rows": 0.2,
+        "few rows of blocks": 0.3,
+        "rows": 0.35,
+        "blocks": 0.7,
+        "few pixels": 0.12,
+        "pixels": 0.6,
+        "windows": 0.3,
+        "windows of blocks": 0.35,
+    },
+    "int8": {
+        "few rows": 0.05,
+        "few rows of blocks": 0.15,
+        "rows": 0.2,
+        "blocks": 0.3,
+        "few pixels": 0.05,
+        "pixels": 0.3,
+        "windows": 0.25,
+        "windows of blocks": 0.3,
+    },
+    "dot4": {
+        "few rows": 0.05,
+        "few rows of blocks": 0.15,
+        "rows": 0.12,
+        "blocks": 0.2,
+        "few pixels": 0.05,
+        "pixels": 0.25,
+        "windows": 0.15,
+        "windows of blocks": 0.2,
+    },
 }
 
 
@@ -78,30 +109,70 @@ def prefer_dense(node: Node, density: float, form: Form, target: Target) -> str 
     Measured on AVX-512 and AVX2, see `DENSEST` and tests/bench/sparse.py. A weight read dense is still stored without
     its zeros.
     """
+    if node.op is ops.EMBEDDING and form.among:
+        return f"no embedding reads rows of {form}"
     if node.op not in (ops.LINEAR, ops.CONV2D):
         return "there is no kernel for its sparse weights yet" if node.op in ops.LAYERS else None
-    source, weight = node.operand(0), node.weight_operand
+    source = node.operand(0)
     assert source is not None
-    assert weight is not None
-    if node.op is ops.LINEAR:
-        rows = math.prod(extent(s) for s in node.shape[:-1])
-        kind, what = ("few rows" if rows < MANY_ROWS else "rows"), f"{rows} rows"
-        if form.among or form.rows >= TALL:
-            kind, what = "blocks", str(form)
-    elif int(weight.shape[1]) < FEWEST_INPUTS:
-        return f"the groups have {int(weight.shape[1])} input channels each"
-    else:
-        kind = what = "pixels" if math.prod(extent(s) for s in weight.shape[2:]) == 1 else "windows"
-        if form.rows >= TALL:
-            kind, what = ("blocks" if kind == "pixels" else "windows of blocks"), f"{what} and {form}"
+    kind, what = _rows(node, form) if node.op is ops.LINEAR else _pixels(node, form)
+    if not kind:
+        return what
     if source.op is ops.FAKE_QUANTIZE_PER_TOKEN:
         return "no sparse kernel quantizes the rows it reads"
     # activations become codes after the weights that read them
     codes = source.op in (ops.FAKE_QUANTIZE, ops.DEQUANTIZE)
     if codes and form.among:
         return f"no kernel multiplies codes by weights of {form}"
+    if codes and (beside := _single_channels_beside(node)) is not None:
+        return f"{beside.layer} beside it has single channels, and codes of those lie with channels last"
     precision = "float" if not codes else "dot4" if target.exact_dot4 else "int8"
     limit = DENSEST[precision][kind]
     if density <= limit:
         return None
     return f"at density {density:.2f} the dense kernel is faster (sparse gains below {limit} for {what})"
+
+
+def _single_channels_beside(node: Node) -> Node | None:
+    """A depthwise convolution that a convolution reads from or gives to, with functions of one value between."""
+    before, after = node.operand(0), list(node.users)
+    while before is not None and before.op not in ops.LAYERS and before.fx.all_input_nodes:
+        before = before.operand(0)
+    while after and not any(user.op in ops.LAYERS for user in after):
+        passing = [user for user in after if user.op is not None and user.op.family in _ONE_VALUE]
+        after = [reader for user in passing for reader in user.users]
+    for other in (before, *after):
+        weight = other.weight_operand if other is not None and other.op is ops.CONV2D else None
+        if other is not None and weight is not None and int(weight.shape[1]) == 1 < int(other.argument(6, 1)):
+            return other
+    return None
+
+
+def _rows(node: Node, form: Form) -> tuple[str, str]:
+    """What a linear layer is to `DENSEST`, and in words."""
+    rows = math.prod(extent(s) for s in node.shape[:-1])
+    kind = "few rows" if rows < MANY_ROWS else "rows"
+    if form.among:
+        return "blocks", str(form)
+    if form.rows < TALL:
+        return kind, f"{rows} rows"
+    return ("few rows of blocks" if kind == "few rows" else "blocks"), f"{rows} rows and {form}"
+
+
+def _pixels(node: Node, form: Form) -> tuple[str, str]:
+    """What a convolution is to `DENSEST`, and in words; or nothing, and why its weight is better dense."""
+    weight = node.weight_operand
+    assert weight is not None
+    inputs, *kernel = (int(s) for s in weight.shape[1:])
+    planes = math.prod(map(min, kernel, tuple_of(node.argument(3, 1), 2)))
+    if inputs < FEWEST_INPUTS:
+        return "", f"the groups have {inputs} input channels each"
+    if planes > MOST_PLANES:
+        return "", f"its stride would cut each channel into {planes} planes"
+    pixels = math.prod(extent(s) for s in node.shape[2:])
+    if pixels < FEW_PIXELS:
+        return "few pixels", f"{pixels} pixels"
+    kind = "pixels" if kernel == [1, 1] else "windows"
+    if form.rows < TALL:
+        return kind, kind
+    return ("blocks" if kind == "pixels" else "windows of blocks"), f"{kind} and {form}"

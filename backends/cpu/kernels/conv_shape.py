@@ -104,7 +104,9 @@ def merge_groups(weight: NDArray[Any], groups: int, merged: int) -> NDArray[Any]
 def conv_shape(region: Region) -> ConvShape | str:
     """The sizes of a region's convolution, channels first or last, or why it has none."""
     dims = region.source.shape
-    if len(dims) != 4 or not all(isinstance(s, int) for s in dims[1:]):
+    if len(dims) != 4:
+        return "it has no batch dimension"
+    if not all(isinstance(s, int) for s in dims[1:]):
         return "its height, width or channels vary"
     anchor, weight = region.anchor, region.weight.shape
     stride, padding, dilation = (tuple_of(anchor.argument(i, d), 2) for i, d in ((3, 1), (4, 0), (5, 1)))

@@ -22,6 +22,7 @@ HALF = 8  # lanes of vectors of 256 bits, of which a CPU with 512 may do as much
 FIRST_CACHE = 24 << 10  # bytes of the first-level cache for planes
 SECOND_CACHE = 400_000  # bytes of the second one
 FEWEST_WEIGHTS = 6  # of an output and a block of channels: what its sums are loaded and stored for
+MOST_PLANES = 9  # of a channel, each of which is copied by code of its own
 SAME_SETS = 1024  # bytes: channels so far apart, or a multiple, crowd into few sets of a cache
 
 
@@ -70,8 +71,8 @@ class Planes:
     """The input of a tile: [channels][phases][shifts][rows][pitch] float32.
 
     Attributes:
-        phases: rows of the image, modulo the stride, that a plane may begin with.
-        shifts: columns that it may begin with.
+        phases: rows of the image that a plane begins with, those of a stride or of each tap.
+        shifts: the same of columns.
         rows: of a plane.
         pitch: of a row.
         channel: floats from one channel to the next.
@@ -89,9 +90,10 @@ class Planes:
     def of(cls, tile: PixelTile, shape: ConvShape) -> Planes:
         """Those of a tile."""
         (downs, rights), (down, right), lanes = _taps(shape), shape.stride, tile.lanes
-        phases = tuple(sorted({d % down for d in downs}))
+        apart = downs[-1] // down > (len(downs) - 1) * tile.rows  # more rows lie between the taps than they read
+        phases = tuple(downs) if apart else tuple(sorted({d % down for d in downs}))
         shifts = tuple(rights) if tile.aligned else tuple(sorted({r % right for r in rights}))
-        rows = tile.rows + downs[-1] // down
+        rows = tile.rows + (0 if apart else downs[-1] // down)
         pitch = _whole(tile.columns, lanes) if tile.aligned else tile.columns + rights[-1] // right
         extent = _whole((tile.rows - 1) * pitch + tile.columns, lanes)
         channel = _whole(len(phases) * len(shifts) * rows * pitch, lanes)
@@ -100,7 +102,8 @@ class Planes:
     def offset(self, tap: Pair, shape: ConvShape) -> int:
         """Where a tap of the window begins in a channel."""
         (down, right), (downs, rights) = shape.stride, _taps(shape)
-        (row, phase), across = divmod(downs[tap[0]], down), rights[tap[1]]
+        below, across = downs[tap[0]], rights[tap[1]]
+        row, phase = (0, below) if self.phases == tuple(downs) else divmod(below, down)
         column, shift = (0, across) if self.shifts == tuple(rights) else divmod(across, right)
         plane = self.phases.index(phase) * len(self.shifts) + self.shifts.index(shift)
         return (plane * self.rows + row) * self.pitch + column
@@ -181,7 +184,8 @@ def pixel_tiles(region: Region, target: Target) -> tuple[PixelTile, ...]:
 
 def _modes(region: Region, shape: ConvShape) -> tuple[str, ...]:
     if shape.kernel[1] > 1:
-        return ("packed", "aligned")
+        few = min(shape.stride[0], shape.kernel[0]) * shape.kernel[1] <= MOST_PLANES
+        return ("packed", "aligned") if few else ("packed",)
     whole = shape.image[0] == 1 and shape.stride == (1, 1) and not shape.pads and region.activation is None
     return ("packed", "in place") if whole and shape.image[1] * 4 % SAME_SETS else ("packed",)
 

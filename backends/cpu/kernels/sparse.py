@@ -152,7 +152,6 @@ class SparseBody:
             self.packed["start"] = (-region.activation.zero_point * sums).astype(np.float32)
         self.leading = leading_dims(region.source.shape[:-1])
         self.rows = product(self.leading)
-        self.operands: list[Expression] = []
 
     def pack(self, weight: SparseArrays) -> dict[str, NDArray[Any]]:
         """The weight's arrays as the loops read them."""
@@ -339,8 +338,7 @@ class SparseBody:
             rows = [B.Bind(v.load(result, (n + r) * width + t)) for r in range(v.lanes)]
             for c, column in enumerate(v.transpose(rows)):
                 place = B.Bind(T.cast(row_of(t + c), "int64") * self.outputs + n)
-                others = [v.load(operand, place) for operand in self.operands]
-                v.store(self.y, place, emit_epilogue(v, column, self.steps, others))
+                v.store(self.y, place, emit_epilogue(v, column, self.steps))
 
         if self.outputs >= v.lanes:
             last = self.outputs - v.lanes

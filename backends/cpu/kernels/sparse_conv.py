@@ -90,7 +90,7 @@ class DepthwisePlanes(SparseConv2d):
     name: str = "depthwise_planes"
 
     def refuses(self, region: Region, target: Target) -> str | None:
-        """Takes a fixed height and width, and dense float32 weights."""
+        """Takes a fixed height and width, and dense weights."""
         del target
         shape = plane_shape(region)
         if isinstance(shape, str):
@@ -139,7 +139,7 @@ class _Body:
         rows = np.repeat(np.arange(shape.outputs), np.diff(sparse.row_pointers))
         columns = sparse.columns.astype(np.int64) + rows // shape.group_outputs * (shape.group_inputs * taps)
         block = columns // (-(-shape.inputs // tile.blocks) * taps)
-        starts, order, kept = [0], [], []
+        starts, order, kept, owners = [0], [], [], []
         for chunk in range(self.chunks):
             for b in range(tile.blocks):
                 here = np.flatnonzero((rows // self.each == chunk) & (block == b))
@@ -153,12 +153,18 @@ class _Body:
                     for i, output in enumerate(some):
                         steps[: counts[output], i] = here[ends[output] : ends[output + 1]]
                     kept.append(steps)
+                    owners.append(np.tile(np.minimum(chunk * self.each + some, shape.outputs - 1), len(steps)))
                     starts.append(starts[-1] + len(steps))
-        at = np.concatenate([*kept, np.full((int(starts[-1] == 0), tile.outputs), -1)]).reshape(-1)
+        if starts[-1] == 0:  # kernels take no empty arrays
+            kept.append(np.full((1, tile.outputs), -1))
+            owners.append(np.zeros(tile.outputs, np.int64))
+        at = np.concatenate(kept).reshape(-1)
         offsets = self._tap_offsets() // self.unit
         narrow = np.uint16 if offsets.max() < 1 << 16 else np.int32
-        values, columns = np.append(sparse.values, 0), np.append(columns, 0)  # what -1 stands for
-        read = offsets[columns[at]].astype(narrow)
+        values = np.append(sparse.values, 0)  # what -1 stands for
+        # where no weight is, an input of the output's own group is multiplied by zero
+        owner = np.concatenate(owners) // shape.group_outputs * (shape.group_inputs * taps)
+        read = offsets[np.where(at < 0, owner, np.append(columns, 0)[at])].astype(narrow)
         return {
             "values": values[at].astype(sparse.values.dtype), "offsets": read[:: tile.outputs] if self.alike else read,
             "starts": np.array(starts, np.int32), "order": np.concatenate(order).astype(np.int32),
@@ -213,7 +219,9 @@ class _Body:
             source, base = B.alloc_buffer((self.size,), "float32", layout=None), tirx.const(0, "int64")
             self._copy_planes(source, image, corner, chunk)
         sets = each // tile.outputs
-        sums = B.alloc_buffer((extent * (each if tile.blocks > 1 else tile.outputs),), "float32", layout=None)
+        held, lanes = each if tile.blocks > 1 else tile.outputs, self.vectors.lanes
+        beyond = (tile.rows - 1) * self.planes.pitch + -(-tile.columns // lanes) * lanes - extent  # is read, not used
+        sums = B.alloc_buffer((extent * held + max(0, beyond),), "float32", layout=None)
 
         def write(local: Expression, place: Expression) -> None:
             n = B.Bind(chunk * each + local)

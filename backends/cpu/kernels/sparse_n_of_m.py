@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from mcc.target import Target
 
-FEW_ROWS = 4
 PERMUTE = {16: "llvm.x86.avx512.permvar.sf.512", 8: "llvm.x86.avx2.permps"}  # by lanes
 
 
@@ -57,8 +56,8 @@ class SparseNofM:
         return "the activations are quantized" if region.activation is not None else None
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
-        """Rows x vectors; few rows leave registers for many outputs."""
-        many = math.prod(extent(s) for s in region.source.shape[:-1]) > FEW_ROWS
+        """Rows x vectors; one row leaves registers for many outputs."""
+        many = math.prod(extent(s) for s in region.source.shape[:-1]) > 1
         if target.vector_registers == 32:
             wanted = ((4, 4), (6, 3), (8, 2)) if many else ((1, 4), (1, 8), (2, 8))
         else:

@@ -171,7 +171,7 @@ def _windows(draw: Any, image: tuple[int, int]) -> tuple[tuple[int, int], list[i
     for extent in image:
         kernel.append(draw(st.sampled_from([1, 2, 3, 3, 5, 7])))
         stride.append(draw(st.sampled_from([1, 1, 2, 3])))
-        dilation.append(draw(st.sampled_from([1, 1, 1, 2])))
+        dilation.append(draw(st.sampled_from([1, 1, 1, 2, 5])))
         reach = (kernel[-1] - 1) * dilation[-1] + 1
         before.append(draw(st.integers(max(0, (reach - extent + 1) // 2), max(3, reach))))
         after.append(draw(st.integers(max(0, reach - extent - before[-1]), max(3, reach))))

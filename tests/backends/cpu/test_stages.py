@@ -183,6 +183,74 @@ def test_a_depthwise_convolution_between_sparse_ones_is_not_transposed():
     assert {row.layer: row.kernel.split()[0] for row in alone.layers}["2"] == "depthwise"
 
 
+@pytest.mark.parametrize(("layer", "shape", "reason"), [
+    (nn.Conv2d(16, 64, 16, stride=16), (1, 16, 64, 64), "its stride would cut each channel into 256 planes"),
+    (nn.Conv2d(64, 64, 1), (1, 64, 2, 2),
+     "at density 0.25 the dense kernel is faster (sparse gains below 0.12 for 4 pixels)"),
+])  # fmt: skip
+def test_convolutions_better_read_dense_are_stored_dense(layer, shape, reason):
+    report = compiled(layer, torch.randn(shape), PruneWeights(ratio=0.75, scope="layer")).report
+    assert report.passes[-1].declined[0].reason == f"stored dense: {reason}"
+
+
+def test_codes_beside_a_depthwise_convolution_stay_with_channels_last():
+    model = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU6(), nn.Conv2d(32, 32, 3, 1, 1, groups=32), nn.Conv2d(32, 32, 1))
+    x = torch.randn(4, 16, 13, 11)
+    artifact = mcc.compile(
+        model.eval(), (x,), passes=[PruneWeights(ratio=0.95, scope="layer", include=("0", "3")), Quantize()],
+        data=Data(calibration=[x]), measure="never", tuning="model", verify=False,
+    )  # fmt: skip
+    reasons = {d.layer: d.reason for row in artifact.report.passes for d in row.declined}
+    assert reasons["0"].startswith("stored dense: 2 beside it has single channels")
+    assert reasons["3"].startswith("stored dense: 2 beside it has single channels")
+
+
+def test_layers_of_either_layout_read_the_same_codes():
+    """A dense convolution beside a sparse one goes on reading codes."""
+
+    class Fork(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.sparse, self.dense = nn.Conv2d(8, 32, 3), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            return self.sparse(x) + self.dense(x)
+
+    x = torch.randn(4, 8, 13, 11)
+    artifact = mcc.compile(
+        Fork().eval(), (x,), passes=[PruneWeights(ratio=0.95, scope="layer", include=("sparse",)), Quantize()],
+        data=Data(calibration=[x]), measure="never", tuning="model",
+    )  # fmt: skip
+    kernels = {row.layer: row.kernel.split()[0] for row in artifact.report.layers}
+    assert kernels == {"first": "conv2d_int8", "sparse": "sparse_conv2d", "dense": "conv2d_int8"}
+
+
+def test_groups_of_a_sparse_convolution_do_not_reach_each_other():
+    """What fills up sets of outputs multiplies an input of their own group."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 32, 9, 9)
+    artifact = compiled(nn.Conv2d(32, 32, 1, groups=2), x, PruneWeights(ratio=0.9))
+    assert [row.kernel.split()[0] for row in artifact.report.layers] == ["sparse_conv2d"]
+    x[:, 0] = torch.inf
+    assert artifact(x)[:, 16:].isfinite().all()
+
+
+def test_an_embedding_tied_to_two_of_four_weights_shares_a_dense_one():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(100, 64), nn.Linear(64, 100, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(self.embed(ids).relu())
+
+    report = compiled(Tied(), torch.randint(0, 100, (2, 9)), PruneWeights(ratio=0.5, pattern="2:4")).report
+    assert [row.kernel.split()[0] for row in report.layers] == ["lookup", "dense_f32"]
+    assert report.passes[-1].declined[0].reason == "stored dense: no embedding reads rows of 2:4"
+
+
 def test_a_layer_left_to_the_op_library_is_in_the_report_with_the_reason():
     row = compiled(nn.Conv3d(6, 6, 3), torch.randn(2, 6, 9, 9, 9)).report.layers[0]
     assert (row.kernel, row.reason) == ("op library", "there is no own kernel for conv3d yet")
