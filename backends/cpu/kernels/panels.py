@@ -50,13 +50,16 @@ class PanelPlan:
         first = tirx.floordiv(output, self.width) * self.width
         return first, tirx.min(self.width, self.padded_outputs - first), output - first
 
-    def loops(self, emit_tile: EmitTile) -> None:
-        """Call `emit_tile(panel, its width, first row, rows)` for every tile: one row alone, or blocks of rows."""
-        rows = product(self.leading)
+    def loops(self, emit_tile: EmitTile, emit_row: EmitTile | None = None) -> None:
+        """Call `emit_tile(panel, its width, first row, rows)` for every tile: blocks of rows, or one row alone.
+
+        `emit_row` is called in its place for a layer's only row.
+        """
+        rows, alone = product(self.leading), emit_row or emit_tile
         if isinstance(rows, int):
-            self._single(emit_tile) if rows == 1 else self._blocks(rows, emit_tile)
+            self._single(alone) if rows == 1 else self._blocks(rows, emit_tile)
         else:
-            branch(rows == 1, lambda: self._single(emit_tile), lambda: self._blocks(rows, emit_tile))
+            branch(rows == 1, lambda: self._single(alone), lambda: self._blocks(rows, emit_tile))
 
     @property
     def _panels(self) -> int:

@@ -110,7 +110,10 @@ def _dense(draw: Any, target: Target, form: str) -> tuple[Kernel, Region, list[t
     else:
         weight, activation = make_weight((outputs, inputs), draw(st.sampled_from(FORMATS[:2])), 1), None
         kernel = DenseFloat()
-    region = make_region(ops.LINEAR, (Symbolic(), inputs), weight, draw(epilogues()), activation, bias=bias)
+    before = draw(st.sampled_from([None, ops.RELU])) if form == "float" else None
+    region = make_region(
+        ops.LINEAR, (Symbolic(), inputs), weight, draw(epilogues()), activation, bias=bias, before=before
+    )
     return kernel, region, [(m, inputs) for m in (*ROWS, 0)]
 
 

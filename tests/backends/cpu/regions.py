@@ -84,10 +84,11 @@ def make_table_weight(shape: tuple[int, int], bits: int, groups: int, seed: int,
 def make_region(
     op: ops.Op, source: tuple[Any, ...], weight: StoredWeight, epilogue: tuple[EpilogueStep, ...] = (),
     activation: QuantizedInput | None = None, options: tuple[Any, ...] = (), bias: bool = True,
+    before: ops.Op | None = None,
 ) -> Region:  # fmt: skip
     values = np.random.default_rng(7).standard_normal(weight.shape[0]).astype(np.float32) if bias else None
     anchor = Value(op=op, arguments=(None, None, None, *options))
-    return Region(anchor, Value(shape=source), Value(), weight, values, activation, epilogue)  # type: ignore[arg-type]
+    return Region(anchor, Value(source, before), Value(), weight, values, activation, epilogue)  # type: ignore[arg-type]
 
 
 def run_kernel(
@@ -124,7 +125,8 @@ def make_operands(kernel: Kernel, region: Region, source: np.ndarray) -> list[np
 def make_source(shape: tuple[int, ...], region: Region, seed: int) -> np.ndarray:
     random = np.random.default_rng(seed)
     if region.source_dtype == "float32":
-        return random.standard_normal(shape).astype(np.float32)
+        values = random.standard_normal(shape).astype(np.float32)
+        return np.maximum(values, 0) if region.source.op is ops.RELU else values
     return random.integers(0, 256, shape).astype(np.uint8)
 
 

@@ -16,6 +16,7 @@ from regions import (
     make_grouped_weight,
     make_region,
     make_weight,
+    run_kernel,
 )
 
 from mcc import ops
@@ -39,10 +40,30 @@ def test_int8_sums_do_not_saturate_in_16_bits(target):
     weight = make_weight((16, 64), "int8", 2)
     weight.dense[:] = 127
     region = make_region(ops.LINEAR, (Symbolic(), 64), weight, (), QuantizedInput(1.0, 0), bias=False)
-    from regions import run_kernel
-
     (found,) = run_kernel(kernel, region, target, kernel.tiles(region, target)[0], [np.full((1, 64), 255, np.uint8)])
     np.testing.assert_allclose(found, np.float32(64 * 255 * 127) * weight.scale[None], rtol=1e-6)
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_inputs_that_a_relu_made_zero_are_left_out_of_a_single_row(target, zeros):
+    """Of one row alone: what is left over of many, one by one, is computed whole."""
+    weight = make_weight((70, 65), "float32", 1)
+    weight.dense[:, 0] = np.inf  # meets zeros, which a row by itself leaves out
+    region = make_region(ops.LINEAR, (Symbolic(1), 65), weight, before=ops.RELU)
+    random = np.random.default_rng(3)
+    sources = [np.abs(random.standard_normal((rows, 65))).astype(np.float32) for rows in (1, 1, 7, 9)]
+    for source in sources:
+        source[random.random(source.shape) < zeros] = 0
+        source[:, 0] = 0
+    with np.errstate(invalid="ignore"):
+        found = run_kernel(DenseFloat(), region, target, "8x2", sources)
+    weight.dense[:, 0] = 0
+    for source, result in zip(sources, found, strict=True):
+        if zeros > 0.2 and len(source) == 1:
+            np.testing.assert_allclose(result, DenseFloat().reference(region, source), rtol=0, atol=1e-5)
+        elif len(source) > 1:
+            assert np.isnan(result).all()
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
