@@ -119,12 +119,13 @@ class Rewiring(Schedule):
             if _lifted(name) not in tensors:
                 continue
             weight, mask = graph.tensor(name), tensors[_lifted(name)]
-            assert weight.grad is not None
-            moving = self.share / 2 * (1 + math.cos(math.pi * progress / END))
-            kept, grown = _moved(weight.detach(), weight.grad, mask, moving)
-            weight.detach().mul_(kept)
-            weight.grad.mul_(kept | grown)
-            graph.set_tensor(mask_name(graph, name), kept | grown)
+            if weight.grad is not None:  # one that is frozen keeps its mask
+                moving = self.share / 2 * (1 + math.cos(math.pi * progress / END))
+                kept, grown = _moved(weight.detach(), weight.grad, mask, moving)
+                weight.detach().mul_(kept)
+                mask = kept | grown
+                weight.grad.mul_(mask)
+            graph.set_tensor(mask_name(graph, name), mask)
             graph.remove_tensor(_lifted(name))
 
 

@@ -96,6 +96,16 @@ def test_an_interrupted_training_ends_where_a_whole_one_does(tmp_path):
         assert torch.equal(tensor, resumed.tensor(name)), name
 
 
+def test_a_frozen_layer_keeps_its_mask():
+    torch.manual_seed(0)
+    model, x = mlp(12, 20, 3), torch.randn(2, 12)
+    model[0].weight.requires_grad_(False)
+    before = run(model, x, Rigl(ratio=0.8), FineTune(learning_rate=1e-9), data=Data(train=batches(1)))
+    after = run(model, x, Rigl(ratio=0.8), FineTune(), data=Data(train=batches()))
+    assert torch.equal(before.tensor("0.weight_mask"), after.tensor("0.weight_mask"))
+    assert not torch.equal(before.tensor("2.weight_mask"), after.tensor("2.weight_mask"))
+
+
 def test_zeros_stay_zero_in_codes():
     torch.manual_seed(0)
     model, x = mlp(12, 20, 3), torch.randn(16, 12)
