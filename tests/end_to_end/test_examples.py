@@ -56,3 +56,18 @@ def test_the_worked_example(tmp_path):
     assert rows["mcc pruned 90 % + int8"][0] <= 0.105 * dense[0]
     weights = int(re.search(r"pruned 90 % \+ int8: .* weights ([\d,]+) bytes", done.stdout)[1].replace(",", ""))
     assert weights <= 0.10 * dense[1]
+
+
+@pytest.mark.slow
+def test_sparse_training():
+    """Zeros that come step by step cost less than zeros at once, and masks that move less than fixed ones."""
+    command = [sys.executable, str(ROOT / "examples" / "sparse_training.py"), "--epochs", "2", "--ratios", "0.98"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    cells = [line.strip("│").split("│") for line in done.stdout.splitlines() if line.count("│") == 3]
+    found = {row[0].strip(): float(row[1].strip().rstrip("%")) for row in cells}
+    assert found["magnitude, cubic schedule"] > found["magnitude, at once"] + 1
+    assert found["masks that move (RigL)"] > found["magnitude, at once"] + 1
+    assert found["untrained, masks that move (RigL)"] > found["untrained, fixed masks"] + 0.5
