@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from mcc import ops
 from mcc.backends.cpu.channels_last import FORMS, PREFERRED, Turner
-from mcc.backends.cpu.integerize import depthwise
+from mcc.backends.cpu.integerize import depthwise, reads_sparse
 from mcc.backends.cpu.permutes import order_of, simplify_permutes
 from mcc.backends.cpu.tokens import attend_by_tokens
 from mcc.cost import weight_expression
@@ -63,6 +63,7 @@ def choose_channels_last(graph: Graph, turner: Turner) -> set[fx.Node]:
     wanted = {n for n in able if ops.lookup(n.target) in PREFERRED}
     if not wanted:
         return set()
+    sparse = any(n.op is ops.CONV2D and reads_sparse(n) for n in graph.nodes)
     flow: networkx.DiGraph[object] = networkx.DiGraph()
     for node in graph.module.graph.nodes:
         if not turner.varies(node):
@@ -71,7 +72,7 @@ def choose_channels_last(graph: Graph, turner: Turner) -> set[fx.Node]:
             flow.add_edge(node, "first")  # no capacity: it cannot be cut
         elif node in wanted:
             call = Node(node, graph)
-            either = call.op is ops.CONV2D and depthwise(call)
+            either = sparse and call.op is ops.CONV2D and depthwise(call)
             # between layers with channels first it had better stay so than be transposed twice
             flow.add_edge("last", node, **({"capacity": _bytes(node)} if either else {}))
         elif ops.lookup(node.target) is _PERMUTE:
