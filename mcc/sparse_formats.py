@@ -122,7 +122,11 @@ def encode_sparse(weight: Tensor, mask: Tensor) -> SparseRows:
 
 def sparse_bytes(mask: Tensor, element_size: int) -> int:
     """Bytes `encode_sparse` would store for this mask, without encoding."""
-    height, width = mask_block(mask)
+    return _bytes_in_blocks(mask, mask_block(mask), element_size)
+
+
+def _bytes_in_blocks(mask: Tensor, block: tuple[int, int], element_size: int) -> int:
+    height, width = block
     columns = mask.numel() // max(mask.shape[0], 1) // width
     index_size = 2 if columns <= 1 << 16 else 4
     kept, rows = int(mask.sum()), mask.shape[0] // height
@@ -199,7 +203,8 @@ class Form:
 
 def smallest_form(mask: Tensor, element_size: int) -> Form:
     """The form of fewest bytes for elements of `element_size` bytes, without encoding."""
-    rows = Form(*mask_block(mask), 0, 0, sparse_bytes(mask, element_size))
+    block = mask_block(mask)
+    rows = Form(*block, 0, 0, _bytes_in_blocks(mask, block, element_size))
     pattern = mask_among(mask)
     if pattern is None:
         return rows

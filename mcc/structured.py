@@ -28,6 +28,23 @@ STEPS = 12  # of the bisection: the share of indices is found to 1 / 4096
 LATENCY_STEPS = 6  # each of them compiles
 
 
+def groups_taken(coupling: Coupling, kinds: tuple[str, ...], patterns: Patterns, context: Context) -> list[Group]:
+    """The groups of some kinds that patterns take and nothing blocks; others of these kinds are declined."""
+    taken = []
+    for group in (g for g in coupling.groups if g.kind in kinds):
+        reason = patterns.refusal(group.givers) or next(iter(group.blocked), None)
+        if reason is None:
+            taken.append(group)
+        else:
+            decline_group(group, reason, context)
+    return taken
+
+
+def decline_group(group: Group, reason: str, context: Context) -> None:
+    """Record a group that is left alone, under the first layer that gives it."""
+    context.declined.append(Declined(group.givers[0], f"{group.size} {group.kind}s: {reason}"))
+
+
 @dataclass(frozen=True)
 class StructuredPruning(Pass):
     """Removes whole groups of coupled indices; subclasses say of which kinds.
@@ -98,15 +115,8 @@ class StructuredPruning(Pass):
 
     def _groups(self, coupling: Coupling, context: Context) -> list[Group]:
         """The groups to prune; others of the kinds are declined."""
-        taken, patterns = [], Patterns(self.include, self.exclude)
-        for group in coupling.groups:
-            if group.kind not in self.kinds:
-                continue
-            reason = patterns.refusal(group.givers) or next(iter(group.blocked), None)
-            if reason is None:
-                taken.append(group)
-            else:
-                context.declined.append(Declined(group.givers[0], f"{group.size} {group.kind}s: {reason}"))
+        patterns = Patterns(self.include, self.exclude)
+        taken = groups_taken(coupling, self.kinds, patterns, context)
         if patterns.unmatched or not taken:
             kinds = " or ".join(self.kinds)
             unmatched = f"pattern {patterns.unmatched!r} matches no layer with a {kinds}"

@@ -13,9 +13,9 @@ from mcc.coupling import Coupling, Group, Slot, couple
 from mcc.errors import PassError, SpecError
 from mcc.graph import Graph, Schedule
 from mcc.patterns import Patterns
-from mcc.report import Declined
 from mcc.rewrite import Context, Exact, Pass
 from mcc.saliency import by_index, gains, matrices
+from mcc.structured import decline_group, groups_taken
 
 KINDS = ("channel", "neuron", "head")
 PENALTIES = ("group-lasso", "batch-norm", "growing")
@@ -73,7 +73,7 @@ class RegularizeChannels(Pass):
             found = gains(graph, group) if self.penalty == "batch-norm" else matrices(graph, group)
             if not found:
                 what = "no batch norm scales it" if self.penalty == "batch-norm" else "it stands in no weight matrix"
-                context.declined.append(Declined(group.givers[0], f"{group.size} {group.kind}s: {what}"))
+                decline_group(group, what, context)
                 continue
             part = Penalized(group.axis, tuple(slot for slot, _ in found), torch.ones(group.size, dtype=torch.bool))
             if self.penalty == "growing":
@@ -85,13 +85,8 @@ class RegularizeChannels(Pass):
         return graph.with_schedules((*graph.schedules, Penalty(self.penalty, self.strength, tuple(parts))))
 
     def _groups(self, coupling: Coupling, context: Context) -> list[Group]:
-        taken, patterns = [], Patterns(self.include, self.exclude)
-        for group in (g for g in coupling.groups if g.kind in KINDS):
-            reason = patterns.refusal(group.givers) or next(iter(group.blocked), None)
-            if reason is None:
-                taken.append(group)
-            else:
-                context.declined.append(Declined(group.givers[0], f"{group.size} {group.kind}s: {reason}"))
+        patterns = Patterns(self.include, self.exclude)
+        taken = groups_taken(coupling, KINDS, patterns, context)
         if patterns.unmatched:
             raise PassError(
                 f"{self}: pattern {patterns.unmatched!r} matches no layer with channels, neurons or heads",

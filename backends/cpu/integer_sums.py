@@ -50,6 +50,14 @@ def float_codes_refusal(region: Region) -> str | None:
     return float_sums_inexact(region)
 
 
+def float_start(region: Region) -> dict[str, NDArray[np.float32]]:
+    """What float sums of a region's codes begin with, "start" [out]: -zero point * sum(w), if it has codes."""
+    if region.activation is None:
+        return {}
+    sums = region.weight.decoded().astype(np.int64).reshape(region.weight.shape[0], -1).sum(1)
+    return {"start": (-region.activation.zero_point * sums).astype(np.float32)}
+
+
 def zero_sum_factor(region: Region, target: Target) -> int:
     """What sums of weights are multiplied with to begin a region's integer sums: -zero point as `dot4` sees codes."""
     assert region.activation is not None

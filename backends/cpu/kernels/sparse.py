@@ -23,7 +23,7 @@ from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.epilogue import channel_vectors, emit_epilogue, steps_after_scale
-from mcc.backends.cpu.integer_sums import float_sums_inexact
+from mcc.backends.cpu.integer_sums import float_start, float_sums_inexact
 from mcc.backends.cpu.kernels.dense import dense_reference
 from mcc.backends.cpu.kernels.tiles import leading_dims
 from mcc.backends.cpu.microkernel import (
@@ -145,11 +145,8 @@ class SparseBody:
         self.outputs, self.inputs = weight.shape[0], math.prod(weight.shape[1:])
         self.groups = -(-self.outputs // GROUP)
         self.codes = region.activation is not None
-        self.packed = self.pack(weight.sparse) | channel_vectors(region)
+        self.packed = self.pack(weight.sparse) | channel_vectors(region) | float_start(region)
         self.steps = steps_after_scale(region)
-        if region.activation is not None:
-            sums = weight.decoded().astype(np.int64).reshape(self.outputs, -1).sum(1)
-            self.packed["start"] = (-region.activation.zero_point * sums).astype(np.float32)
         self.leading = leading_dims(region.source.shape[:-1])
         self.rows = product(self.leading)
 
@@ -200,10 +197,7 @@ class SparseBody:
         def step(at: Expression, register: Any) -> None:
             columns = self._columns(words, at)
             x = tirx.Shuffle([source[start + c] for c in columns], list(range(GROUP)))
-            w = tirx.BufferLoad(arrays["values"], [T.ramp(at * GROUP, 1, GROUP)])
-            w = w if arrays["values"].dtype == "float32" else T.cast(w, f"float32x{GROUP}")
-            total = tirx.call_llvm_pure_intrin(f"float32x{GROUP}", f"llvm.fma.v{GROUP}f32", w, x, register.get())
-            register.set(total)
+            self.add_products(at * GROUP, x, register)
 
         def group(g: Expression) -> None:
             sums = self.vectors.registers(1, 2, "float32", GROUP)[0]
@@ -219,6 +213,12 @@ class SparseBody:
             self._write_group(row, g, B.Bind(sums[0].get() + sums[1].get()))
 
         serial(self.groups, group)
+
+    def add_products(self, at: Expression, x: Expression, register: Any) -> None:
+        """Add the products of 16 stored weights, from `at` on, and the inputs they have."""
+        w = tirx.BufferLoad(self.arrays["values"], [T.ramp(at, 1, GROUP)])
+        w = w if self.arrays["values"].dtype == "float32" else T.cast(w, f"float32x{GROUP}")
+        register.set(tirx.call_llvm_pure_intrin(f"float32x{GROUP}", f"llvm.fma.v{GROUP}f32", w, x, register.get()))
 
     def float_row(self, base: Expression) -> Expression:
         """A row of codes as float32."""

@@ -158,10 +158,7 @@ class _Body(SparseBody):
         lanes = [i // size % self.at_once * wide + i % wide for i in range(GROUP)]
         x = B.Bind(T.broadcast(loaded[0], GROUP) if lanes == [0] * GROUP else _chosen(loaded, wide, lanes))
         for t, register in enumerate(sums):
-            w = tirx.BufferLoad(self.arrays["values"], [T.ramp(at * size + t * GROUP, 1, GROUP)])
-            w = w if self.arrays["values"].dtype == "float32" else T.cast(w, f"float32x{GROUP}")
-            total = tirx.call_llvm_pure_intrin(f"float32x{GROUP}", f"llvm.fma.v{GROUP}f32", w, x, register.get())
-            register.set(total)
+            self.add_products(at * size + t * GROUP, x, register)
 
     def _write(self, row: Expression, n: Expression, total: Expression) -> None:
         """Add up the lanes of one output, of blocks side by side and of a block's width, and write."""

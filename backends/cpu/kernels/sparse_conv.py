@@ -23,7 +23,7 @@ from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.epilogue import Epilogue, channel_vectors
-from mcc.backends.cpu.integer_sums import float_codes_refusal
+from mcc.backends.cpu.integer_sums import float_codes_refusal, float_start
 from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
 from mcc.backends.cpu.kernels.pixel_tiles import (
@@ -117,10 +117,7 @@ class _Body:
         self.each = -(-shape.outputs // (chunks * tile.outputs)) * tile.outputs
         self.chunks = -(-shape.outputs // self.each)
         self.alike = outputs_alike(region.weight, tile.outputs)
-        self.packed = self._pack(stored) | channel_vectors(region)
-        if region.activation is not None:
-            sums = region.weight.decoded().astype(np.int64).reshape(shape.outputs, -1).sum(1)
-            self.packed["start"] = (-region.activation.zero_point * sums).astype(np.float32)
+        self.packed = self._pack(stored) | channel_vectors(region) | float_start(region)
         (self.batch,) = leading_dims(region.source.shape[:1])
 
     def _pack(self, sparse: SparseArrays) -> dict[str, NDArray[Any]]:
