@@ -70,9 +70,10 @@ def _encode_weight(node: Node, prefer_dense: SparseVerdict) -> str | None:
     rewriter = Rewriter(node.graph, node)
     name = str(expression.root.fx.target)
     stored = _stored_values(expression)
-    reason = None if expression.mask is None else _dense_reason(node, expression, stored, prefer_dense)
-    if expression.mask is not None and reason is None:
-        made = _read_without_zeros(rewriter, name, stored, expression.mask)
+    form = None if expression.mask is None else smallest_form(expression.mask, stored.element_size())
+    reason = None if form is None else _dense_reason(node, expression, stored, form, prefer_dense)
+    if expression.mask is not None and form is not None and reason is None:
+        made = _read_without_zeros(rewriter, name, stored, expression.mask, form)
         made.rename(f"{identifier(name)}_sparse")
     elif expression.quantizer is not None:
         made = _read_codes(rewriter, name, stored, expression.quantizer)
@@ -87,8 +88,8 @@ def _encode_weight(node: Node, prefer_dense: SparseVerdict) -> str | None:
     return reason
 
 
-def _read_without_zeros(rewriter: Rewriter, name: str, stored: Tensor, mask: Tensor) -> Node:
-    if smallest_form(mask, stored.element_size()).among:
+def _read_without_zeros(rewriter: Rewriter, name: str, stored: Tensor, mask: Tensor, form: Form) -> Node:
+    if form.among:
         chosen = encode_n_of_m(stored, mask)
         values = rewriter.read(f"{name}_values", chosen.values)
         packed = rewriter.read(f"{name}_places", pack(chosen.places, chosen.bits, 0))
@@ -128,8 +129,9 @@ def _stored_values(expression: WeightExpression) -> Tensor:
     return codes
 
 
-def _dense_reason(node: Node, expression: WeightExpression, stored: Tensor, prefer_dense: SparseVerdict) -> str | None:
-    assert expression.mask is not None
+def _dense_reason(
+    node: Node, expression: WeightExpression, stored: Tensor, form: Form, prefer_dense: SparseVerdict
+) -> str | None:
     density = expression.kept / max(expression.elements, 1)
     dense_bytes = stored.numel() * stored.element_size()
     if expression.quantizer is not None and expression.quantizer.op is ops.FAKE_CODEBOOK:
@@ -141,7 +143,6 @@ def _dense_reason(node: Node, expression: WeightExpression, stored: Tensor, pref
         if scale is not None and len(scale.shape) == GROUPED:
             return "stored dense: no sparse kernel reads scales of groups"
         dense_bytes = packed_bytes(stored.numel(), code_bits(expression.quantizer))
-    form = smallest_form(expression.mask, stored.element_size())
     if form.stored_bytes >= dense_bytes:
         sizes = f"sparse takes {form.stored_bytes:,} bytes, dense {dense_bytes:,}"
         return f"stored dense: at density {density:.2f} {sizes}"
