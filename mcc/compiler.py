@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from mcc import onnx_import
 from mcc.artifact import Contents, Manifest, pack_tree, stored_bytes
 from mcc.backends import cpu
+from mcc.computed_weights import store_computed_weights
 from mcc.cost import graph_size
 from mcc.data import Data
 from mcc.encode import encode
@@ -165,23 +166,23 @@ def load_graph(
     *,
     verify: bool = True,
 ) -> Graph:
-    """Capture any kind of model, and check a module's graph against the module.
+    """Capture any kind of model, and check a module's graph against the module; computed weights become stored ones.
 
     Raises:
         CaptureError: the model is of no known kind, or cannot be captured.
         VerificationError: the graph computes something else than the module.
     """
     if isinstance(model, Graph):
-        return model.copy().eval()
+        return store_computed_weights(model.copy().eval())
     if not isinstance(model, torch.nn.Module | torch.export.ExportedProgram):
         module, inputs, dims = onnx_import.import_onnx(model)
         graph = capture(module, example_inputs or inputs, dynamic_shapes=dynamic_shapes or dims)
         graph.rename_inputs(module.input_names)
-        return graph
+        return store_computed_weights(graph)
     graph = capture(model, example_inputs, keyword_inputs=keyword_inputs, dynamic_shapes=dynamic_shapes)
     if verify and isinstance(model, torch.nn.Module):
         verify_capture(model, graph, example_inputs, keyword_inputs)
-    return graph
+    return store_computed_weights(graph)
 
 
 def example_of(graph: Graph) -> tuple[Tensor, ...]:

@@ -38,8 +38,27 @@ def _narrow(call: recurrent.Call, arguments: Sequence[Any]) -> Any:
     return call(_A.slice.Tensor, source, dim, first, first + length)
 
 
-_COMPOSITES: dict[Any, Callable[[recurrent.Call, Sequence[Any]], Any]] = {
+def _added(combine: Any) -> Callable[..., Any]:
+    """Addcmul and addcdiv: source + value * combine(a, b)."""
+
+    def composite(call: recurrent.Call, arguments: Sequence[Any], value: float = 1) -> Any:
+        source, a, b = arguments
+        combined = call(combine, a, b)
+        return call(_A.add.Tensor, source, combined if value == 1 else call(_A.mul.Tensor, combined, value))
+
+    return composite
+
+
+def _lerp(call: recurrent.Call, arguments: Sequence[Any]) -> Any:
+    """Start + weight * (end - start)."""
+    start, end, weight = arguments
+    return call(_A.add.Tensor, start, call(_A.mul.Tensor, call(_A.sub.Tensor, end, start), weight))
+
+
+_COMPOSITES: dict[Any, Callable[..., Any]] = {
     _A.diff.default: _diff, _A.narrow.default: _narrow, _A.lstm.input: recurrent.layers, _A.gru.input: recurrent.layers,
+    _A.addcmul.default: _added(_A.mul.Tensor), _A.addcdiv.default: _added(_A.div.Tensor),
+    _A.lerp.Scalar: _lerp, _A.lerp.Tensor: _lerp,
 }  # fmt: skip
 
 
@@ -53,7 +72,7 @@ def spell_out(module: fx.GraphModule) -> None:
         composite = _COMPOSITES.get(node.target)
         if node.op != "call_function" or composite is None:
             continue
-        made = composite(partial(_write, module, node), node.args)
+        made = composite(partial(_write, module, node), node.args, **node.kwargs)
         if isinstance(node.meta["val"], Tensor):
             node.replace_all_uses_with(made)
         else:

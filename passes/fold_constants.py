@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from mcc import ops
+from mcc.constants import evaluate, has_symbols
 from mcc.cost import LARGEST_GROWTH
 from mcc.graph import WEIGHT_WRAPPERS, Graph, Node
 from mcc.rewrite import Context, Exact, Pass
@@ -36,12 +34,12 @@ class FoldConstants(Pass):
         values: dict[fx.Node, object] = {}
         for node in graph.nodes:
             if _is_constant(node, values):
-                values[node.fx] = _evaluate(node, values)
+                values[node.fx] = evaluate(node.fx, lambda n: values[n] if n in values else graph.tensor(str(n.target)))
         for node in graph.nodes:
             value = values.get(node.fx)
             if not isinstance(value, Tensor) or all(user in values for user in node.fx.users):
                 continue
-            growth = value.numel() * value.element_size()
+            growth = value.nbytes - sum(graph.tensor(name).nbytes for name in _read_only_by(node))
             if growth > LARGEST_GROWTH:
                 context.decline(node, f"its {growth:,} bytes would be stored instead of computed")
                 continue
@@ -52,22 +50,24 @@ class FoldConstants(Pass):
         return graph
 
 
+def _read_only_by(node: Node) -> set[str]:
+    """Stored tensors that nothing but a node, and what it is computed from, reads."""
+    inside, waiting, stored = {node.fx}, [node.fx], set()
+    while waiting:
+        for read in waiting.pop().all_input_nodes:
+            if read not in inside and all(user in inside for user in read.users):
+                inside.add(read)
+                waiting.append(read)
+                if read.op == "get_attr":
+                    stored.add(str(read.target))
+    return stored
+
+
 def _is_constant(node: Node, values: dict[fx.Node, object]) -> bool:
     if node.op is None or node.op in (*WEIGHT_WRAPPERS[1:], ops.QUANTIZE):
         return False
     if node.op is ops.MUL and any(u.op in WEIGHT_WRAPPERS or (u.op and u.op.weights) for u in node.users):
         return False
-    if any(isinstance(leaf, torch.SymInt) for leaf in pytree.tree_leaves((node.fx.args, node.fx.kwargs))):
+    if has_symbols(node.fx):
         return False
     return all(n.op == "get_attr" or n in values for n in node.fx.all_input_nodes)
-
-
-def _evaluate(node: Node, values: dict[fx.Node, object]) -> object:
-    def load(n: fx.Node) -> Any:
-        return values[n] if n in values else node.graph.tensor(str(n.target))
-
-    args = fx.node.map_arg(node.fx.args, load)
-    kwargs = fx.node.map_arg(node.fx.kwargs, load)
-    assert callable(node.fx.target)
-    with torch.no_grad():
-        return node.fx.target(*args, **kwargs)

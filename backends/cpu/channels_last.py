@@ -11,6 +11,7 @@ from mcc import layouts, ops
 from mcc.backends.cpu.integerize import reads_sparse
 from mcc.backends.cpu.pads import PADS, filling
 from mcc.backends.cpu.permutes import order_of
+from mcc.backends.cpu.rephrase import restored_weight, stored_root
 from mcc.backends.cpu.transposed import transposed, transposed_fits
 from mcc.backends.relax.emitter import tuple_of
 from mcc.cost import weight_expression
@@ -155,9 +156,22 @@ def _getitem(turner: Turner, node: Node) -> tuple[Any, Arguments]:
 def _convolution(turner: Turner, node: Node) -> tuple[Any, Arguments]:
     stride, padding, dilation = (tuple_of(node.argument(i, d), 2) for i, d in ((3, 1), (4, 0), (5, 1)))
     weight, bias = node.argument(1), node.argument(2)
+    if _is_linear(node):
+        flat = restored_weight(turner.graph, node, lambda w: w.flatten(1))
+        return ops.LINEAR.target, (turner.last(node, node.fx.args[0]), flat, bias)
     source, before = _unpadded(turner, node, turner.last(node, node.fx.args[0]))
     padding = [p + b for p, b in zip(padding * 2, before, strict=True)]
     return layouts.conv2d_nhwc._opoverload, (source, weight, bias, stride, padding, dilation, node.argument(6, 1))
+
+
+def _is_linear(node: Node) -> bool:
+    """Whether a convolution of varying height and width is a linear layer of its pixels, whatever the image's form."""
+    weight = node.operand(1)
+    assert weight is not None
+    options = ((3, 1), (4, 0), (5, 1))
+    plain = all(tuple_of(node.argument(i, default), 2) == [default] * 2 for i, default in options)
+    single = plain and tuple(weight.shape[2:]) == (1, 1) and node.argument(6, 1) == 1
+    return single and not _fixed(node, (2, 3)) and stored_root(weight) is not None
 
 
 def _unpadded(turner: Turner, node: Node, source: fx.Node) -> tuple[fx.Node, list[int]]:
@@ -257,7 +271,7 @@ def _fixed(node: Node, dims: Iterable[int]) -> bool:
 def _convolution_fits(node: Node) -> bool:
     stored = weight_expression(node.operand(1)) is not None and node.dtype is torch.float32
     bias = node.operand(2)
-    if not stored or not _fixed(node, (1, 2, 3)) or (bias is not None and not bias.is_parameter):
+    if not stored or not _fixed(node, (1,)) or (bias is not None and not bias.is_parameter):
         return False
     return not reads_sparse(node)  # its kernel takes vectors of neighbouring pixels
 
@@ -266,12 +280,14 @@ _POOLED = (torch.float32, torch.uint8)
 
 
 def _pool_fits(node: Node) -> bool:
-    return _fixed(node, (1, 2, 3)) and set(tuple_of(node.argument(4, 1), 2)) == {1} and node.dtype in _POOLED
+    ceils = bool(node.argument(5, False))  # then the padding is computed here
+    fixed = _fixed(node, (1, 2, 3) if ceils else (1,))
+    return fixed and set(tuple_of(node.argument(4, 1), 2)) == {1} and node.dtype in _POOLED
 
 
 def _avg_pool_fits(node: Node) -> bool:
     exact = not node.argument(4, False) and node.argument(6) is None
-    return exact and _fixed(node, (1, 2, 3)) and node.dtype is torch.float32
+    return exact and _fixed(node, (1,)) and node.dtype is torch.float32
 
 
 def _batch_norm_fits(node: Node) -> bool:

@@ -33,12 +33,15 @@ from mcc.backends.cpu.unweighted import (
 )
 from mcc.backends.relax import RULES
 from mcc.backends.relax.emitter import DTYPES, Emitter, Expression, is_tensor, known_dims
+from mcc.constants import evaluate, has_symbols
 from mcc.cost import LARGEST_GROWTH, weight_expression
 from mcc.errors import BackendError, MccError
 from mcc.report import LayerRow
 from mcc.text import dim_text, located_text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from mcc.backends.cpu.lowering import Choice, Lowering
@@ -72,6 +75,25 @@ class Sizes:
     def shape(self, value: Tensor) -> list[Expression]:
         """All dims of a fake tensor."""
         return [self.expression(s) for s in value.shape]
+
+    def of_inputs(self, values: Sequence[Tensor]) -> list[list[Expression]]:
+        """Dims that inputs are declared with: a variable each where relax could not solve for it.
+
+        Of a dim such as 32 s, where nothing is s itself, the variable is the dim, and s is computed from it.
+        """
+        dims = [[s if isinstance(s, int) else s.node.expr for s in value.shape] for value in values]
+        plain = {d for shape in dims for d in shape if isinstance(d, sympy.Symbol)}
+
+        def declared(dim: Any) -> Expression:
+            symbols = () if isinstance(dim, int) else tuple(dim.free_symbols - plain)
+            if len(symbols) != 1 or str(symbols[0]) in self._variables:
+                return self._convert(dim)
+            factor, rest = dim.coeff(symbols[0]), dim.subs(symbols[0], 0)
+            variable = tirx.Var(f"{symbols[0]}_dim", "int64")
+            self._variables[str(symbols[0])] = tirx.floordiv(variable - int(rest), int(factor))
+            return variable
+
+        return [[declared(dim) for dim in shape] for shape in dims]
 
     def _convert(self, expression: sympy.Expr) -> Expression:
         if isinstance(expression, sympy.Integer | int):
@@ -140,10 +162,14 @@ class _Writer:
         self._evaluate_constants()
         self._collect_weights()
         builder = relax.BlockBuilder()
-        inputs = [self._input(n) for n in self.graph.inputs]
+        inputs = self._inputs()
         types = [relax.TensorType(a.shape, a.dtype.name) for a in self.weights.values()]
         weights = relax.Var("weights", relax.TupleType(types))
         with builder.function("main", [*inputs, weights], attrs={"num_input": len(inputs)}):
+            for node, declared in zip(self.graph.inputs, inputs, strict=True):
+                wanted = relax.TensorType(self.sizes.shape(node.value), DTYPES[node.dtype])
+                same = str(wanted) == str(declared.ty)
+                self.values[node.fx] = declared if same else builder.match_cast(declared, wanted)
             with builder.dataflow():
                 emitter = Emitter(builder)
                 self._read = {n: emitter.item(weights, i) for i, n in enumerate(self.weights)}
@@ -156,14 +182,15 @@ class _Writer:
             builder.emit_func_output(result)
         return builder.get()
 
-    def _input(self, node: Node) -> Any:
-        if not isinstance(node.value, Tensor):
-            raise BackendError(
-                f"input {node.name} is not a tensor but {node.value!r}", remedy="make it a constant of the module"
-            )
-        variable = relax.Var(node.name, relax.TensorType(self.sizes.shape(node.value), DTYPES[node.dtype]))
-        self.values[node.fx] = variable
-        return variable
+    def _inputs(self) -> list[Any]:
+        for node in self.graph.inputs:
+            if not isinstance(node.value, Tensor):
+                raise BackendError(
+                    f"input {node.name} is not a tensor but {node.value!r}", remedy="make it a constant of the module"
+                )
+        shapes = self.sizes.of_inputs([node.value for node in self.graph.inputs])
+        types = [relax.TensorType(dims, DTYPES[n.dtype]) for n, dims in zip(self.graph.inputs, shapes, strict=True)]
+        return [relax.Var(node.name, kind) for node, kind in zip(self.graph.inputs, types, strict=True)]
 
     def _evaluate_constants(self) -> None:
         """Run what reads only stored tensors in PyTorch: decodes that no kernel takes, masks, folded arithmetic."""
@@ -171,18 +198,10 @@ class _Writer:
             inputs = node.fx.all_input_nodes
             known = all(n in self.constants or n.op == "get_attr" for n in inputs)
             kept = node.fx in self.lowering.choices or node.fx in self.lookups
-            if node.fx not in self.live or not inputs or not known or kept:
+            if node.fx not in self.live or not known or kept:
                 continue
-            if any(isinstance(leaf, torch.SymInt) for leaf in pytree.tree_leaves((node.fx.args, node.fx.kwargs))):
-                continue
-            if _grows(node):
-                continue
-            load = self._constant
-            args: Any = fx.node.map_arg(node.fx.args, load)
-            kwargs: Any = fx.node.map_arg(node.fx.kwargs, load)
-            assert callable(node.fx.target)
-            with torch.no_grad():
-                self.constants[node.fx] = node.fx.target(*args, **kwargs)
+            if not has_symbols(node.fx) and not _grows(node):
+                self.constants[node.fx] = evaluate(node.fx, self._constant)
 
     def _constant(self, node: fx.Node) -> Any:
         return self.constants[node] if node in self.constants else self.graph.tensor(str(node.target))

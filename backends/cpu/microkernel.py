@@ -268,6 +268,12 @@ class Vectors:
         register.set(value)
         return register.get()
 
+    def held_integer(self, value: Expression) -> Expression:
+        """A size that is computed once, before loops: as `hold`, since simplifying divisions by it fails in TVM."""
+        room = B.alloc_buffer((1,), "int64", scope="global", layout=None)
+        B.buffer_store(room, T.cast(value, "int64"), [0])
+        return room[0]
+
     def select(self, condition: Expression, then: Expression, otherwise: Expression) -> Expression:
         """Lane by lane, of two float32 vectors.
 

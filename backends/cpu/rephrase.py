@@ -9,7 +9,9 @@ import torch
 from torch import fx
 
 from mcc import ops
+from mcc.backends.cpu.attention_patterns import gather_attention
 from mcc.backends.relax.emitter import tuple_of
+from mcc.computed_weights import store_computed_weights
 from mcc.formats import pack, unpack
 from mcc.graph import Node
 from mcc.ops import OPS
@@ -27,10 +29,13 @@ HEIGHT = 2  # the dim of an image that a sequence lacks
 
 
 def rephrase(lowering: Lowering) -> Lowering:
-    """Change every conv1d, and what is elementwise between them, in a copy of the graph."""
-    if not any(n.op is ops.CONV1D for n in lowering.graph.nodes):
-        return lowering
+    """Change every conv1d, and what is elementwise between them, in a copy of the graph; store computed weights."""
     graph = lowering.graph.copy()
+    store_computed_weights(graph)
+    _fill_alone(graph)
+    gather_attention(graph, lowering.target)
+    if not any(n.op is ops.CONV1D for n in graph.nodes):
+        return replace(lowering, graph=graph)
     for node in graph.nodes:
         if node.op is ops.CONV1D:
             _conv1d(graph, node)
@@ -38,6 +43,21 @@ def rephrase(lowering: Lowering) -> Lowering:
     for node in graph.nodes:
         _sink(graph, node)
     return replace(lowering, graph=graph.clean().repropagate())
+
+
+_FILLED = {
+    OPS["new_zeros"]: 0, OPS["new_ones"]: 1, OPS["zeros_like"]: 0, OPS["ones_like"]: 1, OPS["empty_like"]: 0,
+}  # fmt: skip
+
+
+def _fill_alone(graph: Graph) -> None:
+    """Tensors of one number that are made like another: of a fixed size they are constants, and so is what follows."""
+    for node in graph.nodes:
+        if node.op in _FILLED and all(isinstance(s, int) for s in node.shape):
+            made = graph.call(node, torch.ops.aten.full.default, list(node.shape), _FILLED[node.op])
+            made.kwargs = {"dtype": node.dtype}
+            made.meta["val"] = node.value
+            Node(made, graph).take_place_of(node)
 
 
 def _conv1d(graph: Graph, node: Node) -> None:

@@ -1,10 +1,10 @@
-"""Convolutions with channels last: any kernel size, stride, dilation, padding and groups, fixed height and width.
+"""Convolutions with channels last: any kernel size, stride, dilation, padding and groups, height and width.
 
 Lanes are output channels. A tile of pixels times a few vectors stays in registers while it runs over the kernel's
 window and the input channels, each input value broadcast; the source is read as it lies, or through one padded copy.
 Where the channels of a group are no multiple of a vector, the last vector overlaps the one before it, so that every
-store is whole. Groups with fewer outputs than a vector are joined, with zeros between them. int8 codes are read four
-channels a word, which `dot4` takes.
+store is whole. Groups with fewer outputs than a vector share one (small_groups.py), or are joined, with zeros between
+them, where they fill none. int8 codes are read four channels a word, which `dot4` takes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mcc import ops
 from mcc.backends.cpu.integer_sums import sums_overflow
 from mcc.backends.cpu.kernels.conv2d_loops import FloatConvolution, IntegerConvolution
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape, conv_tiles
+from mcc.backends.cpu.kernels.small_groups import FloatSmallGroups, IntegerSmallGroups, group_vectors, shares_vectors
 from mcc.backends.cpu.kernels.tiles import parse_tile
 from mcc.backends.cpu.kernels.winograd import PREFIX, WinogradConvolution, winograd_tiles
 from mcc.backends.cpu.microkernel import Vectors
@@ -47,7 +48,7 @@ class Conv2dFloat:
     anchor: ClassVar[ops.Op] = ops.CONV2D_NHWC
 
     def refuses(self, region: Region, target: Target) -> str | None:
-        """Takes every conv2d of fixed height and width."""
+        """Takes every conv2d of a fixed number of channels."""
         del target
         return "the activations are quantized" if region.activation is not None else _refusal(region)
 
@@ -60,7 +61,9 @@ class Conv2dFloat:
         if tile.startswith(PREFIX):
             fast = WinogradConvolution(region, Vectors(target), parse_tile(tile.removeprefix(PREFIX)))
             return Lowered(fast.function(self.name), fast.packed)
-        body = FloatConvolution(region, Vectors(target), parse_tile(tile))
+        vectors = group_vectors(region, target)
+        form = FloatSmallGroups if shares_vectors(region, vectors.lanes, FloatSmallGroups.word) else FloatConvolution
+        body = form(region, vectors, parse_tile(tile))
         return Lowered(body.function(self.name), body.packed)
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
@@ -88,7 +91,9 @@ class Conv2dInt8:
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text."""
-        body = IntegerConvolution(region, Vectors(target), parse_tile(tile))
+        vectors = group_vectors(region, target)
+        shared = shares_vectors(region, vectors.lanes, IntegerSmallGroups.word)
+        body = (IntegerSmallGroups if shared else IntegerConvolution)(region, vectors, parse_tile(tile))
         return Lowered(body.function(self.name), body.packed)
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:

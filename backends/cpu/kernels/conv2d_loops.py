@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
-from mcc.backends.cpu.epilogue import channel_vectors
-from mcc.backends.cpu.integer_sums import pairs_fit, zero_sum_factor
-from mcc.backends.cpu.kernels.conv_shape import ConvShape, merge_groups
-from mcc.backends.cpu.kernels.convolution_body import ConvolutionBody
-from mcc.backends.cpu.kernels.tiles import TileShape, balanced, loop_for
-from mcc.backends.cpu.microkernel import Expression, Vectors, branch, flat, parallel, serial
+from mcc.backends.cpu.integer_sums import pairs_fit
+from mcc.backends.cpu.kernels.conv2d_packing import PackedConvolution
+from mcc.backends.cpu.kernels.padded_copy import copy_rows, copy_words
+from mcc.backends.cpu.kernels.tiles import TileShape, cover, loop_for
+from mcc.backends.cpu.microkernel import Expression, Register, Vectors, branch, flat, parallel, serial
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from numpy.typing import NDArray
 
     from mcc.backends.kernel import Region
 
@@ -30,64 +27,35 @@ FEWEST_COPIED = 8  # parts of an image that each copy what they read, while it i
 FEWEST_MACS = 600_000  # of an image for two threads: about 12 us of one in float
 
 
-class _Convolution(ConvolutionBody):
-    """Loops of a convolution; subclasses say how input values are read, multiplied and finished."""
+@dataclass(frozen=True)
+class Tile:
+    """Sums that are held in registers.
+
+    Attributes:
+        sums: by pixel, then vector.
+        pixels: row and column of each, from the tile's first.
+        source: the words that it reads.
+        corner: index of the first word that the first pixel reads.
+        weight: index of the first weight.
+    """
+
+    sums: list[list[Register]]
+    pixels: list[tuple[int, int]]
+    source: Expression
+    corner: Expression
+    weight: Expression
+
+
+class Convolution(PackedConvolution):
+    """Subclasses say how input values are read, multiplied and finished."""
 
     sum_dtype: str
-    word: int  # source channels that one broadcast holds
-
-    def __init__(self, region: Region, vectors: Vectors, tile: TileShape) -> None:
-        super().__init__(region, vectors)
-        self.tile, groups = tile, self.shape.groups
-        self.shape = self.shape.merged(vectors.lanes)
-        self.weight = merge_groups(region.weight.decoded(), groups, self.shape.groups)
-        self.group_vectors = -(-self.shape.group_outputs // vectors.lanes)
-        self.full, self.tail = divmod(self.group_vectors, tile.vectors)
-        self.blocks = self.full + (1 if self.tail else 0)
-        self.depth = -(-self.shape.group_inputs // self.word)
-        height, width = self.shape.result
-        self.columns = min(tile.rows, width)
-        self.rows = min(max(tile.rows // width, 1), height)
-        self.packed: dict[str, NDArray[Any]] = {"weight": self._pack_weight(), **self._pack_vectors()}
-
-    def _lanes(self) -> NDArray[np.int64]:
-        """Which output of a group each lane is, [vectors, lanes]; beyond a group smaller than a vector, the last."""
-        outputs, lanes = self.shape.group_outputs, self.v.lanes
-        starts = np.minimum(np.arange(self.group_vectors) * lanes, max(outputs - lanes, 0))
-        return np.minimum(starts[:, None] + np.arange(lanes), outputs - 1)
-
-    def _pack_weight(self) -> NDArray[Any]:
-        """[group][block][kernel row][kernel column][depth][vector][lane][word]."""
-        shape, lanes = self.shape, self._lanes()
-        grouped = self.weight.reshape(shape.groups, shape.group_outputs, *self.weight.shape[1:])
-        room = np.zeros((*grouped.shape[:2], self.depth * self.word, *shape.kernel), grouped.dtype)
-        room[:, :, : shape.group_inputs] = grouped
-        words = room.reshape(*grouped.shape[:2], self.depth, self.word, *shape.kernel)
-        by_lane = words[:, lanes]  # [group, vector, lane, depth, word, row, column]
-        ordered = by_lane.transpose(0, 1, 5, 6, 3, 2, 4)  # [group, vector, row, column, depth, lane, word]
-        step = self.tile.vectors
-        parts = [
-            np.moveaxis(ordered[g, start : start + step], 0, 3).reshape(-1)
-            for g in range(shape.groups)
-            for start in range(0, self.group_vectors, step)
-        ]
-        return np.concatenate(parts)
-
-    def _pack_vectors(self) -> dict[str, NDArray[Any]]:
-        """Per-channel arrays, one value a lane."""
-        region, shape = self.region, self.shape
-
-        def by_lane(values: NDArray[Any]) -> NDArray[Any]:
-            return values.reshape(shape.groups, -1)[:, self._lanes()].reshape(-1)
-
-        vectors: dict[str, NDArray[Any]] = {key: by_lane(a) for key, a in channel_vectors(region).items()}
-        if region.activation is not None:
-            sums = self.weight.reshape(shape.outputs, -1).astype(np.int64).sum(1)
-            vectors["start"] = by_lane((zero_sum_factor(region, self.v.target) * sums).astype(np.int32))
-        return vectors
 
     def loops(self) -> None:
         """See `ConvolutionBody`."""
+        if self.shape.varies:
+            self._parts_of_any_size()
+            return
 
         def images_in_parallel() -> None:
             parallel(self.batch, lambda n: self._image(n, serial))
@@ -104,39 +72,80 @@ class _Convolution(ConvolutionBody):
         bands = -(-shape.result[0] // self.rows)
         chunk = self._chunk(bands)
         chunks = -(-bands // chunk)
-        blocks = shape.groups * self.blocks
+        blocks = self.passes.count * self.blocks
 
         def part(source: tuple[Expression, Expression], c: Expression, b: Expression) -> None:
-            group, block = tirx.floordiv(b, self.blocks), tirx.floormod(b, self.blocks)
             count = chunk if bands % chunk == 0 else tirx.min(chunk, bands - c * chunk)
-
-            def panel(vectors: int) -> None:
-                serial(count, lambda r: self._band(n, source, (group, block, vectors), c * chunk + r))
-
-            if not self.tail or not self.full:
-                panel(self.tail or self.tile.vectors)
-            else:
-                branch(block < self.full, lambda: panel(self.tile.vectors), lambda: panel(self.tail))
-
-        def copied_part(c: Expression) -> None:
-            first = B.Bind(T.cast(c, "int64") * (chunk * self.rows * shape.stride[0]))
-            source = self.copied(n, (first, shape.rows_read(chunk * self.rows)), serial)
-            serial(blocks, lambda b: part(source, c, b))
+            self._part(n, source, (c * chunk, count), b)
 
         if self.reads_copy and chunks >= FEWEST_COPIED:
-            loop(chunks, copied_part)
+            loop(chunks, lambda c: self._copied_part(n, (c, chunk), lambda source, b: part(source, c, b)))
             return
         zero = tirx.const(0, "int64")
         source = self.copied(n, (zero, shape.padded[0]), loop) if self.reads_copy else self.direct(n)
         loop(chunks * blocks, lambda i: part(source, tirx.floordiv(i, blocks), tirx.floormod(i, blocks)))
 
+    def _part(
+        self, n: Expression, source: tuple[Expression, Expression], bands: tuple[Expression, Expression], b: Expression
+    ) -> None:
+        """Some bands of an image, first and number, for block number `b` of the outputs of all passes."""
+        number, block = tirx.floordiv(b, self.blocks), tirx.floormod(b, self.blocks)
+
+        def panel(vectors: int) -> None:
+            serial(bands[1], lambda r: self._band(n, source, (number, block, vectors), bands[0] + r))
+
+        if not self.tail or not self.full:
+            panel(self.tail or self.tile.vectors)
+        else:
+            branch(block < self.full, lambda: panel(self.tile.vectors), lambda: panel(self.tail))
+
+    def _copied_part(
+        self, n: Expression, place: tuple[Expression, Expression], part: Callable[[Any, Expression], None]
+    ) -> None:
+        """All outputs of one chunk of bands, its number and size, read from a copy of its own."""
+        c, chunk = place
+        first = B.Bind(T.cast(c, "int64") * (chunk * self.rows * self.shape.stride[0]))
+        source = self.copied(n, (first, self.shape.rows_read(chunk * self.rows)), serial)
+        serial(self.passes.count * self.blocks, lambda b: part(source, b))
+
+    def _parts_of_any_size(self) -> None:
+        """Chunks of bands of all images; how many is computed at run time."""
+        v, shape, blocks = self.v, self.shape, self.passes.count * self.blocks
+        bands = B.Bind(-(-shape.result[0] // self.rows))
+        fitting = tirx.floordiv(CACHE_BYTES, tirx.max(1, self._band_bytes()))
+        spread = -(-bands // FEWEST_PARTS)  # bands of so many parts
+        size = tirx.max(1, tirx.min(fitting, spread))
+        chunk = v.held_integer(size)
+        chunks = v.held_integer(-(-bands // chunk))
+        loop = loop_for(shape.macs, FEWEST_MACS, self.batch)
+
+        def part(n: Expression, source: tuple[Expression, Expression], c: Expression, b: Expression) -> None:
+            self._part(n, source, (c * chunk, tirx.min(chunk, bands - c * chunk)), b)
+
+        def copied(i: Expression) -> None:
+            n, c = B.Bind(tirx.floordiv(i, chunks)), B.Bind(tirx.floormod(i, chunks))
+            # TVM may allocate the copy before anything is held
+            self._copied_part(n, (c, size), lambda source, b: part(n, source, c, b))
+
+        def direct(i: Expression) -> None:
+            n, c = B.Bind(tirx.floordiv(i, chunks * blocks)), B.Bind(tirx.floormod(tirx.floordiv(i, blocks), chunks))
+            part(n, self.direct(n), c, tirx.floormod(i, blocks))
+
+        if self.reads_copy:
+            loop(self.batch * chunks, copied)
+        else:
+            loop(self.batch * chunks * blocks, direct)
+
+    def _band_bytes(self) -> Expression:
+        """Bytes of the source that a band moves on by."""
+        size = 1 if self.word > 1 else 4
+        return self.shape.padded[1] * (self.shape.inputs * size * self.shape.stride[0] * self.rows)
+
     def _chunk(self, bands: int) -> int:
         """Bands of rows that one part goes over: its source should stay in cache, and the threads need parts alike."""
-        shape = self.shape
-        row_bytes = shape.padded[1] * shape.inputs * (1 if self.word > 1 else 4) * shape.stride[0]
-        most = max(1, CACHE_BYTES // (row_bytes * self.rows))
+        most: int = max(1, CACHE_BYTES // self._band_bytes())
         chunks = -(-bands // most)
-        blocks = shape.groups * self.blocks
+        blocks = self.passes.count * self.blocks
         while chunks < bands and (chunks * blocks < FEWEST_PARTS or chunks * blocks % 2):
             chunks += 1
         return -(-bands // chunks)
@@ -165,19 +174,28 @@ class _Convolution(ConvolutionBody):
     ) -> None:
         """A few rows of output for one block of channels."""
         height, width = self.shape.result
-        whole, left = divmod(height, self.rows)
+        first = r * self.rows
 
-        def rows(count: int) -> None:
-            for first, number, columns in balanced(width, self.columns):
-                serial(
-                    number,
-                    lambda t, f=first, c=columns: self._tile(n, source, block, (r * self.rows, f + t * c, count, c)),  # type: ignore[misc]
-                )
+        def rows(row: Expression, count: int) -> None:
+            cover(width, self.columns, lambda x, columns: self._tile(n, source, block, (row, x, count, columns)))
 
-        if not left or not whole:
-            rows(self.rows if whole else left)
+        if isinstance(height, int):
+            whole, left = divmod(height, self.rows)
+            branch(
+                r < whole if whole and left else bool(whole), lambda: rows(first, self.rows), lambda: rows(first, left)
+            )
+        elif self.rows == 1:
+            rows(first, 1)
         else:
-            branch(r < whole, lambda: rows(self.rows), lambda: rows(left))
+            cover(tirx.min(self.rows, height - first), self.rows, lambda y, count: rows(first + y, count))
+
+    def _channel(self, number: Expression, block: Expression, j: int) -> Expression:
+        """The first output channel of a vector."""
+        outputs, lanes = self.outputs, self.v.lanes
+        start = (block * self.tile.vectors + j) * lanes
+        if outputs % lanes and outputs > lanes:
+            start = tirx.min(start, outputs - lanes)
+        return self.passes.first(number) * self.shape.group_outputs + start
 
     def _tile(
         self,
@@ -187,52 +205,70 @@ class _Convolution(ConvolutionBody):
         place: tuple[Expression, Expression, int, int],
     ) -> None:
         v, shape = self.v, self.shape
-        group, within, vectors = block
+        number, within, vectors = block
         row, column, height, width = place
         pixels = [(i, j) for i in range(height) for j in range(width)]
         sums = v.registers(len(pixels), vectors, self.sum_dtype)
-        vector = group * self.group_vectors + within * self.tile.vectors
+        vector = number * self.vectors + within * self.tile.vectors
         for j in range(vectors):
             start = B.Bind(self.start((vector + j) * v.lanes))
             for pixel in sums:
                 pixel[j].set(start)
-        channels = shape.groups * self.depth
-        line = shape.padded[1] * channels
-        corner = B.Bind(
-            source[1] + row * (shape.stride[0] * line) + column * (shape.stride[1] * channels) + group * self.depth
-        )
         taps = self.depth * shape.kernel[0] * shape.kernel[1]
-        weight = B.Bind(vector * (taps * v.lanes))
-        # with one group the taps of a row lie side by side
-        joined = shape.groups == 1 and shape.dilation[1] == 1
-        inner, steps = (self.depth * shape.kernel[1], 1) if joined else (self.depth, shape.kernel[1])
-
-        def step(kh: Expression, kw: Expression, c: Expression) -> None:
-            at = weight + ((kh * steps + kw) * inner + c) * (vectors * v.lanes)
-            w = [B.Bind(self.load_weight(at + j * v.lanes)) for j in range(vectors)]
-            start = corner + kh * (shape.dilation[0] * line) + kw * (shape.dilation[1] * channels) + c
-            for (i, j), pixel in zip(pixels, sums, strict=True):
-                offset = i * shape.stride[0] * line + j * shape.stride[1] * channels
-                value = B.Bind(v.splat(source[0][start + offset]))
-                for register, part in zip(pixel, w, strict=True):
-                    register.set(self.multiply(register.get(), value, part))
-
-        serial(shape.kernel[0], lambda kh: serial(steps, lambda kw: serial(inner, lambda c: step(kh, kw, c))))
+        first = row * (shape.stride[0] * self.line) + column * (shape.stride[1] * self.pixel_words)
+        corner = B.Bind(source[1] + first + self.first_word(number))
+        self.accumulate(Tile(sums, pixels, source[0], corner, B.Bind(vector * (taps * v.lanes))))
         first = B.Bind(((n * shape.result[0] + row) * shape.result[1] + column) * shape.outputs)
         for j in range(vectors):
-            channel = self._channel(group, within, j)
+            channel = self._channel(number, within, j)
             for (y, x), pixel in zip(pixels, sums, strict=True):
                 total = self.finish(pixel[j].get(), (vector + j) * v.lanes)
                 index = first + (y * shape.result[1] + x) * shape.outputs + channel
-                self.epilogue.store(total, index, min(v.lanes, shape.group_outputs))
+                self.epilogue.store(total, index, min(v.lanes, self.outputs))
 
-    def _channel(self, group: Expression, block: Expression, j: int) -> Expression:
-        """The first output channel of a vector."""
-        outputs, lanes = self.shape.group_outputs, self.v.lanes
-        start = (block * self.tile.vectors + j) * lanes
-        if outputs % lanes and outputs > lanes:
-            start = tirx.min(start, outputs - lanes)
-        return group * outputs + start
+    def accumulate(self, tile: Tile) -> None:
+        """Add up all that a tile reads."""
+        v, loops = self.v, self._loops()
+        vectors = len(tile.sums[0])
+
+        def step(at: Expression, begin: Expression) -> None:
+            weights = tile.weight + at * (vectors * v.lanes)
+            w = [B.Bind(self.load_weight(weights + j * v.lanes)) for j in range(vectors)]
+            for pixel, registers in zip(tile.pixels, tile.sums, strict=True):
+                value = B.Bind(v.splat(tile.source[begin + self.pixel_offset(pixel)]))
+                for register, part in zip(registers, w, strict=True):
+                    register.set(self.multiply(register.get(), value, part))
+
+        def nest(level: int, at: Expression, begin: Expression) -> None:
+            if level == len(loops):
+                step(at, begin)
+                return
+            count, stride = loops[level]
+            serial(count, lambda i: nest(level + 1, at * count + i, begin + i * stride))
+
+        nest(0, 0, tile.corner)
+
+    def _loops(self) -> list[tuple[int, Expression]]:
+        """Loops over what a pixel reads, number and stride in words; those are joined whose words lie side by side."""
+        (rows, columns), (down, across) = self.shape.kernel, self.shape.dilation
+        loops: list[tuple[int, Expression]] = [(self.depth, 1)]
+        for count, stride in ((columns, across * self.pixel_words), (rows, down * self.line)):
+            inner, step = loops[0]
+            if isinstance(stride, int) and stride == inner * step:
+                loops[0] = (count * inner, step)
+            elif count > 1:
+                loops.insert(0, (count, stride))
+        return loops
+
+    @property
+    def line(self) -> Expression:
+        """Words of a row of the source."""
+        return self.shape.padded[1] * self.pixel_words
+
+    def pixel_offset(self, pixel: tuple[int, int]) -> Expression:
+        """Words from the first that a tile reads to the first that one of its pixels does."""
+        (row, column), (down, across) = pixel, self.shape.stride
+        return row * down * self.line + column * across * self.pixel_words
 
     def start(self, index: Expression) -> Expression:
         """What sums begin with."""
@@ -251,7 +287,7 @@ class _Convolution(ConvolutionBody):
         raise NotImplementedError
 
 
-class FloatConvolution(_Convolution):
+class FloatConvolution(Convolution):
     """float32 values, weights converted in registers where they are codes."""
 
     sum_dtype = "float32"
@@ -263,10 +299,9 @@ class FloatConvolution(_Convolution):
     def copied(
         self, n: Expression, rows: tuple[Expression, int], loop: Callable[..., None]
     ) -> tuple[Expression, Expression]:
-        line = self.shape.padded[1] * self.shape.inputs
-        room = B.alloc_buffer((rows[1] * line,), "float32", layout=None)
+        room = B.alloc_buffer((rows[1] * self.line,), "float32", layout=None)
         copy_rows(self.v, self.shape, (self.x, self._first(n)), (room, T.float32(0)), rows, loop)
-        return room, -rows[0] * line
+        return room, -rows[0] * self.line
 
     def start(self, index: Expression) -> Expression:
         return self.v.constant(0.0) if "scale" in self.packed else self.v.load(self.arrays["bias"], index)
@@ -284,7 +319,7 @@ class FloatConvolution(_Convolution):
         return self.v.fma(total, self.v.load(self.arrays["scale"], index), self.v.load(self.arrays["bias"], index))
 
 
-class IntegerConvolution(_Convolution):
+class IntegerConvolution(Convolution):
     """uint8 codes, four input channels a word."""
 
     sum_dtype = "int32"
@@ -292,7 +327,7 @@ class IntegerConvolution(_Convolution):
 
     def __init__(self, region: Region, vectors: Vectors, tile: TileShape) -> None:
         super().__init__(region, vectors, tile)
-        self.bounded = pairs_fit(self.weight)
+        self.bounded = pairs_fit(region.weight.decoded())
 
     def loops(self) -> None:
         """See `ConvolutionBody`."""
@@ -301,10 +336,10 @@ class IntegerConvolution(_Convolution):
 
     @property
     def reads_copy(self) -> bool:
-        return self.shape.pads or self.shape.group_inputs % 4 != 0
+        return self.shape.pads or not self.whole_words
 
     def direct(self, n: Expression) -> tuple[Expression, Expression]:
-        words = self.shape.inputs * self.shape.image[0] * self.shape.image[1] // 4
+        words = self.shape.image[0] * self.shape.image[1] * self.pixel_words
         return flat(self.x, self.batch * words, "int32"), n * words
 
     def copied(
@@ -313,11 +348,12 @@ class IntegerConvolution(_Convolution):
         shape = self.shape
         assert self.region.activation is not None
         zero = tirx.const(self.region.activation.zero_point, "uint8")
-        line = shape.padded[1] * shape.groups * self.depth
-        room = B.alloc_buffer((rows[1] * line * 4,), "uint8", layout=None)
-        copy = copy_rows if shape.group_inputs % 4 == 0 else _copy_words
-        copy(self.v, shape, (self.x, self._first(n)), (room, zero), rows, loop)
-        return flat(room, rows[1] * line, "int32"), -rows[0] * line
+        room = B.alloc_buffer((rows[1] * self.line * 4,), "uint8", layout=None)
+        if self.whole_words:
+            copy_rows(self.v, shape, (self.x, self._first(n)), (room, zero), rows, loop)
+        else:
+            copy_words(shape, self.passes, (self.x, self._first(n)), (room, zero), rows, loop)
+        return flat(room, rows[1] * self.line, "int32"), -rows[0] * self.line
 
     def start(self, index: Expression) -> Expression:
         return self.v.load(self.arrays["start"], index)
@@ -331,85 +367,3 @@ class IntegerConvolution(_Convolution):
     def finish(self, total: Expression, index: Expression) -> Expression:
         scale, bias = self.v.load(self.arrays["scale"], index), self.v.load(self.arrays["bias"], index)
         return self.v.fma(self.v.to_float(total), scale, bias)
-
-
-def copy_rows(
-    v: Vectors,
-    shape: ConvShape,
-    source: tuple[Expression, Expression],
-    target: tuple[Expression, Expression],
-    rows: tuple[Expression, int],
-    loop: Callable[..., None],
-) -> None:
-    """Copy some rows of an image, padded: `source` is buffer and first index, `target` is buffer and padding value."""
-    (room, zero), pixel = target, shape.inputs
-    height, width = shape.image
-    line = shape.padded[1] * pixel
-    lanes = v.lanes * (4 if room.dtype == "uint8" else 1)
-
-    def span(size: int, store: Callable[[Expression, int], None]) -> None:
-        serial(size // lanes, lambda i: store(i * lanes, lanes))
-        if size % lanes and size > lanes:
-            store(size - lanes, lanes)
-        elif size % lanes:
-            serial(size, lambda i: store(i, 1))
-
-    def fill(first: Expression, size: int) -> None:
-        span(size, lambda i, n: v.store(room, first + i, T.broadcast(zero, n), n) if n > 1
-             else B.buffer_store(room, zero, [first + i]))  # fmt: skip
-
-    def copy(from_index: Expression, to_index: Expression, size: int) -> None:
-        span(size, lambda i, n: v.store(room, to_index + i, v.load(source[0], from_index + i, n), n) if n > 1
-             else B.buffer_store(room, source[0][from_index + i], [to_index + i]))  # fmt: skip
-
-    def row(i: Expression) -> None:
-        h = rows[0] + i
-        inside = tirx.all(h >= shape.before[0], h < shape.before[0] + height)
-
-        def image_row() -> None:
-            fill(i * line, shape.before[1] * pixel)
-            from_index = source[1] + (h - shape.before[0]) * (width * pixel)
-            copy(from_index, i * line + shape.before[1] * pixel, width * pixel)
-            fill(i * line + (shape.before[1] + width) * pixel, shape.after[1] * pixel)
-
-        branch(inside, image_row, lambda: fill(i * line, line))
-
-    loop(rows[1], row)
-
-
-def _copy_words(
-    v: Vectors,
-    shape: ConvShape,
-    source: tuple[Expression, Expression],
-    target: tuple[Expression, Expression],
-    rows: tuple[Expression, int],
-    loop: Callable[..., None],
-) -> None:
-    """As `copy_rows`, each group's channels filled up to whole words of four."""
-    del v
-    room, zero = target
-    (height, width), padded_width = shape.image, shape.padded[1]
-    depth = -(-shape.group_inputs // 4) * 4
-    pixel = shape.groups * depth
-
-    def row(i: Expression) -> None:
-        def column(w: Expression) -> None:
-            y, x = rows[0] + i - shape.before[0], w - shape.before[1]
-            inside = tirx.all(y >= 0, y < height, x >= 0, x < width)
-            to_index = (i * padded_width + w) * pixel
-            from_index = source[1] + (y * width + x) * shape.inputs
-
-            def copy(g: Expression) -> None:
-                for c in range(depth):
-                    # past the last channel any value will do: its weights are zero
-                    channel = g * shape.group_inputs + min(c, shape.group_inputs - 1)
-                    B.buffer_store(room, source[0][from_index + channel], [to_index + g * depth + c])
-
-            def fill(i: Expression) -> None:
-                B.buffer_store(room, zero, [to_index + i])
-
-            branch(inside, lambda: serial(shape.groups, copy), lambda: serial(pixel, fill))
-
-        serial(padded_width, column)
-
-    loop(rows[1], row)

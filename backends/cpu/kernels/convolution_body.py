@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
@@ -18,20 +19,27 @@ if TYPE_CHECKING:
 
 
 class ConvolutionBody:
-    """Subclasses pack the arrays that they read, and emit their loops."""
+    """Subclasses pack the arrays that they read, and emit their loops.
+
+    Attributes:
+        shape: the sizes; a height or width that varies is a variable.
+        whole: the same, where subclasses change `shape`.
+        example: the same by the example inputs, to choose by.
+    """
 
     packed: dict[str, NDArray[Any]]
 
     def __init__(self, region: Region, vectors: Vectors) -> None:
         shape = conv_shape(region)
         assert isinstance(shape, ConvShape)
-        self.region, self.v, self.shape = region, vectors, shape
+        self.region, self.v, self.example = region, vectors, shape
+        self.batch, *image = leading_dims(region.source.shape[:3])
+        self.shape = self.whole = replace(shape, image=tuple(image))
 
     def function(self, name: str) -> PrimFunc:
         """The PrimFunc."""
-        (self.batch,) = leading_dims(self.region.source.shape[:1])
-        source = (self.batch, *self.shape.image, self.shape.inputs)
-        result = (self.batch, *self.shape.result, self.shape.outputs)
+        source = (self.batch, *self.whole.image, self.whole.inputs)
+        result = (self.batch, *self.whole.result, self.whole.outputs)
         return region_function(name, self.region, self.v, (source, result), self.packed, self._emit)
 
     def _emit(self, x: Expression, arrays: dict[str, Expression], epilogue: Epilogue) -> None:

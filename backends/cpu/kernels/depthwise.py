@@ -2,7 +2,8 @@
 
 Lanes are channels. A tile of pixels of one output row keeps its sums in registers; each input vector is loaded once a
 kernel row and meets all taps that read it. Nothing is padded: rows of the window beyond the image are left out at run
-time, columns when the code of the first and last tiles is made. The last vector of channels overlaps the one before.
+time, columns when the code of the first and last tiles is made, or read as zeros where the width varies. The last
+vector of channels overlaps the one before.
 Codes are summed in float32, which holds their products exactly up to 2^24; that is checked.
 """
 
@@ -23,7 +24,7 @@ from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
 from mcc.backends.cpu.kernels.convolution_body import ConvolutionBody
 from mcc.backends.cpu.kernels.tiles import balanced, loop_for
-from mcc.backends.cpu.microkernel import Expression, Vectors, serial
+from mcc.backends.cpu.microkernel import Expression, Vectors, branch, serial
 from mcc.backends.kernel import Lowered, Region
 
 if TYPE_CHECKING:
@@ -97,24 +98,52 @@ class _Body(ConvolutionBody):
         last = B.Bind(tirx.min(shape.kernel[0], tirx.floordiv(top + shape.image[0] + reach - 1, reach)))
         source = B.Bind((n * shape.image[0] - top) * (shape.image[1] * shape.inputs))
         target = B.Bind(i * (shape.result[1] * shape.outputs))
-        for start, number, width in balanced(shape.result[1], self.pixels):
-            inside = [t for t in range(number) if self._all_inside(start + t * width, width)]
+        self._tiles((first, last), (source, target))
+
+    def _tiles(self, rows: tuple[Expression, Expression], bases: tuple[Expression, Expression]) -> None:
+        """The tiles of a row of output, given the rows of the window inside the image, and where both images' begin."""
+        width = self.shape.result[1]
+        if not isinstance(width, int):
+            self._tiles_of_any_width(rows, bases)
+            return
+        for start, number, pixels in balanced(width, self.pixels):
+            inside = [t for t in range(number) if self._all_inside(start + t * pixels, pixels)]
             for t in [t for t in range(number) if t not in inside]:
-                self._tile((start + t * width, width, True), (first, last), (source, target))
+                self._tile((start + t * pixels, pixels, True), rows, bases)
             if inside:
-                base = start + inside[0] * width
+                base = start + inside[0] * pixels
                 serial(
                     len(inside),
-                    lambda t, b=base, w=width: self._tile((b + t * w, w, False), (first, last), (source, target)),  # type: ignore[misc]
+                    lambda t, b=base, n=pixels: self._tile((b + t * n, n, False), rows, bases),  # type: ignore[misc]
                 )
+
+    def _tiles_of_any_width(self, rows: tuple[Expression, Expression], bases: tuple[Expression, Expression]) -> None:
+        """As many tiles as there are; the last one overlaps the one before, and a narrow row goes pixel by pixel."""
+        width = self.shape.result[1]
+
+        def tile(start: Expression, pixels: int) -> None:
+            first = B.Bind(start)
+            branch(
+                self._all_inside(first, pixels),
+                lambda: self._tile((first, pixels, False), rows, bases),
+                lambda: self._tile((first, pixels, True), rows, bases),
+            )
+
+        def tiles() -> None:
+            count = tirx.floordiv(width + self.pixels - 1, self.pixels)
+            serial(count, lambda t: tile(tirx.min(t * self.pixels, width - self.pixels), self.pixels))
+
+        branch(width >= self.pixels, tiles, lambda: serial(width, lambda t: tile(t, 1)))
 
     def _column(self, pixel: Expression, tap: int) -> Expression:
         """The input column that a tap of an output pixel reads."""
         return pixel * self.shape.stride[1] + tap * self.shape.dilation[1] - self.shape.before[1]
 
-    def _all_inside(self, start: int, width: int) -> bool:
-        last = self._column(start + width - 1, self.shape.kernel[1] - 1)
-        return bool(self._column(start, 0) >= 0 and last < self.shape.image[1])
+    def _all_inside(self, start: Expression, width: int) -> Expression:
+        first, last = self._column(start, 0), self._column(start + width - 1, self.shape.kernel[1] - 1)
+        if isinstance(first, int) and isinstance(self.shape.image[1], int):
+            return first >= 0 and last < self.shape.image[1]
+        return tirx.all(first >= 0, last < self.shape.image[1])
 
     def _tile(
         self,
@@ -151,7 +180,7 @@ class _Body(ConvolutionBody):
         readers: dict[int, list[tuple[int, int]]] = {}  # by input column from that of the first pixel's first tap
         for j in range(width):
             for k in taps:
-                if not border or 0 <= self._column(start + j, k) < shape.image[1]:
+                if not border or self._may_be_inside(start + j, k):
                     readers.setdefault(j * shape.stride[1] + k * shape.dilation[1], []).append((j, k))
 
         def kernel_row(r: Expression) -> None:
@@ -163,7 +192,9 @@ class _Body(ConvolutionBody):
             line = bases[0] + kh * (shape.dilation[0] * shape.image[1] * channels) + channel
             corner = B.Bind(line + self._column(start, 0) * channels)
             for offset, uses in sorted(readers.items()):
-                value = B.Bind(self._load(corner + offset * channels))
+                column = start * shape.stride[1] - shape.before[1] + offset
+                checked = border and not isinstance(start, int)
+                value = B.Bind(self._load_inside(line, column) if checked else self._load(corner + offset * channels))
                 for j, k in uses:
                     sums[j].set(v.fma(value, weight[k], sums[j].get()))
 
@@ -174,6 +205,18 @@ class _Body(ConvolutionBody):
                 scale, offset = (v.load(self.arrays[key], channel) for key in ("scale", "bias"))
                 value = v.fma(value, scale, offset)
             self.epilogue.store(value, bases[1] + (start + j) * shape.outputs + channel, v.lanes)
+
+    def _may_be_inside(self, pixel: Expression, tap: int) -> bool:
+        """Whether a tap of an output pixel may read the image; not if it is known to read its padding."""
+        column = self._column(pixel, tap)
+        return not isinstance(column, int) or 0 <= column < self.shape.image[1]
+
+    def _load_inside(self, line: Expression, column: Expression) -> Expression:
+        """Input lanes of a column, zeros beyond the image."""
+        width = self.shape.image[1]
+        nearest = tirx.max(0, tirx.min(column, width - 1))
+        value = self._load(line + nearest * self.shape.inputs)
+        return tirx.Select(tirx.all(column >= 0, column < width), value, self.v.constant(0.0))
 
     def _load(self, index: Expression) -> Expression:
         """Input lanes as float, codes less their zero point."""

@@ -78,7 +78,7 @@ class DepthwiseBody(ConvolutionBody):
         super().__init__(region, vectors)
         shape = self.shape
         assert region.activation is not None
-        self.rows, self.columns = tile
+        self.tile = self.rows, self.columns = tile
         self.zero = region.activation.zero_point
         # of each column of a tile: its first tap within its first quad, and how many quads it reads
         firsts = [c * shape.stride[1] % 2 for c in range(self.columns)]

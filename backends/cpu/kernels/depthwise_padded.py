@@ -63,7 +63,8 @@ class PaddedBody(DepthwiseBody):
         shape = self.shape
         height, fewest = shape.result[0], max(1, FEWEST_KERNELS * shape.rows_read(1) // shape.stride[0])
         bands = min(BANDS, max(2, height // fewest)) if shape.macs >= FEWEST_MACS and height > 1 else 1
-        return -(-height // max(bands, 1))
+        rows: int = -(-height // max(bands, 1))
+        return rows
 
     def loops(self) -> None:
         """See `ConvolutionBody`."""

@@ -215,7 +215,8 @@ def _cost(tile: PixelTile, shape: ConvShape, stored: int) -> float:
     each = stored * multiply + shape.outputs * 4.6 * (tile.blocks > 1)
     half = lanes / 16
     calls = stored * 0.9 + shape.outputs * 7.65 * tile.blocks / tile.outputs
-    return pieces * (half * (vectors * each + 5.9 * copied) + calls)
+    cycles: float = pieces * (half * (vectors * each + 5.9 * copied) + calls)
+    return cycles
 
 
 def _beyond(size: float, cache: int) -> float:

@@ -60,9 +60,9 @@ def parse_tile(text: str) -> TileShape:
     return TileShape(int(rows), int(vectors))
 
 
-def loop_for(macs: int, fewest: int, images: Any = 1) -> Callable[[Any, Callable[[Expression], None]], None]:
+def loop_for(macs: Any, fewest: int, images: Any = 1) -> Callable[[Any, Callable[[Expression], None]], None]:
     """A loop over threads where `images` times `macs` is work for them: to wake one takes a few microseconds."""
-    if macs >= fewest:
+    if isinstance(macs, int) and macs >= fewest:
         return parallel
 
     def loop(extent: Any, body: Callable[[Expression], None]) -> None:
@@ -94,33 +94,34 @@ def row_blocks(
     tile_rows: int,
     emit: Callable[[Expression, int], None],
 ) -> None:
-    """Cover rows [block * block_rows, (block + 1) * block_rows) with `emit(first row, count)`.
-
-    Whole tiles go in a loop; what is left goes in tiles of 4, 2 and 1 rows, chosen by the bits of its number.
-    """
+    """Cover rows [block * block_rows, (block + 1) * block_rows) with `emit(first row, count)`; see `cover`."""
     start = block * block_rows
     if isinstance(rows, int) and rows <= block_rows:
-        _tiles_static(rows, tile_rows, emit)
+        cover(rows, tile_rows, emit)
         return
-    inside = tirx.min(rows - start, block_rows)
-    whole = tirx.floordiv(inside, tile_rows)
-    serial(whole, lambda t: emit(start + t * tile_rows, tile_rows))
-    left = inside - whole * tile_rows
-    done = start + whole * tile_rows
-    size = 1
-    while size * 2 < tile_rows:
-        size *= 2
-    while size >= 1:
-        bit = tirx.floormod(tirx.floordiv(left, size), 2)
-        before = tirx.floordiv(left, size * 2) * (size * 2)
-        branch(bit == 1, lambda s=size, b=before: emit(done + b, s))  # type: ignore[misc]
-        size //= 2
+    cover(tirx.min(rows - start, block_rows), tile_rows, lambda first, count: emit(start + first, count))
 
 
-def _tiles_static(rows: int, tile_rows: int, emit: Callable[[Expression, int], None]) -> None:
-    """Tiles of nearly equal height: 13 rows by 6 give 5, 4, 4, with no slow tail."""
-    for first, number, size in balanced(rows, tile_rows):
-        serial(number, lambda t, f=first, n=size: emit(f + t * n, n))  # type: ignore[misc]
+def cover(extent: Any, size: int, emit: Callable[[Expression, int], None]) -> None:
+    """Cover an extent with `emit(first, count)`, counts no larger than `size`.
+
+    A constant extent is cut evenly: 13 rows by 6 give 5, 4, 4, with no slow tail. Of another one whole tiles go in a
+    loop; what is left goes in tiles of …, 4, 2 and 1, chosen by the bits of its number.
+    """
+    if isinstance(extent, int):
+        for first, number, count in balanced(extent, size):
+            serial(number, lambda t, f=first, n=count: emit(f + t * n, n))  # type: ignore[misc]
+        return
+    whole = tirx.floordiv(extent, size)
+    serial(whole, lambda t: emit(t * size, size))
+    left, done, part = extent - whole * size, whole * size, 1
+    while part * 2 < size:
+        part *= 2
+    while part >= 1 and size > 1:
+        bit = tirx.floormod(tirx.floordiv(left, part), 2)
+        before = tirx.floordiv(left, part * 2) * (part * 2)
+        branch(bit == 1, lambda p=part, b=before: emit(done + b, p))  # type: ignore[misc]
+        part //= 2
 
 
 def balanced(extent: int, largest: int) -> list[tuple[int, int, int]]:

@@ -45,7 +45,7 @@ def winograd_tiles(region: Region, target: Target) -> tuple[str, ...]:
     assert isinstance(shape, ConvShape)
     fits = (shape.kernel, shape.stride, shape.dilation, shape.groups) == ((3, 3), (1, 1), (1, 1), 1)
     enough = min(shape.inputs, shape.outputs) >= FEWEST_CHANNELS and math.prod(shape.result) >= FEWEST_PIXELS
-    if not fits or not enough or region.weight.scale is not None:
+    if not fits or not enough or shape.varies or region.weight.scale is not None:
         return ()
     return (PREFIX + ("14x2" if target.vector_registers == 32 else "6x2"),)
 

@@ -186,9 +186,10 @@ def _conv2d(draw: Any, target: Target, family: str) -> tuple[Kernel, Region, lis
     image = (draw(st.integers(1, 15)), draw(st.integers(1, 20)))
     size, stride, padding, dilation = draw(_windows(image))
     if family == "conv2d":
-        groups = draw(st.sampled_from([1, 1, 1, 2, 3, 8]))
+        groups = draw(st.sampled_from([1, 1, 1, 2, 3, 8, 13, 20]))
         most = 70 // groups
         inputs, outputs = (groups * draw(st.integers(1, most)) for _ in range(2))
+        outputs = draw(st.sampled_from([inputs, outputs]))
     else:
         groups = inputs = outputs = draw(st.integers(16, 100))
     form = "codes" if family == "depthwise_int8" else draw(st.sampled_from(FORMATS))
@@ -202,11 +203,14 @@ def _conv2d(draw: Any, target: Target, family: str) -> tuple[Kernel, Region, lis
     if family == "depthwise_int8":
         dilation = [dilation[0], 1]
     options = (stride, padding, dilation, groups)
+    height, width = (Symbolic(size) if draw(st.integers(0, 3)) == 0 else size for size in image)
     region = make_region(
-        ops.CONV2D_NHWC, (Symbolic(), *image, inputs), weight, draw(epilogues()), activation, options,
+        ops.CONV2D_NHWC, (Symbolic(), height, width, inputs), weight, draw(epilogues()), activation, options,
         bias=draw(st.booleans()),
     )  # fmt: skip
-    return kernel, region, [(n, *image, inputs) for n in (1, 2, 5, 0)]
+    more = [draw(st.sampled_from([0, 1, 2, 5, 30])) if isinstance(size, Symbolic) else 0 for size in (height, width)]
+    larger = [size + grown for size, grown in zip(image, more, strict=True)]
+    return kernel, region, [(1, *larger, inputs), *((n, *image, inputs) for n in (1, 2, 5, 0))]
 
 
 @st.composite

@@ -23,7 +23,7 @@ from mcc import ops
 from mcc.backends.cpu.epilogue import emit_epilogue
 from mcc.backends.cpu.integer_sums import pairs_fit
 from mcc.backends.cpu.kernels.conv2d import Conv2dFloat, Conv2dInt8
-from mcc.backends.cpu.kernels.conv_shape import ConvShape, merge_groups
+from mcc.backends.cpu.kernels.conv_shape import ConvShape
 from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8, pack_panels
 from mcc.backends.cpu.kernels.depthwise import Depthwise
 from mcc.backends.cpu.kernels.low_bit import LowBitDense
@@ -128,13 +128,14 @@ def test_where_winograd_has_no_form_or_no_gain_the_direct_one_is_taken(options, 
 
 
 def test_groups_are_joined_until_they_fill_a_vector():
-    shape = ConvShape(32, 32, 8, (5, 5), (3, 3), (1, 1), (1, 1), (1, 1), (1, 1)).merged(16)
-    assert shape.groups == 2
-    weight = np.random.default_rng(0).standard_normal((32, 4, 3, 3)).astype(np.float32)
-    wide = merge_groups(weight, 8, 2)
-    assert wide.shape == (32, 16, 3, 3)
-    assert np.array_equal(wide[5, 4:8], weight[5])
-    assert np.count_nonzero(wide) == np.count_nonzero(weight)
+    passes = ConvShape(40, 40, 10, (5, 5), (3, 3), (1, 1), (1, 1), (1, 1), (1, 1)).passes(16)
+    assert (passes.joined, passes.count) == (4, 3)
+    assert [passes.first(p) for p in range(3)] == [0, 4, 6], "the last groups overlap those before"
+    weight = np.random.default_rng(0).standard_normal((40, 4, 3, 3)).astype(np.float32)
+    wide = passes.joined_weight(weight)
+    assert wide.shape == (3, 16, 16, 3, 3)
+    assert np.array_equal(wide[2, 5, 4:8], weight[29])
+    assert np.count_nonzero(wide) == 3 * 16 * 4 * 9
 
 
 def test_kernels_say_why_they_refuse():

@@ -1,0 +1,196 @@
+"""Attention that a model spells out, softmax(a query times keys, plus masks) times values, as the op that has a kernel.
+
+The scores may be scaled by a number or, with one for each head, by a tensor; masks and position biases may be added,
+also in a view that splits the batch, as shifted windows do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from mcc import ops
+from mcc.backends.cpu.permutes import order_of
+from mcc.backends.cpu.tokens import refusal
+from mcc.graph import Node
+from mcc.ops import OPS
+
+if TYPE_CHECKING:
+    from mcc.graph import Graph
+    from mcc.target import Target
+
+_MATMULS = (OPS["matmul"], OPS["bmm"])
+_SOFTMAX, _ADD, _DIV, _TRANSPOSE = OPS["softmax.int"], OPS["add.Tensor"], OPS["div.Tensor"], OPS["transpose.int"]
+
+
+@dataclass
+class _Scores:
+    """What stands between the product of queries and keys and the softmax, from there down.
+
+    Attributes:
+        scale: the product of the numbers that scores are multiplied by.
+        by_head: tensors that they are multiplied by, [heads, 1, 1] or so.
+        masks: what is added, each with the scale of later steps.
+    """
+
+    scale: float = 1.0
+    by_head: list[fx.Node] = field(default_factory=list)
+    masks: list[tuple[fx.Node, float]] = field(default_factory=list)
+
+
+def gather_attention(graph: Graph, target: Target) -> None:
+    """Replace attention that is spelled out, where the kernel takes it; the graph is edited in place."""
+    for node in graph.nodes:
+        if node.op in _MATMULS:
+            _gather(_Writer(graph, node), target)
+    graph.clean()
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Calls in front of a node, with their fake values."""
+
+    graph: Graph
+    before: Node
+
+    def __call__(self, op: str, *args: Any, **kwargs: Any) -> fx.Node:
+        made = self.graph.call(self.before, OPS[op].target, *args)
+        made.kwargs = kwargs
+        loaded = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.graph.fake_mode:
+            made.meta["val"] = OPS[op].target(*loaded[0], **loaded[1])
+        return made
+
+
+def _gather(write: _Writer, target: Target) -> None:
+    node = write.before
+    softmax, value = _through_dropout(node.operand(0)), node.operand(1)
+    if softmax is None or value is None or softmax.op is not _SOFTMAX or len(softmax.users) != 1 or softmax.is_output:
+        return
+    dims = len(softmax.shape)
+    top = softmax.operand(0)
+    if (
+        softmax.argument(1) % dims != dims - 1
+        or softmax.dtype is not torch.float32
+        or dims not in (3, 4)
+        or top is None
+    ):
+        return
+    scores = _Scores()
+    product = _walk(write, top, scores)
+    if product is None:
+        return
+    query, keys = product.operand(0), product.operand(1)
+    assert query is not None
+    assert keys is not None
+    batches = [[str(s) for s in x.shape[:-2]] for x in (query, keys, value)]
+    if len(query.shape) != dims or any(batch != batches[0] for batch in batches):
+        return
+    made = _attention(write, (query, keys, value), scores)
+    if refusal(made, target) is None:
+        out = made.fx if dims == 4 else write("squeeze.dim", made.fx, 1)
+        node.fx.replace_all_uses_with(out)
+
+
+def _attention(write: _Writer, operands: tuple[Node, Node, Node], scores: _Scores) -> Node:
+    """The op, for operands of four dims or, without heads, three."""
+    query, keys, value = (x.fx for x in operands)
+    for factor in scores.by_head:
+        query = write("mul.Tensor", query, factor)
+    source = operands[1].operand(0)
+    key = source.fx if source is not None and _swaps_last(operands[1]) else write("transpose.int", keys, -2, -1)
+    parts = [query, key, value]
+    mask = None
+    for added, after in scores.masks:
+        scaled = added if after == 1 else write("mul.Tensor", added, after)
+        mask = scaled if mask is None else write("add.Tensor", mask, scaled)
+    if len(operands[0].shape) == 3:
+        parts = [write("unsqueeze", part, 1) for part in parts]
+        mask = write("unsqueeze", mask, 1) if mask is not None and mask.meta["val"].dim() == 3 else mask
+    made = write("scaled_dot_product_attention", *parts, mask, 0.0, False, scale=scores.scale)
+    return Node(made, write.graph)
+
+
+def _through_dropout(node: Node | None) -> Node | None:
+    while node is not None and node.op is ops.DROPOUT and not node.argument(2, False) and len(node.users) == 1:
+        node = node.operand(0)
+    return node
+
+
+def _walk(write: _Writer, node: Node, scores: _Scores) -> Node | None:
+    """The product of queries and keys below `node`, or None; what stands between is added to `scores`."""
+    if len(node.users) != 1 or node.is_output or node.dtype is not torch.float32:
+        return None
+    if node.op in _MATMULS:
+        return node
+    if node.op is _ADD and not node.fx.kwargs:
+        return _walk_sum(write, node, scores)
+    if node.op in (ops.MUL, _DIV):
+        return _walk_scaled(write, node, scores)
+    inner = node.operand(0)
+    if node.op is ops.RESHAPE and inner is not None and inner.op is _ADD and not inner.fx.kwargs:
+        return _walk_split_sum(write, node, inner, scores)
+    return None
+
+
+def _walk_sum(write: _Writer, node: Node, scores: _Scores) -> Node | None:
+    for position in range(2):
+        below, added = node.operand(position), node.operand(1 - position)
+        if below is None or added is None or _shape(below) != _shape(node):
+            continue
+        kept = len(scores.masks)
+        scores.masks.append((added.fx, scores.scale))
+        product = _walk(write, below, scores)
+        if product is not None:
+            return product
+        del scores.masks[kept:]
+    return None
+
+
+def _walk_scaled(write: _Writer, node: Node, scores: _Scores) -> Node | None:
+    below, factor = node.operand(0), node.argument(1)
+    if below is None:
+        return None
+    if isinstance(factor, int | float):
+        scores.scale *= 1 / factor if node.op is _DIV else factor
+        return _walk(write, below, scores)
+    operand = node.operand(1)
+    single = operand is not None and len(operand.shape) < 5 and all(str(s) == "1" for s in operand.shape[-2:])
+    if node.op is not ops.MUL or operand is None or not single or scores.masks or _shape(below) != _shape(node):
+        return None  # a mask above would have to be multiplied too
+    scores.by_head.append(operand.fx)
+    return _walk(write, below, scores)
+
+
+def _walk_split_sum(write: _Writer, node: Node, inner: Node, scores: _Scores) -> Node | None:
+    """Scores seen as [batch / windows, windows, heads, …], a mask of windows added, and seen as they were."""
+    for position in range(2):
+        view, added = inner.operand(position), inner.operand(1 - position)
+        if view is None or added is None or view.op is not ops.RESHAPE or len(view.shape) != 5 or len(node.shape) != 4:
+            continue
+        below = view.operand(0)
+        if below is None or _shape(below) != _shape(node) or len(inner.users) != 1 or len(view.users) != 1:
+            continue
+        sizes = [*added.shape]
+        if len(sizes) != 5 or not all(isinstance(s, int) for s in (*sizes, *view.shape[:2])):
+            continue
+        outer, windows = int(view.shape[0]), int(view.shape[1])
+        spread = write("expand", added.fx, [outer, windows, *sizes[2:]])
+        mask = write("reshape", spread, [outer * windows, *sizes[2:]])
+        scores.masks.append((mask, scores.scale))
+        return _walk(write, below, scores)
+    return None
+
+
+def _shape(node: Node) -> list[str]:
+    return [str(s) for s in node.shape]
+
+
+def _swaps_last(node: Node) -> bool:
+    """Whether a node transposes the last two dims of its operand."""
+    order = order_of(node)
+    dims = len(node.shape)
+    return order is not None and tuple(order) == (*range(dims - 2), dims - 1, dims - 2)

@@ -1,0 +1,46 @@
+"""What a graph computes from stored tensors alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mcc.graph import Graph, Node
+
+
+def evaluate(call: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+    """Run one call in PyTorch, without gradients, on the values of what it reads."""
+    args = fx.node.map_arg(call.args, value)
+    kwargs = fx.node.map_arg(call.kwargs, value)
+    assert callable(call.target)
+    with torch.no_grad():
+        return call.target(*args, **kwargs)
+
+
+def has_symbols(call: fx.Node) -> bool:
+    """Whether sizes that vary stand in a call's arguments."""
+    return any(isinstance(leaf, torch.SymInt) for leaf in pytree.tree_leaves((call.args, call.kwargs)))
+
+
+def stored_value(graph: Graph, node: Node) -> Tensor | None:
+    """The value of a node, or None where it depends on an input or on a size that varies."""
+    values: dict[fx.Node, Any] = {}
+    waiting = [node.fx]
+    while waiting:
+        call = waiting[-1]
+        if call.op == "placeholder" or has_symbols(call):
+            return None
+        missing = [n for n in call.all_input_nodes if n not in values]
+        waiting += missing
+        if not missing:
+            read = call.op == "get_attr"
+            values[call] = graph.tensor(str(call.target)) if read else evaluate(call, values.__getitem__)
+            waiting.pop()
+    value = values[node.fx]
+    return value.detach() if isinstance(value, Tensor) else None
