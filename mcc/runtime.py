@@ -337,7 +337,7 @@ class Artifact:
             fits = len(shape) == len(spec.shape) and all(
                 size == dims.setdefault(dim, size)
                 if isinstance(dim, str) and dim.isidentifier()
-                else size == dim or isinstance(dim, str)
+                else size == dim or (isinstance(dim, str) and not _mismatched(cause))
                 for size, dim in zip(shape, spec.shape, strict=True)
             )
             if dtype != spec.dtype or not fits:
@@ -348,6 +348,11 @@ class Artifact:
     def __repr__(self) -> str:
         takes = ", ".join(f"{s.name}: {s.dtype}{list(s.shape)}" for s in self.inputs)
         return f"Artifact({takes}; {self.target}; passes {self.passes or 'none'})"
+
+
+def _mismatched(cause: Exception | None) -> bool:
+    """Whether the library found an input's dim to be none that its expression, such as 32*s, can be."""
+    return cause is not None and "match_cast error" in str(cause)
 
 
 def _as_numpy(value: Any, foreign: Callable[[Any], Any] | None) -> tuple[NDArray[Any], Callable[[Any], Any] | None]:

@@ -214,6 +214,21 @@ def test_something_that_is_no_model_is_refused():
         capture(3)
 
 
+class Combined(nn.Module):
+    """Ops that are written out in others."""
+
+    def forward(self, x, y):
+        z = torch.addcmul(x, x, y) + torch.addcdiv(x, y, x.abs() + 1, value=0.5)
+        return torch.lerp(x, z, 0.3) + torch.lerp(z, y, x.sigmoid())
+
+
+def test_combined_arithmetic_is_written_out():
+    inputs = torch.randn(3, 4), torch.randn(3, 4)
+    graph = capture(Combined(), inputs)
+    assert {n.op.family for n in graph.nodes} == {"pointwise"}
+    torch.testing.assert_close(graph(*inputs), Combined()(*inputs))
+
+
 class Differences(nn.Module):
     """Neighbours' differences as masks of packed sequences use them."""
 

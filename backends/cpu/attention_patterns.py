@@ -126,12 +126,13 @@ def _walk(write: _Writer, node: Node, scores: _Scores) -> Node | None:
         return None
     if node.op in _MATMULS:
         return node
-    if node.op is _ADD and not node.fx.kwargs:
+    if node.op is _ADD and not node.fx.kwargs and not scores.by_head:  # or a mask would have to be multiplied too
         return _walk_sum(write, node, scores)
     if node.op in (ops.MUL, _DIV):
         return _walk_scaled(write, node, scores)
     inner = node.operand(0)
-    if node.op is ops.RESHAPE and inner is not None and inner.op is _ADD and not inner.fx.kwargs:
+    adds = inner is not None and inner.op is _ADD and not inner.fx.kwargs and not scores.by_head
+    if node.op is ops.RESHAPE and inner is not None and adds:
         return _walk_split_sum(write, node, inner, scores)
     return None
 
@@ -159,8 +160,8 @@ def _walk_scaled(write: _Writer, node: Node, scores: _Scores) -> Node | None:
         return _walk(write, below, scores)
     operand = node.operand(1)
     single = operand is not None and len(operand.shape) < 5 and all(str(s) == "1" for s in operand.shape[-2:])
-    if node.op is not ops.MUL or operand is None or not single or scores.masks or _shape(below) != _shape(node):
-        return None  # a mask above would have to be multiplied too
+    if node.op is not ops.MUL or operand is None or not single or _shape(below) != _shape(node):
+        return None
     scores.by_head.append(operand.fx)
     return _walk(write, below, scores)
 

@@ -20,7 +20,7 @@ from mcc.layouts import TO_FIRST, TO_LAST
 from mcc.ops import OPS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from mcc.graph import Graph
 
@@ -161,7 +161,46 @@ def _convolution(turner: Turner, node: Node) -> tuple[Any, Arguments]:
         return ops.LINEAR.target, (turner.last(node, node.fx.args[0]), flat, bias)
     source, before = _unpadded(turner, node, turner.last(node, node.fx.args[0]))
     padding = [p + b for p, b in zip(padding * 2, before, strict=True)]
+    read, top = node.operand(0), node.operand(1)
+    assert read is not None
+    assert top is not None
+    image = [size - before[axis] - before[2 + axis] for axis, size in enumerate(read.shape[2:])]
+    taps, padding = used_taps(image, top, (stride, padding, dilation))
+    if taps is not None:
+        weight = restored_weight(turner.graph, node, lambda w: w[:, :, taps[0], taps[1]])
     return layouts.conv2d_nhwc._opoverload, (source, weight, bias, stride, padding, dilation, node.argument(6, 1))
+
+
+def used_taps(
+    image: Sequence[Any], weight: Node, options: tuple[list[int], list[int], list[int]]
+) -> tuple[tuple[slice, slice] | None, list[int]]:
+    """The rows and columns of a window that some output reads the image with, and the padding that goes with them.
+
+    Windows that are dilated further than the image is large read only its padding at their borders.
+
+    Args:
+        image: height and width.
+        weight: the expression that gives it; where it is not stored as it is or as codes, all its taps are used.
+        options: stride, padding [top, left, bottom, right] and dilation.
+    """
+    stride, padding, dilation = options
+    kernel = [int(k) for k in weight.shape[2:]]
+    if not all(isinstance(s, int) for s in image):
+        return None, padding
+    used, before, after = [], padding[:2], padding[2:]
+    for axis, (size, k, s, d) in enumerate(zip(image, kernel, stride, dilation, strict=True)):
+        outputs = (size + before[axis] + after[axis] - d * (k - 1) - 1) // s + 1
+        reads = [any(0 <= o * s + t * d - before[axis] < size for o in range(outputs)) for t in range(k)]
+        first, last = (reads.index(True), k - reads[::-1].index(True)) if any(reads) else (0, k)
+        trimmed = before[axis] - first * d, after[axis] - (k - last) * d
+        if min(trimmed) < 0:
+            first, last, trimmed = 0, k, (before[axis], after[axis])
+        used.append(slice(first, last))
+        before[axis], after[axis] = trimmed
+    all_used = all(taps == slice(0, k) for taps, k in zip(used, kernel, strict=True))
+    if all_used or stored_root(weight) is None:
+        return None, padding
+    return (used[0], used[1]), [*before, *after]
 
 
 def _is_linear(node: Node) -> bool:

@@ -74,13 +74,13 @@ def test_leading_dims_are_rows(target):
 
 
 @pytest.mark.parametrize(("kernel", "image", "channels", "reason"), [
-    (Conv2dFloat(), (8, Symbolic()), 6, "its height, width or channels vary"),
-    (Depthwise(), (8, 8), 3, "it is not depthwise, or has fewer channels than a vector"),
+    (Conv2dFloat(), (8, 8, Symbolic()), 6, "its channels vary"),
+    (Depthwise(), (8, 8, 3), 3, "it is not depthwise, or has fewer channels than a vector"),
 ])  # fmt: skip
 def test_a_convolution_that_a_kernel_cannot_take_is_refused_in_words(kernel, image, channels, reason):
     weight = make_weight((channels, 1, 3, 3), "float32", 4)
     options = ([1, 1], [1, 1, 1, 1], [1, 1], channels)
-    region = make_region(ops.CONV2D_NHWC, (Symbolic(), *image, channels), weight, options=options)
+    region = make_region(ops.CONV2D_NHWC, (Symbolic(), *image), weight, options=options)
     assert kernel.refuses(region, TARGETS[0]) == reason
 
 

@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import mcc
+from mcc import ops
 from mcc.backends.cpu.layout import layout
 from mcc.backends.cpu.lowering import Lowering
 from mcc.backends.cpu.measure import measure
 from mcc.backends.tune import Tuner
+from mcc.errors import ArtifactError
 from mcc.graph import Graph
 from mcc.target import parse_target
 
@@ -121,9 +123,59 @@ def test_a_varying_batch_stays_so():
             assert graph(x).shape == (batch, 6, 9, 7)
 
 
-def test_a_convolution_of_varying_width_is_left_as_it_is():
+def test_a_pointwise_convolution_of_varying_width_is_a_linear_layer_of_its_pixels():
     graph = turned(nn.Conv2d(3, 8, 1), torch.randn(1, 3, 9, 9), dynamic_shapes=({3: "width"},))
-    assert [n.op.name for n in graph.nodes] == ["conv2d"]
+    assert [n.op.name for n in graph.nodes if n.op is not ops.SYM_SIZE] == ["permute", "linear", "permute"]
+
+
+@pytest.mark.parametrize(("dilation", "kernel", "padding"), [
+    (2, [3, 3], [2, 2, 2, 2]),  # all taps are read
+    (7, [3, 1], [7, 0, 7, 0]),  # the image is 7 wide: its neighbours at that distance are padding
+    (9, [1, 1], [0, 0, 0, 0]),
+])  # fmt: skip
+def test_taps_that_read_only_padding_are_left_out(dilation, kernel, padding):
+    model = nn.Conv2d(16, 16, 3, padding=dilation, dilation=dilation)
+    graph = turned(model, torch.randn(2, 16, 9, 7))
+    (conv,) = [n for n in graph.nodes if n.op is ops.CONV2D_NHWC]
+    assert list(conv.operand(1).shape[2:]) == kernel
+    assert conv.argument(4) == padding
+
+
+class AnySize(nn.Module):
+    """What a detector is made of: strides, pools, groups, single channels, a sequence and a sum over scales."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.grouped, self.alone = nn.Conv2d(16, 16, 3, padding=1, groups=4), nn.Conv2d(16, 16, 5, 2, 2, groups=16)
+        self.wide, self.point = nn.Conv2d(16, 24, 3, padding=2, dilation=2), nn.Conv2d(24, 16, 1)
+        self.head = nn.Conv1d(16, 5, 3, padding=1)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + self.grouped(F.max_pool2d(x, 3, 1, 1))
+        y = self.point(F.silu(self.wide(F.relu(self.alone(x)))))
+        y = F.avg_pool2d(x, 2) + y
+        return self.head(y.mean(2)), F.adaptive_avg_pool2d(y, 1)
+
+
+@pytest.mark.parametrize("passes", ["fold-batch-norm", "fold-batch-norm; quantize"])
+def test_images_of_any_size_run_on_the_own_kernels(passes):
+    model = AnySize().eval()
+    x = torch.randn(2, 3, 32, 48)
+    sizes = {0: "batch", 2: 4 * torch.export.Dim("height", min=1), 3: 4 * torch.export.Dim("width", min=1)}
+    options = {"dynamic_shapes": (sizes,), "data": mcc.Data(calibration=[x]), "measure": "never", "tuning": "model"}
+    artifact = mcc.compile(model, (x,), passes=passes, **options)
+    assert all(row.kernel != "op library" for row in artifact.report.layers)
+    for shape in ((2, 3, 32, 48), (1, 3, 4, 4), (1, 3, 100, 12), (5, 3, 8, 44), (0, 3, 8, 8)):
+        images = torch.randn(shape)
+        with torch.no_grad():
+            for found, expected in zip(artifact(images), model(images), strict=True):
+                assert found.shape == expected.shape
+                apart = (found - expected).norm() / max(expected.norm(), 1e-6)
+                assert apart < (0.05 if "quantize" in passes else 1e-5)
+    with pytest.raises(ArtifactError, match=r"input x is float32\[1, 3, 6, 8\], the artifact takes float32\[.*4\*"):
+        artifact(torch.randn(1, 3, 6, 8))
 
 
 @pytest.mark.parametrize(
