@@ -237,7 +237,7 @@ def _along(ties: Ties, node: Node) -> Any:
 def _window(ties: Ties, node: Node) -> Dims:
     dims = ties.of(node.operand(0))
     assert node.op is not None
-    count = 1 if "1d" in node.op.name else 2
+    count = next((n for n in (1, 3) if f"{n}d" in node.op.name), 2)
     for dim in dims[-count:]:
         block(dim, f"{place(node)} slides over it")
     return (*dims[:-count], *closed(node, shape(node)[-count:], "slides over it"))

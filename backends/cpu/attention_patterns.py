@@ -1,11 +1,12 @@
 """Attention that a model spells out, softmax(a query times keys, plus masks) times values, as the op that has a kernel.
 
 The scores may be scaled by a number or, with one for each head, by a tensor; masks and position biases may be added,
-also in a view that splits the batch, as shifted windows do.
+also in a view that splits the batch, as shifted windows do; or a mask sets some to minus infinity.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from mcc.target import Target
 
 _MATMULS = (OPS["matmul"], OPS["bmm"])
-_SOFTMAX, _ADD, _DIV, _TRANSPOSE = OPS["softmax.int"], OPS["add.Tensor"], OPS["div.Tensor"], OPS["transpose.int"]
+_SOFTMAX, _ADD, _DIV = OPS["softmax.int"], OPS["add.Tensor"], OPS["div.Tensor"]
+_MASKED_FILL = OPS["masked_fill.Scalar"]
 
 
 @dataclass
@@ -34,11 +36,13 @@ class _Scores:
         scale: the product of the numbers that scores are multiplied by.
         by_head: tensors that they are multiplied by, [heads, 1, 1] or so.
         masks: what is added, each with the scale of later steps.
+        hidden: where scores are set to minus infinity, or None.
     """
 
     scale: float = 1.0
     by_head: list[fx.Node] = field(default_factory=list)
     masks: list[tuple[fx.Node, float]] = field(default_factory=list)
+    hidden: fx.Node | None = None
 
 
 def gather_attention(graph: Graph, target: Target) -> None:
@@ -107,6 +111,8 @@ def _attention(write: _Writer, operands: tuple[Node, Node, Node], scores: _Score
     for added, after in scores.masks:
         scaled = added if after == 1 else write("mul.Tensor", added, after)
         mask = scaled if mask is None else write("add.Tensor", mask, scaled)
+    if scores.hidden is not None:
+        mask = write("logical_not", scores.hidden)
     if len(operands[0].shape) == 3:
         parts = [write("unsqueeze", part, 1) for part in parts]
         mask = write("unsqueeze", mask, 1) if mask is not None and mask.meta["val"].dim() == 3 else mask
@@ -126,12 +132,18 @@ def _walk(write: _Writer, node: Node, scores: _Scores) -> Node | None:
         return None
     if node.op in _MATMULS:
         return node
-    if node.op is _ADD and not node.fx.kwargs and not scores.by_head:  # or a mask would have to be multiplied too
+    single = not scores.by_head and scores.hidden is None  # or a mask would have to be multiplied too, or joined
+    if node.op is _ADD and not node.fx.kwargs and single:
         return _walk_sum(write, node, scores)
     if node.op in (ops.MUL, _DIV):
         return _walk_scaled(write, node, scores)
     inner = node.operand(0)
-    adds = inner is not None and inner.op is _ADD and not inner.fx.kwargs and not scores.by_head
+    if node.op is _MASKED_FILL and inner is not None and _shape(inner) == _shape(node):
+        if node.argument(2) != -math.inf or scores.masks or scores.hidden is not None or scores.scale <= 0:
+            return None
+        scores.hidden = node.fx.args[1]  # type: ignore[assignment]  # a mask is a tensor
+        return _walk(write, inner, scores)
+    adds = inner is not None and inner.op is _ADD and not inner.fx.kwargs and single
     if node.op is ops.RESHAPE and inner is not None and adds:
         return _walk_split_sum(write, node, inner, scores)
     return None

@@ -170,13 +170,15 @@ def pixel_shuffle(e: Emitter, x: Expression, factor: int) -> Expression:
     return e(R.reshape(split, [n, c, h * factor, w * factor]))
 
 
-_average = {1: _avg_pool(1, NN.avg_pool1d), 2: _avg_pool(2, NN.avg_pool2d)}
+_average = {1: _avg_pool(1, NN.avg_pool1d), 2: _avg_pool(2, NN.avg_pool2d), 3: _avg_pool(3, NN.avg_pool3d)}
 
 RULES: dict[str, Rule] = {
     "max_pool1d": _max_pool(1, NN.max_pool1d), "max_pool2d": _max_pool(2, NN.max_pool2d),
-    "avg_pool1d": _average[1], "avg_pool2d": _average[2],
+    "max_pool3d": _max_pool(3, NN.max_pool3d),
+    "avg_pool1d": _average[1], "avg_pool2d": _average[2], "avg_pool3d": _average[3],
     "adaptive_avg_pool1d": _adaptive_avg_pool(1, _average[1], NN.adaptive_avg_pool1d),
     "adaptive_avg_pool2d": _adaptive_avg_pool(2, _average[2], NN.adaptive_avg_pool2d),
+    "adaptive_avg_pool3d": _adaptive_avg_pool(3, _average[3], NN.adaptive_avg_pool3d),
     "upsample_nearest2d.vec": upsample_nearest, "upsample_bilinear2d.vec": upsample_bilinear,
     "pixel_shuffle": pixel_shuffle, "mcc.max_pool2d_nhwc": max_pool2d_nhwc, "mcc.avg_pool2d_nhwc": avg_pool2d_nhwc,
     "mcc.upsample_nhwc": upsample_nhwc,

@@ -217,16 +217,22 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
         S(lambda n: (f(n, 3, 9, 10), [3, 3], [2, 2], [1, 1])),
         S(lambda n: (f(n, 3, 9, 10), [2, 3], [2, 2], [0, 1], [1, 1], True)),
     ),
+    "max_pool3d": (S(lambda n: (f(n, 3, 5, 6, 7), [3, 2, 3], [2, 2, 1], [1, 0, 1])),),
     "avg_pool1d": (S(lambda n: (f(n, 3, 11), [3], [2], [1])),),
     "avg_pool2d": (
         S(lambda n: (f(n, 3, 9, 9), [3, 3], [2, 2], [1, 1])),
         S(lambda n: (f(n, 3, 9, 9), [3, 3], [2, 2], [1, 1], True, False)),
     ),
+    "avg_pool3d": (S(lambda n: (f(n, 3, 5, 6, 7), [2, 2, 2], [2, 1, 2], [1, 0, 1], False, False)),),
     "adaptive_avg_pool1d": (S(lambda n: (f(n, 3, 12), [4])),),
     "adaptive_avg_pool2d": (
         S(lambda n: (f(n, 3, 7, 7), [1, 1])),
         S(lambda n: (f(n, 3, 8, 6), [4, 3])),
         S(lambda n: (f(n, 3, 7, 5), [3, 2])),
+    ),
+    "adaptive_avg_pool3d": (
+        S(lambda n: (f(n, 3, 4, 5, 6), [1, 1, 1])),
+        S(lambda n: (f(n, 3, 4, 6, 6), [2, 3, 3])),
     ),
     "upsample_nearest2d.vec": (
         S(lambda n: (f(n, 2, 4, 5), None, [2.0, 2.0])),

@@ -48,6 +48,7 @@ WAYS = {
     "two masks": lambda m, q, k: (q @ k.transpose(-2, -1) + m.bias + m.windows[0]).softmax(-1),
     "temperature": lambda m, q, k: (q @ k.transpose(-2, -1) * m.temperature + m.bias).softmax(-1),
     "windows": windowed,
+    "hidden": lambda m, q, k: (q @ k.transpose(-2, -1) * 0.2).masked_fill(m.windows[0] > 1, -math.inf).softmax(-1),
 }
 
 
@@ -108,6 +109,8 @@ class ProbabilitiesToo(Spelled):
     (Spelled(lambda m, q, k: (q @ k.transpose(-2, -1) * m.windows[0]).softmax(-1)), operands(), "a factor for each key"),
     (Spelled(lambda m, q, k: ((q @ k.transpose(-2, -1) + m.bias) * m.temperature).softmax(-1)), operands(),
      "the mask is multiplied by a tensor"),
+    (Spelled(lambda m, q, k: (q @ k.transpose(-2, -1)).masked_fill(m.windows[0] > 9, -1e9).softmax(-1)), operands(),
+     "a row that is hidden as a whole would be another one"),
 ])  # fmt: skip
 def test_what_is_no_attention_is_left(model, inputs, why):
     graph = mcc.capture(model.eval(), inputs)
