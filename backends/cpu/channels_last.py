@@ -291,10 +291,22 @@ def _pad(turner: Turner, node: Node) -> tuple[Any, Arguments]:
 def _upsample(mode: str) -> Form:
     def form(turner: Turner, node: Node) -> tuple[Any, Arguments]:
         align = node.argument(2) if mode == "bilinear" else None
-        size = [int(s) for s in node.shape[2:]]
-        return layouts.upsample_nhwc._opoverload, (turner.last(node, node.fx.args[0]), size, mode, align)
+        source = turner.last(node, node.fx.args[0])
+        size: list[Any] = list(node.shape[2:])
+        if not all(isinstance(s, int) for s in size):
+            wanted, factors = node.argument(1), node.argument(3 if mode == "bilinear" else 2)
+            size = list(wanted) if wanted is not None else _enlarged(turner, node, source, factors)
+        return layouts.upsample_nhwc._opoverload, (source, size, mode, align)
 
     return form
+
+
+def _enlarged(turner: Turner, node: Node, source: fx.Node, factors: Sequence[float]) -> list[fx.Node]:
+    """Height and width of an image with channels last, times whole factors."""
+    sizes = (turner.graph.call(node, ops.SYM_SIZE.target, source, dim) for dim in (1, 2))
+    return [
+        turner.graph.call(node, OPS["mul"].target, s, int(factor)) for s, factor in zip(sizes, factors, strict=True)
+    ]
 
 
 def _always(node: Node) -> bool:
@@ -339,7 +351,7 @@ def _factors_are_whole(node: Node) -> bool:
     factors = node.argument(3 if node.op is OPS["upsample_bilinear2d.vec"] else 2)
     whole = factors is None or all(float(f).is_integer() for f in factors)
     kinds = (torch.float32,) if node.op is OPS["upsample_bilinear2d.vec"] else _POOLED
-    return whole and _fixed(node, (2, 3)) and node.dtype in kinds
+    return whole and node.dtype in kinds
 
 
 def _order_kept(node: Node) -> bool:

@@ -7,6 +7,7 @@ Shi et al.: Is the deconvolution layer the same as a convolutional layer? arXiv 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from mcc import ops
 from mcc.backends.cpu.rephrase import restored_weight, stored_root
 from mcc.backends.relax.emitter import tuple_of
-from mcc.ops import OPS
+from mcc.ops import OPS, extent
 
 if TYPE_CHECKING:
     from mcc.backends.cpu.channels_last import Turner
@@ -33,7 +34,7 @@ class _Phases:
         padding: of that convolution, [top, left, bottom, right].
         groups: of both.
         cropped: pixels left out at the top and on the left.
-        result: the output image.
+        beyond: pixels left out at the bottom and on the right.
     """
 
     stride: tuple[int, int]
@@ -41,38 +42,39 @@ class _Phases:
     padding: list[int]
     groups: int
     cropped: tuple[int, int]
-    result: tuple[int, int]
+    beyond: tuple[int, int]
 
 
 def _phases(node: Node) -> _Phases | None:
     """The sizes, or None where there is no such form."""
-    source, weight = node.operand(0), node.operand(1)
-    assert source is not None
+    weight = node.operand(1)
     assert weight is not None
     stride, padding = (tuple_of(node.argument(i, d), 2) for i, d in ((3, 1), (4, 0)))
     if set(tuple_of(node.argument(7, 1), 2)) != {1}:
         return None
-    taps, before, after = [], [], []
-    for axis in range(2):
-        size, kernel, wanted = (int(x.shape[2 + axis]) for x in (source, weight, node))
-        taps.append(-(-kernel // stride[axis]))
+    more = tuple_of(node.argument(5, 0), 2)
+    taps, before, after, beyond = [], [], [], []
+    for kernel, step, pad, extra in zip(weight.shape[2:], stride, padding, more, strict=True):
+        size = int(kernel)
+        taps.append(-(-size // step))
         before.append(taps[-1] - 1)
-        after.append((wanted - 1 + padding[axis]) // stride[axis] + 1 - size)
-    if min(after) < 0 or min(int(s) for s in node.shape[2:]) < 1:
+        after.append((size - pad + extra - 1) // step)
+        beyond.append((after[-1] + 1) * step + pad - size - extra)
+    if min(after) < 0 or min(extent(s) for s in node.shape[2:]) < 1:
         return None
     pads = [*before, *after]
-    result = (int(node.shape[2]), int(node.shape[3]))
     return _Phases(
-        (stride[0], stride[1]), (taps[0], taps[1]), pads, int(node.argument(6, 1)), (padding[0], padding[1]), result
-    )
+        (stride[0], stride[1]), (taps[0], taps[1]), pads, int(node.argument(6, 1)), (padding[0], padding[1]),
+        (beyond[0], beyond[1]),
+    )  # fmt: skip
 
 
 def transposed_fits(node: Node) -> bool:
-    """Whether a transposed convolution has the form: fixed sizes, no dilation, a stored weight."""
+    """Whether a transposed convolution has the form: no dilation, a stored weight."""
     source, weight, bias = (node.operand(i) for i in range(3))
     if source is None or weight is None or node.dtype is not torch.float32:
         return False
-    if not all(isinstance(s, int) for s in source.shape[1:]) or (bias is not None and not bias.is_parameter):
+    if not isinstance(source.shape[1], int) or (bias is not None and not bias.is_parameter):
         return False
     by_output = weight.op is not ops.DEQUANTIZE or (weight.argument(3) == 1 and node.argument(6, 1) == 1)
     return by_output and stored_root(weight) is not None and _phases(node) is not None
@@ -94,23 +96,26 @@ def transposed(turner: Turner, node: Node) -> tuple[Any, tuple[Any, ...]]:
         read = turner.graph.read(name, node).fx
     source = node.operand(0)
     assert source is not None
-    image = turner.last(node, source.fx)
-    channels = int(node.shape[1])
-    rows, columns = (int(source.shape[2 + axis]) + phases.padding[2 + axis] for axis in range(2))
-    form = [-1, rows, columns, groups, height, width, channels // groups]
-    shape = [-1, rows * height, columns * width, channels]
-    steps: list[tuple[Any, tuple[Any, ...]]] = [
-        (ops.CONV2D_NHWC.target, (image, weight, read, [1, 1], phases.padding, [1, 1], groups)),
-        (ops.RESHAPE.target, (form,)),
-        (OPS["permute"].target, ([0, 1, 4, 2, 5, 3, 6],)),
-        (ops.RESHAPE.target, (shape,)),
+    image, channels = turner.last(node, source.fx), int(node.shape[1])
+
+    def call(target: Any, *args: Any) -> Any:
+        return turner.graph.call(node, target, *args)
+
+    phased = call(ops.CONV2D_NHWC.target, image, weight, read, [1, 1], phases.padding, [1, 1], groups)
+    sizes = [
+        s + after if isinstance(s, int) else None for s, after in zip(source.shape[2:], phases.padding[2:], strict=True)
     ]
-    for dim, (first, wanted, whole) in enumerate(zip(phases.cropped, phases.result, shape[1:3], strict=True), 1):
-        if first or wanted != whole:
-            steps.append((OPS["slice.Tensor"].target, (dim, first, first + wanted)))
-    (target, args), *after = steps
-    for following, options in after:
-        target, args = following, (turner.graph.call(node, target, *args), *options)
+    rows, columns = (call(ops.SYM_SIZE.target, phased, 1 + i) if s is None else s for i, s in enumerate(sizes))
+    split = call(ops.RESHAPE.target, phased, [-1, rows, columns, groups, height, width, channels // groups])
+    mixed = call(OPS["permute"].target, split, [0, 1, 4, 2, 5, 3, 6])
+    tall, wide = (
+        s * n if isinstance(s, int) else call(OPS["mul"].target, s, n) for s, n in ((rows, height), (columns, width))
+    )
+    target: Any = ops.RESHAPE.target
+    args: tuple[Any, ...] = (mixed, [-1, tall, wide, channels])
+    for dim, (first, last) in enumerate(zip(phases.cropped, phases.beyond, strict=True), 1):
+        if first or last:
+            target, args = OPS["slice.Tensor"].target, (call(target, *args), dim, first, -last if last else sys.maxsize)
     return target, args
 
 

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm import relax, te, tirx
+from tvm.sym.analyzer import Analyzer
 
 from mcc.backends.relax.emitter import Emitter, Expression, dtype, rank, shape, size, static, tuple_of
 
 R, NN = relax.op, relax.op.nn
+LARGEST_FACTOR = 16  # that is looked for
 Rule = Callable[..., Any]
 
 
@@ -143,10 +145,18 @@ def upsample_bilinear(e: Emitter, x: Expression, sizes: Any, align: bool, factor
 
 def upsample_nhwc(e: Emitter, x: Expression, sizes: Any, mode: str, align: bool | None) -> Expression:
     """Either, channels last."""
-    known = zip(sizes, shape(x)[1:3], strict=True)
-    factors = [s // int(old) if s % int(old) == 0 else None for s, old in known]
+    factors = [_whole_factor(old, new) for new, old in zip(sizes, shape(x)[1:3], strict=True)]
     whole = factors if None not in factors else None
     return _resample(e, x, list(sizes), whole, None if mode == "nearest" else bool(align), True)
+
+
+def _whole_factor(old: Any, new: Any) -> int | None:
+    """What a size is multiplied by, where that is a whole number, of sizes that vary a small one."""
+    first, last = static(old), static(new)
+    if first is not None and last is not None:
+        return last // first if last % first == 0 else None
+    analyzer = Analyzer()
+    return next((n for n in range(1, LARGEST_FACTOR + 1) if analyzer.can_prove_equal(new, size(old) * n)), None)
 
 
 def max_pool2d_nhwc(e: Emitter, x: Expression, kernel: Any, stride: Any, padding: Any) -> Expression:

@@ -150,9 +150,12 @@ class AnySize(nn.Module):
         self.grouped, self.alone = nn.Conv2d(16, 16, 3, padding=1, groups=4), nn.Conv2d(16, 16, 5, 2, 2, groups=16)
         self.wide, self.point = nn.Conv2d(16, 24, 3, padding=2, dilation=2), nn.Conv2d(24, 16, 1)
         self.head = nn.Conv1d(16, 5, 3, padding=1)
+        self.up = nn.ConvTranspose2d(16, 16, 3, 2, 1, output_padding=1)
 
     def forward(self, x):
         x = F.relu(self.norm(self.stem(x)))
+        x = F.interpolate(self.up(F.avg_pool2d(x, 2)), scale_factor=2.0)[:, :, ::2, ::2] + x
+        x = x + F.interpolate(F.interpolate(x, scale_factor=2.0, mode="bilinear"), size=x.shape[2:], mode="bilinear")
         x = x + self.grouped(F.max_pool2d(x, 3, 1, 1))
         y = self.point(F.silu(self.wide(F.relu(self.alone(x)))))
         y = F.avg_pool2d(x, 2) + y
