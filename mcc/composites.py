@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from mcc import recurrent
+from mcc.einsum import einsum
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -58,7 +59,7 @@ def _lerp(call: recurrent.Call, arguments: Sequence[Any]) -> Any:
 _COMPOSITES: dict[Any, Callable[..., Any]] = {
     _A.diff.default: _diff, _A.narrow.default: _narrow, _A.lstm.input: recurrent.layers, _A.gru.input: recurrent.layers,
     _A.addcmul.default: _added(_A.mul.Tensor), _A.addcdiv.default: _added(_A.div.Tensor),
-    _A.lerp.Scalar: _lerp, _A.lerp.Tensor: _lerp,
+    _A.lerp.Scalar: _lerp, _A.lerp.Tensor: _lerp, _A.einsum.default: einsum,
 }  # fmt: skip
 
 
@@ -73,6 +74,8 @@ def spell_out(module: fx.GraphModule) -> None:
         if node.op != "call_function" or composite is None:
             continue
         made = composite(partial(_write, module, node), node.args, **node.kwargs)
+        if made is None:
+            continue  # the op table will name it
         if isinstance(node.meta["val"], Tensor):
             node.replace_all_uses_with(made)
         else:

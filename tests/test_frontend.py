@@ -229,6 +229,49 @@ def test_combined_arithmetic_is_written_out():
     torch.testing.assert_close(graph(*inputs), Combined()(*inputs))
 
 
+class Einsum(nn.Module):
+    def __init__(self, equation):
+        super().__init__()
+        self.equation = equation
+
+    def forward(self, *operands):
+        return torch.einsum(self.equation, *operands)
+
+
+EQUATIONS = [
+    ("ij,jk->ik", [(2, 3), (3, 4)]), ("bhid,bhjd->bhij", [(2, 3, 4, 5), (2, 3, 6, 5)]), ("bij,kj->bki", [(2, 3, 4), (5, 4)]),
+    ("bhij, bjhd -> bihd", [(2, 3, 4, 5), (2, 5, 3, 6)]), ("nctkv,vw->nctkw", [(2, 3, 4, 5, 6), (6, 7)]),
+    ("abcd,cdef->abef", [(2, 3, 4, 5), (4, 5, 6, 7)]), ("i,j->ij", [(3,), (4,)]), ("i,i->", [(5,), (5,)]),
+    ("ij->ji", [(2, 3)]), ("ijk->j", [(2, 3, 4)]), ("ij,ij->ij", [(2, 3), (2, 3)]), ("ij,jk", [(2, 3), (3, 4)]),
+    ("...ij,...jk->...ik", [(2, 5, 3, 4), (2, 5, 4, 6)]), ("...d,de", [(2, 3, 4), (4, 5)]), ("bi,bj,bk->bijk", [(2, 3), (2, 4), (2, 5)]),
+    ("ij,jk,kl->il", [(2, 3), (3, 4), (4, 5)]), ("ij,kj->i", [(2, 3), (4, 3)]), ("bqhd,bkhd->bhqk", [(2, 5, 3, 4), (2, 7, 3, 4)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("equation", "shapes"), EQUATIONS, ids=lambda e: e if isinstance(e, str) else "")
+def test_einsum_is_written_out(equation, shapes):
+    operands = tuple(torch.randn(shape) for shape in shapes)
+    graph = capture(Einsum(equation), operands)
+    assert "einsum" not in {n.op.name for n in graph.nodes}
+    torch.testing.assert_close(graph(*operands), torch.einsum(equation, *operands), rtol=1e-5, atol=1e-5)
+
+
+def test_einsum_of_varying_dims_stays_so():
+    shapes = ({0: "batch", 1: "rows"}, {0: "batch"})
+    graph = capture(
+        Einsum("brxy,bxyc->brc"),
+        (torch.randn(2, 3, 4, 5), torch.randn(2, 4, 5, 6)),
+        dynamic_shapes={"operands": shapes},
+    )
+    operands = torch.randn(5, 7, 4, 5), torch.randn(5, 4, 5, 6)
+    torch.testing.assert_close(graph(*operands), torch.einsum("brxy,bxyc->brc", *operands), rtol=1e-5, atol=1e-5)
+
+
+def test_the_diagonal_that_an_einsum_takes_is_named():
+    with pytest.raises(UnsupportedOpError, match="einsum"):
+        capture(Einsum("ii->i"), (torch.randn(3, 3),))
+
+
 class Differences(nn.Module):
     """Neighbours' differences as masks of packed sequences use them."""
 
