@@ -2,7 +2,7 @@
 
     python tests/bench/suite.py [--models ResNet-50,BERT-base] [--threads 1,2] [--precision fp32,int8] [--runs 15]
 
-`--precision int4` quantizes the weights of linear layers, in groups of 32, and activations per token, as the peers do.
+`--models torchvision:NAME` takes any classifier of torchvision. `--precision int4` quantizes the weights of linear layers, in groups of 32, and activations per token, as the peers do.
 Prints a Markdown table; `--json FILE` and `--plot FILE` keep the figures and draw them. An engine that cannot run a model
 is named with the reason. Beside each int8 time stands how far the engine's output is from eager float32.
 """
@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from peers import Engine, peers
-from zoo import CASES, Case, settled
+from torch import nn
+from zoo import CASES, Case, case_of, settled
 
 import mcc
 from mcc.benchmark import interleave
@@ -31,7 +32,6 @@ PASSES = {
     "int8": "fold-batch-norm; quantize",
     "int4": "fold-batch-norm; quantize{weights='int4', activations='dynamic', group_size=32}",
 }
-WITHOUT_BATCH_NORM = ("BERT", "MiniLM", "ViT", "GPT", "MLP", "ConvNeXt", "LSTM")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def measure(name: str, case: Case, setting: tuple[str, int, int], runs: int, fai
     with torch.inference_mode():
         expected = _first(model(*inputs))
     text = PASSES[precision]
-    if name.startswith(WITHOUT_BATCH_NORM):
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         text = text.partition(";")[2].strip()
     artifact = mcc.compile(
         model, inputs, passes=text, data=mcc.Data(calibration=calibration), threads=threads, measure="never"
@@ -173,7 +173,7 @@ def main() -> None:
     rows: list[Row] = []
     failed: dict[str, str] = {}
     for name in options.models.split(","):
-        case = CASES[name]
+        case = case_of(name)
         for batch in map(int, options.batches.split(",")) if options.batches else case.batches:
             for threads in map(int, options.threads.split(",")):
                 for precision in options.precision.split(","):

@@ -297,3 +297,9 @@ CASES: dict[str, Case] = {
     "GPT-2 decode step": Case(Decoder, _step),
     "LSTM": Case(lambda: Recurrent(128, 256, 10), lambda batch: (torch.randn(batch, 100, 128),), (1, 16)),
 }
+
+
+def case_of(name: str) -> Case:
+    """A network of the list, or any classifier of torchvision: torchvision:NAME."""
+    library, _, model = name.rpartition(":")
+    return Case(_torchvision(model), _images(224), _CNN) if library == "torchvision" else CASES[name]
