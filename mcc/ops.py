@@ -181,7 +181,7 @@ _TABLE = (
     *_rows(
         "window",
         "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-        "adaptive_avg_pool3d upsample_nearest2d.vec upsample_bilinear2d.vec pixel_shuffle",
+        "adaptive_avg_pool3d upsample_nearest2d.vec upsample_bilinear2d.vec upsample_bicubic2d.vec pixel_shuffle",
     ),
     *_rows("move", "reshape transpose.int permute t unsqueeze squeeze.dim squeeze.dims expand expand_as reshape_as"),
     *_rows(

@@ -150,6 +150,47 @@ def upsample_nhwc(e: Emitter, x: Expression, sizes: Any, mode: str, align: bool 
     return _resample(e, x, list(sizes), whole, None if mode == "nearest" else bool(align), True)
 
 
+def _cubic(t: Expression) -> list[Expression]:
+    """Keys' weights of the four neighbours of a place `t` beyond the second of them, with a = -3/4 as torch has it."""
+    a, one = -0.75, tirx.const(1, "float32")
+
+    def near(x: Expression) -> Expression:  # up to 1 away
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+
+    def far(x: Expression) -> Expression:  # from 1 to 2 away
+        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+
+    return [far(t + one), near(t), near(one - t), far(one - t + one)]
+
+
+def upsample_bicubic(e: Emitter, x: Expression, sizes: Any, align: bool, factors: Any) -> Expression:
+    """Bicubic, half-pixel centers or aligned corners; beyond the image its border goes on."""
+    wanted, each = _resized(x, sizes, factors), factors or [None, None]
+
+    def along(o: Expression, axis: int) -> tuple[list[Expression], list[Expression]]:
+        old, new, factor = shape(x)[2 + axis], wanted[axis], each[axis]
+        if align:
+            step = _as_float(size(old) - 1) / tirx.max(_as_float(size(new) - 1), tirx.const(1, "float32"))
+            place = _as_float(o) * step
+        else:
+            step = tirx.const(1 / factor, "float32") if factor is not None else _as_float(old) / _as_float(new)
+            place = (_as_float(o) + 0.5) * step - 0.5
+        below = tirx.floor(place)
+        first = tirx.Cast("int64", below) - 1
+        zero = tirx.const(0, "int64")
+        return [tirx.max(zero, tirx.min(first + i, size(old) - 1)) for i in range(4)], _cubic(place - below)
+
+    def body(values: Expression) -> Expression:
+        def element(n: Expression, c: Expression, i: Expression, j: Expression) -> Expression:
+            (rows, down), (columns, across) = along(i, 0), along(j, 1)
+            lines = [sum(values(n, c, row, at) * w for at, w in zip(columns, across, strict=True)) for row in rows]
+            return sum(line * w for line, w in zip(lines, down, strict=True))
+
+        return te.compute((values.shape[0], values.shape[1], *wanted), element)
+
+    return e.compute(body, x, name="upsample_bicubic")
+
+
 def _whole_factor(old: Any, new: Any) -> int | None:
     """What a size is multiplied by, where that is a whole number, of sizes that vary a small one."""
     first, last = static(old), static(new)
@@ -189,6 +230,7 @@ RULES: dict[str, Rule] = {
     "adaptive_avg_pool1d": _adaptive_avg_pool(1, _average[1], NN.adaptive_avg_pool1d),
     "adaptive_avg_pool2d": _adaptive_avg_pool(2, _average[2], NN.adaptive_avg_pool2d),
     "adaptive_avg_pool3d": _adaptive_avg_pool(3, _average[3], NN.adaptive_avg_pool3d),
+    "upsample_bicubic2d.vec": upsample_bicubic,
     "upsample_nearest2d.vec": upsample_nearest, "upsample_bilinear2d.vec": upsample_bilinear,
     "pixel_shuffle": pixel_shuffle, "mcc.max_pool2d_nhwc": max_pool2d_nhwc, "mcc.avg_pool2d_nhwc": avg_pool2d_nhwc,
     "mcc.upsample_nhwc": upsample_nhwc,

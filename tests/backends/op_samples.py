@@ -242,6 +242,11 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
         S(lambda n: (f(n, 2, 4, 5), None, False, [2.0, 2.0])),
         S(lambda n: (f(n, 2, 4, 5), [9, 7], True, None)),
     ),
+    "upsample_bicubic2d.vec": (
+        S(lambda n: (f(n, 2, 4, 5), None, False, [2.0, 1.5])),
+        S(lambda n: (f(n, 2, 7, 6), [5, 9], True, None)),
+        S(lambda n: (f(n, 2, 7, 6), [3, 4], False, None)),
+    ),
     "pixel_shuffle": (S(lambda n: (f(n, 8, 3, 4), 2)),),
     # moving, cutting, joining
     "reshape": (S(lambda n: (f(n, 4, 6), [-1, 8, 3])),),
