@@ -11,7 +11,7 @@ from mcc import layouts, ops
 from mcc.backends.cpu.integerize import reads_sparse
 from mcc.backends.cpu.pads import PADS, filling
 from mcc.backends.cpu.permutes import order_of
-from mcc.backends.cpu.rephrase import restored_weight, stored_root
+from mcc.backends.cpu.restored_weights import restored_weight, stored_root
 from mcc.backends.cpu.transposed import transposed, transposed_fits
 from mcc.backends.relax.emitter import tuple_of
 from mcc.cost import weight_expression

@@ -1,4 +1,4 @@
-"""Stage 1: convolutions of sequences become those of images of height 1, which have kernels."""
+"""Stage 1: what has a kernel in another form takes that form: sequences and volumes become images."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ from torch import fx
 
 from mcc import ops
 from mcc.backends.cpu.attention_patterns import gather_attention
+from mcc.backends.cpu.restored_weights import restored_weight, stored_root
+from mcc.backends.cpu.volumes import convolve_images
 from mcc.backends.relax.emitter import tuple_of
 from mcc.computed_weights import store_computed_weights
-from mcc.formats import pack, unpack
 from mcc.graph import Node
 from mcc.ops import OPS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
     from mcc.backends.cpu.lowering import Lowering
     from mcc.graph import Graph
 
@@ -34,6 +31,10 @@ def rephrase(lowering: Lowering) -> Lowering:
     store_computed_weights(graph)
     _fill_alone(graph)
     gather_attention(graph, lowering.target)
+    for node in graph.nodes:
+        if node.op is ops.CONV3D:
+            convolve_images(graph, node)
+    graph.clean().repropagate()
     if not any(n.op is ops.CONV1D for n in graph.nodes):
         return replace(lowering, graph=graph)
     for node in graph.nodes:
@@ -143,50 +144,3 @@ def _was_image(node: Node) -> bool:
     source = node.operand(0)
     made = node.op is OPS["squeeze.dim"] and node.argument(1) == HEIGHT
     return made and source is not None and len(source.shape) == 4 and source.shape[2] == 1
-
-
-def stored_root(weight: Node) -> Node | None:
-    """The tensor of a weight that is stored as it is read or as codes with scales; None where it is computed."""
-    root = weight.operand(0) if weight.op is ops.DEQUANTIZE else weight
-    packed = root is not None and root.op is ops.UNPACK
-    return root if root is not None and (root.is_parameter or packed) else None
-
-
-def restored_weight(
-    graph: Graph,
-    node: Node,
-    stored: Callable[[Tensor], Tensor],
-    scales: Callable[[Tensor], Tensor] = lambda s: s,
-) -> fx.Node:
-    """A layer's weight in another form: its stored values or codes are changed; it must have a `stored_root`.
-
-    Args:
-        graph: of the layer.
-        node: the layer.
-        stored: the change, of values or codes.
-        scales: the change of the scales of codes, which belong to outputs after it.
-    """
-    top = node.operand(1)
-    assert top is not None
-    root = stored_root(top)
-    assert root is not None
-
-    def changed(old: Node, change: Callable[[Tensor], Tensor]) -> fx.Node:
-        read = old.operand(0) if old.op is ops.UNPACK else old
-        assert read is not None
-        name = graph.free_name(f"{read.fx.target}_{node.name}")
-        if old.op is not ops.UNPACK:
-            graph.set_tensor(name, change(read.tensor.detach()).contiguous())
-            return graph.read(name, node).fx
-        bits, low, shape = (old.argument(i) for i in (1, 2, 3))
-        codes = change(unpack(read.tensor, bits, low, shape)).contiguous()
-        graph.set_tensor(name, pack(codes, bits, low))
-        return graph.call(node, ops.UNPACK.target, graph.read(name, node).fx, bits, low, list(codes.shape))
-
-    values = changed(root, stored)
-    if root.fx is top.fx:
-        return values
-    scale, zero = top.operand(1), top.operand(2)
-    assert scale is not None
-    assert zero is not None
-    return graph.call(node, ops.DEQUANTIZE.target, values, changed(scale, scales), changed(zero, scales), 0)

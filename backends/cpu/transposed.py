@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mcc import ops
-from mcc.backends.cpu.rephrase import restored_weight, stored_root
+from mcc.backends.cpu.restored_weights import restored_weight, stored_root
 from mcc.backends.relax.emitter import tuple_of
 from mcc.ops import OPS, extent
 
