@@ -50,6 +50,8 @@ def gather_attention(graph: Graph, target: Target) -> None:
     for node in graph.nodes:
         if node.op in _MATMULS:
             _gather(_Writer(graph, node), target)
+        elif node.op is ops.ATTENTION and len(node.shape) != 4:
+            _with_four_dims(_Writer(graph, node))
     graph.clean()
 
 
@@ -76,12 +78,7 @@ def _gather(write: _Writer, target: Target) -> None:
         return
     dims = len(softmax.shape)
     top = softmax.operand(0)
-    if (
-        softmax.argument(1) % dims != dims - 1
-        or softmax.dtype is not torch.float32
-        or dims not in (3, 4)
-        or top is None
-    ):
+    if softmax.argument(1) % dims != dims - 1 or softmax.dtype is not torch.float32 or dims < 3 or top is None:
         return
     scores = _Scores()
     product = _walk(write, top, scores)
@@ -93,14 +90,43 @@ def _gather(write: _Writer, target: Target) -> None:
     batches = [[str(s) for s in x.shape[:-2]] for x in (query, keys, value)]
     if len(query.shape) != dims or any(batch != batches[0] for batch in batches):
         return
+    if dims > 4 and not _joins_batches((query, keys, value), scores):
+        return
     made = _attention(write, (query, keys, value), scores)
     if refusal(made, target) is None:
-        out = made.fx if dims == 4 else write("squeeze.dim", made.fx, 1)
+        out = made.fx
+        if dims != 4:
+            out = write("squeeze.dim", out, 1) if dims == 3 else write("reshape", out, [-1, *node.shape[1:]])
         node.fx.replace_all_uses_with(out)
 
 
+def _with_four_dims(write: _Writer) -> None:
+    """See attention of other dims that has no mask as [batch, heads, tokens, depth]."""
+    node = write.before
+    parts = [operand for operand in map(node.operand, range(3)) if operand is not None]
+    batches = {str(x.shape[:-2]) for x in parts}
+    if len(parts) != 3 or len(node.shape) < 3 or len(batches) != 1 or node.argument(3) is not None:
+        return
+    single, options = len(node.shape) == 3, (node.argument(3), node.argument(4, 0.0), node.argument(5, False))
+    if single:
+        views = [write("unsqueeze", x.fx, 1) for x in parts]
+    elif _joins_batches((parts[0], parts[1], parts[2]), _Scores()):
+        views = [write("reshape", x.fx, [-1, *x.shape[-3:]]) for x in parts]
+    else:
+        return
+    made = write("scaled_dot_product_attention", *views, *options, **node.fx.kwargs)
+    back = write("squeeze.dim", made, 1) if single else write("reshape", made, [-1, *node.shape[1:]])
+    node.fx.replace_all_uses_with(back)
+
+
+def _joins_batches(operands: tuple[Node, Node, Node], scores: _Scores) -> bool:
+    """Whether operands of more than four dims may be seen with four: nothing else is joined to their scores."""
+    fixed = all(isinstance(s, int) for x in operands for s in x.shape[1:])
+    return fixed and not scores.masks and not scores.by_head and scores.hidden is None
+
+
 def _attention(write: _Writer, operands: tuple[Node, Node, Node], scores: _Scores) -> Node:
-    """The op, for operands of four dims or, without heads, three."""
+    """The op, for operands of four dims, three (without heads) or more (with several batches)."""
     query, keys, value = (x.fx for x in operands)
     for factor in scores.by_head:
         query = write("mul.Tensor", query, factor)
@@ -116,6 +142,8 @@ def _attention(write: _Writer, operands: tuple[Node, Node, Node], scores: _Score
     if len(operands[0].shape) == 3:
         parts = [write("unsqueeze", part, 1) for part in parts]
         mask = write("unsqueeze", mask, 1) if mask is not None and mask.meta["val"].dim() == 3 else mask
+    elif len(operands[0].shape) > 4:
+        parts = [write("reshape", part, [-1, *part.meta["val"].shape[-3:]]) for part in parts]
     made = write("scaled_dot_product_attention", *parts, mask, 0.0, False, scale=scores.scale)
     return Node(made, write.graph)
 

@@ -79,9 +79,23 @@ def test_it_is_gathered(way):
         torch.testing.assert_close(artifact(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
 
 
-def test_without_heads_it_has_one():
-    model, inputs = Spelled(WAYS["scaled"]), operands(heads=())
+@pytest.mark.parametrize("heads", [(), (3, 2), (2, 2, 3)], ids=str)
+def test_there_may_be_no_heads_and_several_batches(heads):
+    model, inputs = Spelled(WAYS["scaled"]), operands(batch=2, heads=heads)
     assert "scaled_dot_product_attention" in gathered(model, inputs)
+
+
+class Fused(nn.Module):
+    def forward(self, query, key, value):
+        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3)
+
+
+@pytest.mark.parametrize("heads", [(), (3, 2)], ids=str)
+def test_the_op_itself_may_have_other_dims(heads):
+    model, inputs = Fused(), operands(batch=2, heads=heads)
+    artifact = mcc.compile(model, inputs, **QUICK)
+    assert [row.kernel for row in artifact.report.layers] == ["attention"]
+    torch.testing.assert_close(artifact(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_a_varying_batch_stays_so():
