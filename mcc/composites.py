@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _A = torch.ops.aten
+NEARER = 0.5  # the weight from which torch computes lerp from the end
 
 
 def _diff(call: recurrent.Call, arguments: Sequence[Any]) -> Any:
@@ -40,20 +41,32 @@ def _narrow(call: recurrent.Call, arguments: Sequence[Any]) -> Any:
 
 
 def _added(combine: Any) -> Callable[..., Any]:
-    """Addcmul and addcdiv: source + value * combine(a, b)."""
+    """Addcmul and addcdiv: source + combine(value * a, b), `value` as a number of the source's kind."""
 
     def composite(call: recurrent.Call, arguments: Sequence[Any], value: float = 1) -> Any:
         source, a, b = arguments
-        combined = call(combine, a, b)
-        return call(_A.add.Tensor, source, combined if value == 1 else call(_A.mul.Tensor, combined, value))
+        factor = value if source.meta["val"].is_floating_point() else int(value)
+        scaled = a if factor == 1 else call(_A.mul.Tensor, a, factor)
+        return call(_A.add.Tensor, source, call(combine, scaled, b))
 
     return composite
 
 
 def _lerp(call: recurrent.Call, arguments: Sequence[Any]) -> Any:
-    """Start + weight * (end - start)."""
+    """Between start and end, from whichever is nearer, so that a weight of 1 gives the end itself."""
     start, end, weight = arguments
-    return call(_A.add.Tensor, start, call(_A.mul.Tensor, call(_A.sub.Tensor, end, start), weight))
+    apart = call(_A.sub.Tensor, end, start)
+
+    def from_start() -> Any:
+        return call(_A.add.Tensor, start, call(_A.mul.Tensor, apart, weight))
+
+    def from_end(left: Any) -> Any:
+        return call(_A.sub.Tensor, end, call(_A.mul.Tensor, apart, left))
+
+    if not isinstance(weight, fx.Node):
+        return from_start() if abs(weight) < NEARER else from_end(1 - weight)
+    near = call(_A.lt.Scalar, call(_A.abs.default, weight), NEARER)
+    return call(_A.where.self, near, from_start(), from_end(call(_A.rsub.Scalar, weight, 1)))
 
 
 _COMPOSITES: dict[Any, Callable[..., Any]] = {

@@ -55,6 +55,7 @@ def normalize(module: fx.GraphModule) -> None:
         elif node.target in _ALIAS or (node.target in _CASTS and _casts_nothing(node)):
             _skip(module, node)
     _make_functional(module)  # before copies go: `y = x.clone(); y.mul_(2)` must not touch x
+    composites.spell_out(module)  # what wrote in place
     for node in _calls(module):
         if node.target in _COPY and node.kwargs.get("memory_format") in _PLAIN_FORMATS:
             _skip(module, node)

@@ -10,6 +10,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -337,7 +338,7 @@ class Artifact:
             fits = len(shape) == len(spec.shape) and all(
                 size == dims.setdefault(dim, size)
                 if isinstance(dim, str) and dim.isidentifier()
-                else size == dim or (isinstance(dim, str) and not _mismatched(cause))
+                else size == dim or (isinstance(dim, str) and _can_be(size, dim))
                 for size, dim in zip(shape, spec.shape, strict=True)
             )
             if dtype != spec.dtype or not fits:
@@ -350,9 +351,13 @@ class Artifact:
         return f"Artifact({takes}; {self.target}; passes {self.passes or 'none'})"
 
 
-def _mismatched(cause: Exception | None) -> bool:
-    """Whether the library found an input's dim to be none that its expression, such as 32*s, can be."""
-    return cause is not None and "match_cast error" in str(cause)
+def _can_be(size: int, dim: str) -> bool:
+    """Whether a size may be what a dim says that is an expression, such as 32*s or 2*s + 1."""
+    found = re.fullmatch(r"(\d+)\*\w+(?: ([+-]) (\d+))?", dim)
+    if found is None:
+        return True
+    factor, sign, rest = found.groups()
+    return (size - int(f"{sign or '+'}{rest or 0}")) % int(factor) == 0
 
 
 def _as_numpy(value: Any, foreign: Callable[[Any], Any] | None) -> tuple[NDArray[Any], Callable[[Any], Any] | None]:

@@ -67,6 +67,46 @@ def test_a_weight_of_two_layers_is_stored_once():
     assert len({n.weight.fx for n in graph.nodes if n.op is not None and n.op.weights}) == 1
 
 
+class Half(nn.Module):
+    """A weight that is stored in half precision, converted in the root module, by a node called `to`."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8).half())
+
+    def forward(self, x):
+        return F.linear(x, self.weight.float())
+
+
+class LowRank(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(600, 2)), nn.Parameter(torch.randn(2, 600))
+
+    def forward(self, x):
+        return F.linear(x, self.a @ self.b)
+
+
+def test_converted_weights_are_stored():
+    graph = load_graph(Half().eval(), (torch.randn(3, 8),), {}, None)
+    assert [n.op.name for n in graph.nodes] == ["linear"]
+
+
+def test_a_product_of_much_smaller_tensors_stays_one(tmp_path):
+    model, x = LowRank().eval(), torch.randn(1, 600)
+    artifact = mcc.compile(model, (x,), **QUICK)
+    artifact.save(tmp_path / "low_rank.mcc")
+    assert (tmp_path / "low_rank.mcc").stat().st_size < 200_000, "600 x 600 floats are 1,440,000 bytes"
+    with torch.no_grad():
+        torch.testing.assert_close(artifact(x), model(x), rtol=1e-4, atol=1e-3)
+
+
+def test_a_layer_that_is_called_twice_has_one_weight():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+    graph = load_graph(nn.Sequential(layer, nn.ReLU(), layer).eval(), (torch.randn(3, 8),), {}, None)
+    assert len({n.weight.fx for n in graph.nodes if n.op is not None and n.op.weights}) == 1
+
+
 def test_masks_and_inputs_are_no_computed_weights():
     masked = nn.Linear(6, 6)
     prune.l1_unstructured(masked, "weight", 0.5)

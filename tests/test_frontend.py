@@ -219,7 +219,8 @@ class Combined(nn.Module):
 
     def forward(self, x, y):
         z = torch.addcmul(x, x, y) + torch.addcdiv(x, y, x.abs() + 1, value=0.5)
-        return torch.lerp(x, z, 0.3) + torch.lerp(z, y, x.sigmoid())
+        z = (z * 1).addcmul_(x, y, value=2)
+        return torch.lerp(x, z, 0.3) + torch.lerp(x, z, 0.8) + torch.lerp(z, y, x.sigmoid())
 
 
 def test_combined_arithmetic_is_written_out():
@@ -227,6 +228,22 @@ def test_combined_arithmetic_is_written_out():
     graph = capture(Combined(), inputs)
     assert {n.op.family for n in graph.nodes} == {"pointwise"}
     torch.testing.assert_close(graph(*inputs), Combined()(*inputs))
+
+
+@pytest.mark.parametrize(("function", "operands"), [
+    (lambda x, y: torch.lerp(x, y, 1.0), (torch.full((4,), 1e8), torch.arange(1.0, 5))),
+    (lambda x, y: torch.addcmul(x, y, y, value=1e-30), (torch.randn(4), torch.full((4,), 1e30))),
+    (lambda x, y: torch.addcmul(x, y, x, value=2.5), (torch.randint(-9, 9, (4,)), torch.randint(-9, 9, (4,)))),
+])  # fmt: skip
+def test_it_is_computed_in_the_order_that_torch_has(function, operands):
+    class Called(nn.Module):
+        def forward(self, x, y):
+            return function(x, y)
+
+    expected = function(*operands)
+    found = capture(Called(), operands)(*operands)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 class Einsum(nn.Module):

@@ -162,3 +162,16 @@ def test_an_artifact_tells_of_itself(artifact, saved):
     assert repr(loaded).startswith("Artifact(input: float32['batch', 12]; cpu:")
     assert "dense_f32" in loaded.report.layers_text()
     assert "encode and lower" in str(loaded.report)
+
+
+def test_the_input_whose_size_no_dim_can_be_is_named():
+    class Folded(torch.nn.Module):
+        def forward(self, a, b):
+            return a.reshape(1, 2, -1).sum(1) + b.reshape(1, 3, -1).sum(1)
+
+    size = torch.export.Dim("size", min=2, max=100)
+    artifact = compiled(
+        Folded(), (torch.randn(1, 8), torch.randn(1, 12)), dynamic_shapes=({1: 2 * size}, {1: 3 * size})
+    )
+    with pytest.raises(ArtifactError, match=r"input b is float32\[1, 14\], the artifact takes float32\[1, 3\*"):
+        artifact(torch.randn(1, 8), torch.randn(1, 14))

@@ -1,13 +1,14 @@
 """Attention that a model spells out, softmax(a query times keys, plus masks) times values, as the op that has a kernel.
 
 The scores may be scaled by a number or, with one for each head, by a tensor; masks and position biases may be added,
-also in a view that splits the batch, as shifted windows do; or a mask sets some to minus infinity.
+also in a view that splits the batch, as shifted windows do; or a mask sets some to minus infinity. Where all keys of a
+query are hidden the op gives zeros, and the softmax gave NaN.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,7 @@ _SOFTMAX, _ADD, _DIV = OPS["softmax.int"], OPS["add.Tensor"], OPS["div.Tensor"]
 _MASKED_FILL = OPS["masked_fill.Scalar"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Scores:
     """What stands between the product of queries and keys and the softmax, from there down.
 
@@ -40,8 +41,8 @@ class _Scores:
     """
 
     scale: float = 1.0
-    by_head: list[fx.Node] = field(default_factory=list)
-    masks: list[tuple[fx.Node, float]] = field(default_factory=list)
+    by_head: tuple[fx.Node, ...] = ()
+    masks: tuple[tuple[fx.Node, float], ...] = ()
     hidden: fx.Node | None = None
 
 
@@ -80,10 +81,10 @@ def _gather(write: _Writer, target: Target) -> None:
     top = softmax.operand(0)
     if softmax.argument(1) % dims != dims - 1 or softmax.dtype is not torch.float32 or dims < 3 or top is None:
         return
-    scores = _Scores()
-    product = _walk(write, top, scores)
-    if product is None:
+    found = _walk(write, top, _Scores())
+    if found is None:
         return
+    product, scores = found
     query, keys = product.operand(0), product.operand(1)
     assert query is not None
     assert keys is not None
@@ -154,75 +155,79 @@ def _through_dropout(node: Node | None) -> Node | None:
     return node
 
 
-def _walk(write: _Writer, node: Node, scores: _Scores) -> Node | None:
-    """The product of queries and keys below `node`, or None; what stands between is added to `scores`."""
+def _walk(write: _Writer, node: Node, scores: _Scores) -> tuple[Node, _Scores] | None:
+    """The product of queries and keys below `node`, and `scores` with what stands between, or None."""
     if len(node.users) != 1 or node.is_output or node.dtype is not torch.float32:
         return None
     if node.op in _MATMULS:
-        return node
-    single = not scores.by_head and scores.hidden is None  # or a mask would have to be multiplied too, or joined
-    if node.op is _ADD and not node.fx.kwargs and single:
-        return _walk_sum(write, node, scores)
+        return node, scores
     if node.op in (ops.MUL, _DIV):
         return _walk_scaled(write, node, scores)
     inner = node.operand(0)
     if node.op is _MASKED_FILL and inner is not None and _shape(inner) == _shape(node):
-        if node.argument(2) != -math.inf or scores.masks or scores.hidden is not None or scores.scale <= 0:
+        hidden = node.operand(1)
+        fits = hidden is not None and len(hidden.shape) >= 2 and not scores.masks and scores.hidden is None
+        if hidden is None or not fits or node.argument(2) != -math.inf or scores.scale <= 0:
             return None
-        scores.hidden = node.fx.args[1]  # type: ignore[assignment]  # a mask is a tensor
-        return _walk(write, inner, scores)
-    adds = inner is not None and inner.op is _ADD and not inner.fx.kwargs and single
-    if node.op is ops.RESHAPE and inner is not None and adds:
+        return _walk(write, inner, replace(scores, hidden=hidden.fx))
+    if scores.by_head or scores.hidden is not None:
+        return None  # a mask would have to be multiplied too, or joined
+    if node.op is _ADD and not node.fx.kwargs:
+        return _walk_sum(write, node, scores)
+    if node.op is ops.RESHAPE and inner is not None and inner.op is _ADD and not inner.fx.kwargs:
         return _walk_split_sum(write, node, inner, scores)
     return None
 
 
-def _walk_sum(write: _Writer, node: Node, scores: _Scores) -> Node | None:
+def _walk_sum(write: _Writer, node: Node, scores: _Scores) -> tuple[Node, _Scores] | None:
     for position in range(2):
         below, added = node.operand(position), node.operand(1 - position)
-        if below is None or added is None or _shape(below) != _shape(node):
+        if below is None or added is None or _shape(below) != _shape(node) or not _is_mask(added, len(node.shape)):
             continue
-        kept = len(scores.masks)
-        scores.masks.append((added.fx, scores.scale))
-        product = _walk(write, below, scores)
-        if product is not None:
-            return product
-        del scores.masks[kept:]
+        found = _walk(write, below, replace(scores, masks=(*scores.masks, (added.fx, scores.scale))))
+        if found is not None:
+            return found
     return None
 
 
-def _walk_scaled(write: _Writer, node: Node, scores: _Scores) -> Node | None:
+def _is_mask(added: Node, dims: int) -> bool:
+    """Whether the op takes it: of float32, the last dims those of queries and keys."""
+    return added.dtype is torch.float32 and 2 <= len(added.shape) <= dims
+
+
+def _walk_scaled(write: _Writer, node: Node, scores: _Scores) -> tuple[Node, _Scores] | None:
     below, factor = node.operand(0), node.argument(1)
     if below is None:
         return None
     if isinstance(factor, int | float):
-        scores.scale *= 1 / factor if node.op is _DIV else factor
-        return _walk(write, below, scores)
+        if factor == 0:
+            return None
+        return _walk(write, below, replace(scores, scale=scores.scale * (1 / factor if node.op is _DIV else factor)))
     operand = node.operand(1)
-    single = operand is not None and len(operand.shape) < 5 and all(str(s) == "1" for s in operand.shape[-2:])
+    single = operand is not None and _is_mask(operand, 4) and all(str(s) == "1" for s in operand.shape[-2:])
     if node.op is not ops.MUL or operand is None or not single or _shape(below) != _shape(node):
         return None
-    scores.by_head.append(operand.fx)
-    return _walk(write, below, scores)
+    return _walk(write, below, replace(scores, by_head=(*scores.by_head, operand.fx)))
 
 
-def _walk_split_sum(write: _Writer, node: Node, inner: Node, scores: _Scores) -> Node | None:
+def _walk_split_sum(write: _Writer, node: Node, inner: Node, scores: _Scores) -> tuple[Node, _Scores] | None:
     """Scores seen as [batch / windows, windows, heads, …], a mask of windows added, and seen as they were."""
     for position in range(2):
         view, added = inner.operand(position), inner.operand(1 - position)
-        if view is None or added is None or view.op is not ops.RESHAPE or len(view.shape) != 5 or len(node.shape) != 4:
+        if view is None or added is None or view.op is not ops.RESHAPE or len(node.shape) != 4:
             continue
         below = view.operand(0)
         if below is None or _shape(below) != _shape(node) or len(inner.users) != 1 or len(view.users) != 1:
             continue
-        sizes = [*added.shape]
-        if len(sizes) != 5 or not all(isinstance(s, int) for s in (*sizes, *view.shape[:2])):
+        sizes = (*added.shape, *view.shape, node.shape[0])
+        if len(added.shape) != 5 or added.dtype is not torch.float32 or not all(isinstance(s, int) for s in sizes):
             continue
-        outer, windows = int(view.shape[0]), int(view.shape[1])
-        spread = write("expand", added.fx, [outer, windows, *sizes[2:]])
-        mask = write("reshape", spread, [outer * windows, *sizes[2:]])
-        scores.masks.append((mask, scores.scale))
-        return _walk(write, below, scores)
+        outer, windows, *rest = (int(s) for s in view.shape)
+        if _shape(view) != _shape(inner) or outer * windows != node.shape[0] or rest != [*node.shape[1:]]:
+            continue
+        spread = write("expand", added.fx, [outer, windows, *added.shape[2:]])
+        mask = write("reshape", spread, [outer * windows, *added.shape[2:]])
+        return _walk(write, below, replace(scores, masks=(*scores.masks, (mask, scores.scale))))
     return None
 
 

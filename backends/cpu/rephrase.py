@@ -52,7 +52,10 @@ _FILLED = {
 
 
 def _fill_alone(graph: Graph) -> None:
-    """Tensors of one number that are made like another: of a fixed size they are constants, and so is what follows."""
+    """Tensors of one number that are made like another: of a fixed size they are constants, and so is what follows.
+
+    An empty one may hold anything, so it holds zeros.
+    """
     for node in graph.nodes:
         if node.op in _FILLED and all(isinstance(s, int) for s in node.shape):
             made = graph.call(node, torch.ops.aten.full.default, list(node.shape), _FILLED[node.op])

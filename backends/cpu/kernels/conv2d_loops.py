@@ -180,10 +180,8 @@ class Convolution(PackedConvolution):
             cover(width, self.columns, lambda x, columns: self._tile(n, source, block, (row, x, count, columns)))
 
         if isinstance(height, int):
-            whole, left = divmod(height, self.rows)
-            branch(
-                r < whole if whole and left else bool(whole), lambda: rows(first, self.rows), lambda: rows(first, left)
-            )
+            whole, left = divmod(height, self.rows)  # there are no more rows in a tile than in the image
+            branch(r < whole if left else True, lambda: rows(first, self.rows), lambda: rows(first, left))
         elif self.rows == 1:
             rows(first, 1)
         else:

@@ -84,7 +84,8 @@ class DirectBody(DepthwiseBody):
         start = B.Bind(tirx.min(T.cast(t, "int64") * columns, shape.result[1] - columns))
         first = self._column(start)
         last = first + (columns - 1) * shape.stride[1] + shape.kernel[1] - 1
-        inside = tirx.all(rows_inside, first >= 0, last < shape.image[1])
+        # an image smaller than a tile is nearly all border
+        inside = tirx.all(rows_inside, first >= 0, last < shape.image[1]) if rows.size == self.tile else False
         branch(
             inside,
             lambda: self.each_block(lambda block: self._tile(block, rows, start, inside=True)),

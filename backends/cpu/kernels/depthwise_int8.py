@@ -67,8 +67,9 @@ class DepthwiseInt8:
             wanted = ["padded 2x2", "padded 3x2", "1x4", "padded 4x2"]
         else:
             wanted = ["padded 4x2", "2x2", "padded 3x2", "1x4"]
-        forms = [text for text in wanted if not (shape.varies and text.startswith("padded"))]
-        return tuple(dict.fromkeys(_within(text, shape.result) for text in forms))
+        if shape.varies:  # of a wide kernel a tile is much code, twice
+            wanted = ["1x2"] if wide else [text for text in wanted if not text.startswith("padded")]
+        return tuple(dict.fromkeys(_within(text, shape.result) for text in wanted))
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the texts of the two modules."""

@@ -106,6 +106,34 @@ def test_a_varying_batch_stays_so():
         torch.testing.assert_close(artifact(*other), model(*other), rtol=1e-4, atol=1e-4)
 
 
+class Masked(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, query, key, value, mask):
+        return self.how(query @ key.transpose(-2, -1), mask).softmax(-1) @ value
+
+
+@pytest.mark.parametrize(("how", "mask"), [
+    (lambda s, m: m * 2 + s, torch.randn(5, 7)),  # what is multiplied is the mask
+    (lambda s, m: s + m, torch.rand(5, 7) > 0.5),  # true adds one
+    (lambda s, m: s + m, torch.randint(0, 3, (5, 7))),
+    (lambda s, m: s + m, torch.randn(5, 7).half()),
+    (lambda s, m: s + m, torch.randn(7)),
+    (lambda s, m: s + m, torch.randn(())),
+    (lambda s, m: (s.view(3, 2, 2, 5, 7) + m).view(6, 2, 5, 7), torch.randn(3, 2, 1, 5, 7)),
+    (lambda s, m: (s.view(6, 1, 2, 5, 7) + m).view(6, 2, 5, 7), torch.randn(1, 1, 2, 5, 1)),
+    (lambda s, m: (s.view(6, 2, 7, 5, 1) + m).view(6, 2, 5, 7), torch.randn(1, 1, 7, 5, 1)),
+    (lambda s, m: s / 1e30 * m[:1, :1] + m, torch.randn(5, 7)),
+])  # fmt: skip
+def test_masks_of_any_kind_mean_what_they_meant(how, mask):
+    model, inputs = Masked(how), (*operands(), mask)
+    artifact = mcc.compile(model, inputs, **QUICK)
+    other = (*operands(), mask.flip(-1) if mask.dim() else mask)
+    torch.testing.assert_close(artifact(*other), model(*other), rtol=1e-4, atol=1e-4)
+
+
 def returned(model, q, k):
     model.kept = (q @ k.transpose(-2, -1)).softmax(-1)
     return model.kept
