@@ -203,7 +203,7 @@ def _conv2d(draw: Any, target: Target, family: str) -> tuple[Kernel, Region, lis
     if family == "depthwise_int8":
         dilation = [dilation[0], 1]
     options = (stride, padding, dilation, groups)
-    seldom = 9 if family == "depthwise_int8" else 4  # its code for any size takes seconds to compile
+    seldom = 9 if family == "depthwise_int8" else 6  # its code for any size takes seconds to compile
     height, width = (Symbolic(size) if draw(st.integers(1, seldom)) == 1 else size for size in image)
     region = make_region(
         ops.CONV2D_NHWC, (Symbolic(), height, width, inputs), weight, draw(epilogues()), activation, options,
