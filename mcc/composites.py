@@ -86,7 +86,7 @@ def spell_out(module: fx.GraphModule) -> None:
         composite = _COMPOSITES.get(node.target)
         if node.op != "call_function" or composite is None:
             continue
-        made = composite(partial(_write, module, node), node.args, **node.kwargs)
+        made = composite(partial(write_call, module, node), node.args, **node.kwargs)
         if made is None:
             continue  # the op table will name it
         if isinstance(node.meta["val"], Tensor):
@@ -98,13 +98,14 @@ def spell_out(module: fx.GraphModule) -> None:
         module.graph.erase_node(node)
 
 
-def _write(module: fx.GraphModule, before: fx.Node, target: Any, *args: Any) -> fx.Node:
+def write_call(module: fx.GraphModule, before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """A call in front of a node, with its fake value."""
     value = before.meta["val"]
     mode: Any = (value if isinstance(value, Tensor) else value[0]).fake_mode  # type: ignore[union-attr]  # graphs hold fake tensors
     with module.graph.inserting_before(before):
-        made = module.graph.call_function(target, args)
+        made = module.graph.call_function(target, args, kwargs)
     made.meta = {k: v for k, v in before.meta.items() if k in ("nn_module_stack", "stack_trace")}
     with mode, enable_python_dispatcher():
-        made.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
+        values: Any = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        made.meta["val"] = target(*values[0], **values[1])
     return made

@@ -48,8 +48,11 @@ def _spelled(node: fx.Node) -> str:
 
 def _store(graph: Graph, layer: Node, top: Node) -> str | None:
     """Store an operand's value as a parameter; not one that depends on an input, or is much larger than its parts."""
+    fixed = all(isinstance(s, int) for s in top.shape)
+    if not fixed or top.value.nbytes > max(LARGEST_GROWTH, WIDENED * _bytes_read(graph, top)):
+        return None
     value = stored_value(graph, top)
-    if value is None or value.nbytes > max(LARGEST_GROWTH, WIDENED * _bytes_read(graph, top)):
+    if value is None:
         return None
     name = graph.free_name(f"{layer.layer}.computed_{top.name}")
     if value.is_floating_point():

@@ -17,6 +17,7 @@ from torch import fx
 from mcc import ops
 from mcc.backends.cpu.permutes import order_of
 from mcc.backends.cpu.tokens import refusal
+from mcc.composites import write_call
 from mcc.graph import Node
 from mcc.ops import OPS
 
@@ -64,12 +65,7 @@ class _Writer:
     before: Node
 
     def __call__(self, op: str, *args: Any, **kwargs: Any) -> fx.Node:
-        made = self.graph.call(self.before, OPS[op].target, *args)
-        made.kwargs = kwargs
-        loaded = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.graph.fake_mode:
-            made.meta["val"] = OPS[op].target(*loaded[0], **loaded[1])
-        return made
+        return write_call(self.graph.module, self.before.fx, OPS[op].target, *args, **kwargs)
 
 
 def _gather(write: _Writer, target: Target) -> None:
@@ -95,10 +91,7 @@ def _gather(write: _Writer, target: Target) -> None:
         return
     made = _attention(write, (query, keys, value), scores)
     if refusal(made, target) is None:
-        out = made.fx
-        if dims != 4:
-            out = write("squeeze.dim", out, 1) if dims == 3 else write("reshape", out, [-1, *node.shape[1:]])
-        node.fx.replace_all_uses_with(out)
+        node.fx.replace_all_uses_with(_with_own_dims(write, made.fx))
 
 
 def _with_four_dims(write: _Writer) -> None:
@@ -108,16 +101,28 @@ def _with_four_dims(write: _Writer) -> None:
     batches = {str(x.shape[:-2]) for x in parts}
     if len(parts) != 3 or len(node.shape) < 3 or len(batches) != 1 or node.argument(3) is not None:
         return
-    single, options = len(node.shape) == 3, (node.argument(3), node.argument(4, 0.0), node.argument(5, False))
-    if single:
-        views = [write("unsqueeze", x.fx, 1) for x in parts]
-    elif _joins_batches((parts[0], parts[1], parts[2]), _Scores()):
-        views = [write("reshape", x.fx, [-1, *x.shape[-3:]]) for x in parts]
-    else:
+    if len(node.shape) > 4 and not _joins_batches((parts[0], parts[1], parts[2]), _Scores()):
         return
+    views = [_of_four_dims(write, x.fx) for x in parts]
+    options = (None, node.argument(4, 0.0), node.argument(5, False))
     made = write("scaled_dot_product_attention", *views, *options, **node.fx.kwargs)
-    back = write("squeeze.dim", made, 1) if single else write("reshape", made, [-1, *node.shape[1:]])
-    node.fx.replace_all_uses_with(back)
+    node.fx.replace_all_uses_with(_with_own_dims(write, made))
+
+
+def _of_four_dims(write: _Writer, part: fx.Node) -> fx.Node:
+    """Queries, keys or values as [batch, heads, tokens, depth]: one head, or all batches in one."""
+    shape = part.meta["val"].shape
+    if len(shape) == 4:
+        return part
+    return write("unsqueeze", part, 1) if len(shape) == 3 else write("reshape", part, [-1, *shape[-3:]])
+
+
+def _with_own_dims(write: _Writer, made: fx.Node) -> fx.Node:
+    """What was computed with four dims, with those of the node that it takes the place of."""
+    shape = write.before.shape
+    if len(shape) == 4:
+        return made
+    return write("squeeze.dim", made, 1) if len(shape) == 3 else write("reshape", made, [-1, *shape[1:]])
 
 
 def _joins_batches(operands: tuple[Node, Node, Node], scores: _Scores) -> bool:
@@ -133,18 +138,15 @@ def _attention(write: _Writer, operands: tuple[Node, Node, Node], scores: _Score
         query = write("mul.Tensor", query, factor)
     source = operands[1].operand(0)
     key = source.fx if source is not None and _swaps_last(operands[1]) else write("transpose.int", keys, -2, -1)
-    parts = [query, key, value]
     mask = None
     for added, after in scores.masks:
         scaled = added if after == 1 else write("mul.Tensor", added, after)
         mask = scaled if mask is None else write("add.Tensor", mask, scaled)
     if scores.hidden is not None:
         mask = write("logical_not", scores.hidden)
-    if len(operands[0].shape) == 3:
-        parts = [write("unsqueeze", part, 1) for part in parts]
-        mask = write("unsqueeze", mask, 1) if mask is not None and mask.meta["val"].dim() == 3 else mask
-    elif len(operands[0].shape) > 4:
-        parts = [write("reshape", part, [-1, *part.meta["val"].shape[-3:]]) for part in parts]
+    if mask is not None and len(operands[0].shape) == mask.meta["val"].dim() == 3:
+        mask = write("unsqueeze", mask, 1)
+    parts = [_of_four_dims(write, part) for part in (query, key, value)]
     made = write("scaled_dot_product_attention", *parts, mask, 0.0, False, scale=scores.scale)
     return Node(made, write.graph)
 

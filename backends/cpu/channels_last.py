@@ -165,13 +165,13 @@ def _convolution(turner: Turner, node: Node) -> tuple[Any, Arguments]:
     assert read is not None
     assert top is not None
     image = [size - before[axis] - before[2 + axis] for axis, size in enumerate(read.shape[2:])]
-    taps, padding = used_taps(image, top, (stride, padding, dilation))
+    taps, padding = _used_taps(image, top, (stride, padding, dilation))
     if taps is not None:
         weight = restored_weight(turner.graph, node, lambda w: w[:, :, taps[0], taps[1]])
     return layouts.conv2d_nhwc._opoverload, (source, weight, bias, stride, padding, dilation, node.argument(6, 1))
 
 
-def used_taps(
+def _used_taps(
     image: Sequence[Any], weight: Node, options: tuple[list[int], list[int], list[int]]
 ) -> tuple[tuple[slice, slice] | None, list[int]]:
     """The rows and columns of a window that some output reads the image with, and the padding that goes with them.

@@ -31,10 +31,11 @@ def rephrase(lowering: Lowering) -> Lowering:
     store_computed_weights(graph)
     _fill_alone(graph)
     gather_attention(graph, lowering.target)
-    for node in graph.nodes:
-        if node.op is ops.CONV3D:
-            convolve_images(graph, node)
-    graph.clean().repropagate()
+    volumes = [node for node in graph.nodes if node.op is ops.CONV3D]
+    for node in volumes:
+        convolve_images(graph, node)
+    if volumes:
+        graph.clean().repropagate()
     if not any(n.op is ops.CONV1D for n in graph.nodes):
         return replace(lowering, graph=graph)
     for node in graph.nodes:

@@ -92,16 +92,20 @@ def _as_float(value: Any) -> Expression:
     return tirx.Cast("float32", size(value))
 
 
+def _place(o: Expression, extent: Expression, wanted: Any, factor: float | None, align: bool) -> Expression:
+    """Where an output index lies in the source: half-pixel centers or aligned corners."""
+    if align:
+        step = _as_float(size(extent) - 1) / tirx.max(_as_float(size(wanted) - 1), tirx.const(1, "float32"))
+        return _as_float(o) * step
+    step = tirx.const(1 / factor, "float32") if factor is not None else _as_float(extent) / _as_float(wanted)
+    return (_as_float(o) + 0.5) * step - 0.5
+
+
 def _between(
     o: Expression, extent: Expression, wanted: Any, factor: float | None, align: bool
 ) -> tuple[Expression, Expression, Expression]:
-    """Source indices below and above, and how far between: half-pixel centers or aligned corners."""
-    if align:
-        step = _as_float(size(extent) - 1) / tirx.max(_as_float(size(wanted) - 1), tirx.const(1, "float32"))
-        place = _as_float(o) * step
-    else:
-        step = tirx.const(1 / factor, "float32") if factor is not None else _as_float(extent) / _as_float(wanted)
-        place = tirx.max((_as_float(o) + 0.5) * step - 0.5, tirx.const(0, "float32"))
+    """Source indices below and above, and how far between."""
+    place = tirx.max(_place(o, extent, wanted, factor, align), tirx.const(0, "float32"))
     low = tirx.min(tirx.Cast("int64", place), size(extent) - 1)
     return low, tirx.min(low + 1, size(extent) - 1), place - _as_float(low)
 
@@ -168,13 +172,8 @@ def upsample_bicubic(e: Emitter, x: Expression, sizes: Any, align: bool, factors
     wanted, each = _resized(x, sizes, factors), factors or [None, None]
 
     def along(o: Expression, axis: int) -> tuple[list[Expression], list[Expression]]:
-        old, new, factor = shape(x)[2 + axis], wanted[axis], each[axis]
-        if align:
-            step = _as_float(size(old) - 1) / tirx.max(_as_float(size(new) - 1), tirx.const(1, "float32"))
-            place = _as_float(o) * step
-        else:
-            step = tirx.const(1 / factor, "float32") if factor is not None else _as_float(old) / _as_float(new)
-            place = (_as_float(o) + 0.5) * step - 0.5
+        old = shape(x)[2 + axis]
+        place = _place(o, old, wanted[axis], each[axis], align)
         below = tirx.floor(place)
         first = tirx.Cast("int64", below) - 1
         zero = tirx.const(0, "int64")
