@@ -56,7 +56,7 @@ def _encode_activation(node: Node) -> None:
     rewriter = Rewriter(node.graph, node)
     x, scale, zero_point = (node.operand(i) for i in range(3))
     axis, low, high = (node.argument(i) for i in range(3, 6))
-    dtype = torch.uint8 if low >= 0 else torch.int8
+    dtype = torch.uint8 if low >= 0 else torch.int8 if high <= torch.iinfo(torch.int8).max else torch.int16
     codes = rewriter.call(ops.QUANTIZE, x, scale, zero_point, axis, low, high, dtype)
     codes.rename(f"{node.name.removesuffix('_quantized')}_codes")
     values = rewriter.call(ops.DEQUANTIZE, codes, scale, zero_point, axis)

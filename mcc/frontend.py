@@ -13,7 +13,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import sympy
@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from mcc import normalize, ops
 from mcc.errors import CaptureError, UnsupportedOpError
 from mcc.foreign_masks import recognize_masks
+from mcc.foreign_quantizers import is_foreign, recognize_quantizers
 from mcc.graph import Graph, deep_copy, module_path, source_line
 from mcc.recurrent import spelled_out
 
@@ -77,7 +78,8 @@ def capture(
 def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """Put a model in eval mode, and each of its modules back in its own."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    with suppress(NotImplementedError):  # exported modules have no modes
+        model.eval()
     try:
         yield
     finally:
@@ -201,9 +203,10 @@ def _from_program(program: ExportedProgram, asked: Mapping[tuple[int, int], str]
                 remedy=f"leave {dim} out of dynamic_shapes, or rewrite what depends on the size",
             )
         graph.dims[str(size.node.expr)] = dim
+    _rename(graph)
+    recognize_quantizers(graph)
     refuse_unknown(graph)
     _refuse_values(graph)
-    _rename(graph)
     recognize_masks(graph)
     return graph.eval()
 
@@ -225,6 +228,13 @@ def _refuse_values(graph: Graph) -> None:
 
 
 def _refuse_untrackable(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        kind = type(parameter)
+        if kind.__module__.partition(".")[0] == "torchao":
+            raise CaptureError(
+                f"{name} is a {kind.__name__} of torchao, which exports as that package's own ops",
+                remedy="quantize with its PT2E flow, or give mcc the float model and the pass quantize",
+            )
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.momentum is None:
             raise CaptureError(
@@ -323,7 +333,7 @@ def refuse_unknown(graph: Graph) -> None:
 def _rename(graph: Graph) -> None:
     """Name each call for the module it came from, with the op where a module makes several."""
     calls = [n for n in graph.nodes if n.op is not ops.GETITEM]
-    per_module = Counter(module_path(n.fx) for n in calls)
+    per_module = Counter(module_path(n.fx) for n in calls if not is_foreign(n))
     wanted: list[str] = []
     for node in calls:
         path = module_path(node.fx).replace(".", "_")

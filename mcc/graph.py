@@ -299,9 +299,9 @@ class Graph:
             owner.register_buffer(leaf, tensor)
 
     def remove_tensor(self, name: str) -> None:
-        """Remove a buffer that no node reads."""
+        """Remove a tensor that no node reads."""
         owner, leaf = self._owner(name)
-        del owner._buffers[leaf]
+        delattr(owner, leaf)
 
     def free_name(self, name: str) -> str:
         """`name`, or the first of `name_2`, `name_3`, … that is not the name of a tensor."""

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mcc import formats  # noqa: F401 (registers the ops)
 from mcc.errors import CaptureError
+from mcc.onnx_quantizers import CODES
 
 Attributes = Mapping[str, Any]
 Operator = Callable[..., Any]
@@ -294,28 +296,27 @@ def _reduction(function: Operator) -> Operator:
     return rule
 
 
-def _along(vector: Tensor, like: Tensor, attributes: Attributes) -> Tensor:
-    if vector.numel() == 1:
-        return vector
-    axis = attributes.get("axis", 1) % like.dim()
-    return vector.reshape([-1 if i == axis else 1 for i in range(like.dim())])
+def _quantize(attributes: Attributes, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    low, high = CODES[attributes["codes"].decode()]
+    dtype = torch.int16 if low < -128 else torch.int8 if low < 0 else torch.uint8
+    if scale.dim() > 1:
+        raise _refuse("QuantizeLinear in blocks")
+    codes: Tensor = torch.ops.mcc.quantize(x, scale, zero_point, _axis(attributes, x, scale), low, high, dtype)
+    return codes
 
 
-def _quantize(attributes: Attributes, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    kind = torch.uint8 if zero_point is None else zero_point.dtype
-    bounds = torch.iinfo(kind)
-    codes = torch.round(x / _along(scale, x, attributes))
-    if zero_point is not None:
-        codes = codes + _along(zero_point, x, attributes).to(x.dtype)
-    return torch.clamp(codes, bounds.min, bounds.max).to(kind)
+def _dequantize(attributes: Attributes, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    axis = _axis(attributes, codes, scale)
+    if scale.dim() > 1 and (codes.dim() > 2 or axis != 1):
+        repeats = codes.shape[axis] // scale.shape[axis]  # type: ignore[index]  # blocks have an axis
+        scale, zero_point = (t.repeat_interleave(repeats, axis) for t in (scale, zero_point))
+        return (codes.to(scale.dtype) - zero_point.to(scale.dtype)) * scale
+    values: Tensor = torch.ops.mcc.dequantize(codes, scale, zero_point, 0 if scale.dim() > 1 else axis)
+    return values.to(scale.dtype)
 
 
-def _dequantize(attributes: Attributes, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    values = codes.to(scale.dtype)
-    if zero_point is not None:
-        values = values - _along(zero_point, codes, attributes).to(scale.dtype)
-    dequantized: Tensor = values * _along(scale, codes, attributes)
-    return dequantized
+def _axis(attributes: Attributes, codes: Tensor, scale: Tensor) -> int | None:
+    return None if scale.dim() == 0 else int(attributes.get("axis", 1)) % codes.dim()
 
 
 def _split(attributes: Attributes, x: Tensor, sizes: Any = None) -> Any:

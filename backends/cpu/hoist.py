@@ -2,7 +2,9 @@
 
     quantize(max_pool2d(x)) = max_pool2d(quantize(x)), quantize(cat(a, b)) = cat(quantize(a), quantize(b))
 
-exactly, because rounding keeps order. The layer before then writes codes, a quarter of the bytes.
+exactly, because rounding keeps order. The layer before then writes codes, a quarter of the bytes. What was quantized
+before such an op is dequantized behind it, where a layer finds the codes: max_pool2d(dequantize(c)) =
+dequantize(max_pool2d(c)).
 """
 
 from __future__ import annotations
@@ -15,20 +17,22 @@ from torch import fx
 
 from mcc import ops
 from mcc.backends.cpu.pads import PADS, filling
+from mcc.graph import Node
 from mcc.ops import OPS
 
 if TYPE_CHECKING:
     from mcc.backends.cpu.lowering import Lowering
-    from mcc.graph import Node
 
 _MOVES = (
     OPS["max_pool2d"], OPS["cat"], ops.RESHAPE, OPS["permute"], OPS["transpose.int"],
     OPS["upsample_nearest2d.vec"], *PADS,
 )  # fmt: skip
+# besides, what takes a part, or gives dims other places
+_PARTS = (*(OPS[name] for name in ("slice.Tensor", "select.int", "unsqueeze", "squeeze.dim", "squeeze.dims", "t")),)
 
 
 def hoist(lowering: Lowering) -> Lowering:
-    """Move every quantizer as far up as it goes, in a copy of the graph."""
+    """Move every quantizer as far up as it goes, and every dequantize as far down, in a copy of the graph."""
     graph = lowering.graph.copy()
     moved = False
     queue = [n for n in graph.nodes if n.op is ops.QUANTIZE]
@@ -37,6 +41,10 @@ def hoist(lowering: Lowering) -> Lowering:
         source = quantizer.operand(0)
         if source is not None and _passes(quantizer, source):
             queue += _move(quantizer, source)
+            moved = True
+    for node in graph.nodes:
+        if (node.op in _MOVES or node.op in _PARTS) and node.op not in PADS and _read_codes(node):
+            _dequantize_behind(node)
             moved = True
     return replace(lowering, graph=graph.clean().repropagate()) if moved else lowering
 
@@ -78,3 +86,38 @@ def _move(quantizer: Node, source: Node) -> list[Node]:
         source.fx.args = (*source.fx.args[:2], *options)
     source.take_place_of(quantizer)
     return [type(quantizer)(codes, graph) for codes in made.values()]
+
+
+def _read_codes(node: Node) -> bool:
+    """Whether all that an op moves was dequantized with one scale from unsigned codes that are no weights."""
+    values = [Node(n, node.graph) for n in node.fx.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
+    first = values[0]
+    for value in values:
+        codes = value.operand(0)
+        if value.op is not ops.DEQUANTIZE or value.argument(3) is not None or codes is None or codes.is_parameter:
+            return False
+        if codes.dtype is not torch.uint8 or any(_differ(value.operand(i), first.operand(i)) for i in (1, 2)):
+            return False
+    return not node.is_output
+
+
+def _differ(a: Node | None, b: Node | None) -> bool:
+    assert a is not None
+    assert b is not None
+    return a != b and not (a.is_parameter and b.is_parameter and torch.equal(a.tensor, b.tensor))
+
+
+def _dequantize_behind(node: Node) -> None:
+    """Move the codes, and dequantize what that gives."""
+    values = [n for n in node.fx.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
+    scale_and_zero = values[0].args[1:]
+    for value in values:
+        codes = value.args[0]
+        assert isinstance(codes, fx.Node)
+        node.fx.replace_input_with(value, codes)
+    graph = node.graph.module.graph
+    with graph.inserting_after(node.fx):
+        behind = graph.call_function(ops.DEQUANTIZE.target, (node.fx, *scale_and_zero))
+    behind.meta = dict(node.fx.meta)
+    node.fx.meta["val"] = node.value.to(torch.uint8)
+    node.fx.replace_all_uses_with(behind, delete_user_cb=lambda user: user is not behind)

@@ -21,7 +21,7 @@ from mcc.backends.kernel import (
     SparseArrays,
     StoredWeight,
 )
-from mcc.formats import unpack
+from mcc.formats import dequantize, unpack
 
 if TYPE_CHECKING:
     from mcc.backends.cpu.lowering import Lowering
@@ -98,13 +98,16 @@ def stored_weight(top: Node) -> StoredWeight | None:
     assert third is not None
     if top.op is ops.DECODE_CODEBOOK:
         return replace(weight, scale=scale.tensor.numpy(), table=third.tensor.numpy())
-    if top.argument(3) != 0:
-        return None
     zeros = third.tensor.numpy()
-    if not zeros.any():
+    if top.argument(3) == 0 and not zeros.any():
         return replace(weight, scale=scale.tensor.numpy())
     grouped = replace(weight, scale=scale.tensor.numpy(), zero_point=np.broadcast_to(zeros, scale.tensor.shape))
-    return grouped if grouped.grouped else None
+    if top.argument(3) == 0 and grouped.grouped:
+        return grouped
+    if weight.dense is None:
+        return None
+    values = dequantize(torch.from_numpy(weight.dense), scale.tensor, third.tensor, top.argument(3))
+    return StoredWeight(weight.name, shape, values.numpy(), None, None)
 
 
 def _stored_codes(inner: Node | None, shape: tuple[int, ...]) -> StoredWeight | None:

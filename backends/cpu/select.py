@@ -88,9 +88,25 @@ def select(lowering: Lowering) -> Lowering:
         if read.weight.bits < BYTE and not read.weight.grouped:
             reason = reason or f"int{read.weight.bits} codes are stored as bytes: {kernel.name} unpacks none"
             read = replace(read, weight=replace(read.weight, bits=BYTE))
+        reason = reason or _decoded(read)
         tile = lowering.tuner.choose(kernel, read, lowering.target)
         choices[output] = Choice(read, kernel, tile, kernel.lower(read, lowering.target, tile), reason)
     return replace(lowering, choices=choices, refused=refused)
+
+
+def _decoded(region: Region) -> str:
+    """What of a region is stored in codes that no kernel reads, and why; empty where there is nothing."""
+    weight, source = region.anchor.weight_operand, region.source
+    if weight is not None and weight.op is ops.DEQUANTIZE and region.weight.scale is None:
+        return "weight decoded at build time: no kernel reads codes with zero points of channels, or a scale of inputs"
+    codes = source.operand(0) if source.op is ops.DEQUANTIZE else None
+    if codes is None or region.activation is not None:
+        return ""
+    if region.weight.dtype != "int8":
+        return "activations decoded: the weight is float32"
+    kind = str(codes.dtype).removeprefix("torch.")
+    many = "" if source.argument(3) is None else " with a scale for each channel"
+    return f"activations decoded: no kernel reads {kind} codes{many}"
 
 
 def _first(region: Region, lowering: Lowering) -> tuple[Kernel | None, str]:

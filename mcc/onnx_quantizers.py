@@ -1,0 +1,251 @@
+"""Quantized ONNX models: QLinear operators and packed weights become quantize and dequantize around plain operators."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mcc.errors import CaptureError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from numpy.typing import NDArray
+    from onnx import NodeProto
+
+    Arrays = dict[str, NDArray[Any]]
+
+ROUNDED_WHEN_THEY_COME = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
+CODES = {
+    "uint8": (0, 255), "int8": (-128, 127), "int16": (-(1 << 15), (1 << 15) - 1), "uint4": (0, 15), "int4": (-8, 7),
+    "uint2": (0, 3), "int2": (-2, 1),
+}  # fmt: skip
+_ZERO_POINT = 2  # its place
+
+
+def spell_out(nodes: Iterable[NodeProto], arrays: Arrays) -> list[NodeProto]:
+    """The nodes with QuantizeLinear, DequantizeLinear and plain operators alone.
+
+    Args:
+        nodes: of a graph.
+        arrays: its stored tensors, to which are added those that the new nodes read.
+
+    Raises:
+        CaptureError: a scale is computed, or an operator chooses scales when values come.
+    """
+    found: list[NodeProto] = []
+    for node in nodes:
+        if node.op_type in ROUNDED_WHEN_THEY_COME:
+            raise CaptureError(
+                f"ONNX {node.op_type} {node.name} chooses scales when values come",
+                remedy="quantize the float model with quantize{activations='dynamic'}, or statically",
+            )
+        rule = _RULES.get(node.op_type)
+        found += [node] if rule is None else rule(node, arrays)
+    quantizers = ("QuantizeLinear", "DequantizeLinear")
+    return [_with_zero_point(n, arrays) if n.op_type in quantizers else n for n in found]
+
+
+def _node(kind: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
+    from onnx import helper  # only ONNX models need it
+
+    made: NodeProto = helper.make_node(kind, inputs, [output], **attributes)
+    return made
+
+
+def _dequantized(node: NodeProto, place: int, **attributes: Any) -> NodeProto:
+    """What dequantizes the codes at inputs `place` to `place` + 2: values, scale, zero point."""
+    inputs = list(node.input[place : place + 3])
+    return _node("DequantizeLinear", inputs, f"{node.output[0]}_operand{place}", **attributes)
+
+
+def _plain_attributes(node: NodeProto) -> dict[str, Any]:
+    from onnx import helper
+
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def _between(kind: str, node: NodeProto, before: list[NodeProto], result: int, **attributes: Any) -> list[NodeProto]:
+    """Dequantize, a plain operator, and quantize with the scale and zero point at `result` if they are given."""
+    inputs, name = [n.output[0] for n in before], node.output[0]
+    if len(node.input) <= result:
+        return [*before, _node(kind, inputs, name, **attributes)]
+    plain = _node(kind, inputs, f"{name}_float", **attributes)
+    return [*before, plain, _node("QuantizeLinear", [f"{name}_float", *node.input[result : result + 2]], name)]
+
+
+def _bias(node: NodeProto, place: int, scales: tuple[int, int], arrays: Arrays) -> list[NodeProto]:
+    """What dequantizes an int32 bias, whose scale is the product of those of the operands; none where there is none."""
+    if len(node.input) <= place or not node.input[place]:
+        return []
+    first, second = (_array(node, node.input[s], arrays) for s in scales)
+    name = f"{node.output[0]}_bias_scale"
+    arrays[name] = (first * second).astype(np.float32)
+    return [_node("DequantizeLinear", [node.input[place], name], f"{node.output[0]}_bias", axis=0)]
+
+
+def _array(node: NodeProto, name: str, arrays: Arrays) -> NDArray[Any]:
+    if name not in arrays:
+        raise CaptureError(
+            f"ONNX {node.op_type} {node.name} computes its scale {name}",
+            remedy="quantize the model with scales that are stored",
+        )
+    return arrays[name]
+
+
+def _convolution(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
+    operands = [_dequantized(node, 0), _dequantized(node, 3, axis=0), *_bias(node, 8, (1, 4), arrays)]
+    return _between("Conv", node, operands, 6, **_plain_attributes(node))
+
+
+def _product(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
+    del arrays
+    return _between("MatMul", node, [_dequantized(node, 0), _dequantized(node, 3, axis=1)], 6)
+
+
+def _elementwise(kind: str) -> Callable[[NodeProto, Arrays], list[NodeProto]]:
+    def rule(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
+        del arrays
+        return _between(kind, node, [_dequantized(node, 0), _dequantized(node, 3)], 6)
+
+    return rule
+
+
+def _unary(kind: str) -> Callable[[NodeProto, Arrays], list[NodeProto]]:
+    def rule(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
+        del arrays
+        attributes = _plain_attributes(node)
+        if attributes.pop("channels_last", 0):
+            raise CaptureError(
+                f"ONNX {node.op_type} {node.name} has channels last", remedy="export the model with channels first"
+            )
+        return _between(kind, node, [_dequantized(node, 0)], 3, **attributes)
+
+    return rule
+
+
+def _concatenation(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
+    """QLinearConcat of ONNX Runtime: scale and zero point of the result, then three inputs for each part."""
+    del arrays
+    parts = [_dequantized(node, place) for place in range(2, len(node.input), 3)]
+    name = node.output[0]
+    joined = _node("Concat", [p.output[0] for p in parts], f"{name}_float", **_plain_attributes(node))
+    return [*parts, joined, _node("QuantizeLinear", [f"{name}_float", *node.input[:2]], name)]
+
+
+def _gemm(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
+    """QGemm of ONNX Runtime: a, its scale and zero point, b, …, c as int32, and the result's, left out for floats."""
+    attributes = _plain_attributes(node)
+    axis = 0 if attributes.get("transB") else 1
+    operands = [_dequantized(node, 0), _dequantized(node, 3, axis=axis), *_bias(node, 6, (1, 4), arrays)]
+    return _between("Gemm", node, operands, 7, **attributes)
+
+
+def _packed_matrix(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
+    """MatMulNBits of ONNX Runtime: [out, blocks, bytes] of unsigned codes, lowest bits first, scales [out * blocks]."""
+    given = _plain_attributes(node)
+    rows, inputs, size, bits = (given[k] for k in ("N", "K", "block_size", "bits"))
+    if (len(node.input) > _ORDER and node.input[_ORDER]) or bits not in (2, 4, 8):
+        raise CaptureError(
+            f"ONNX MatMulNBits {node.name} has groups in another order, or codes of {bits} bits",
+            remedy="quantize the float model with mcc",
+        )
+    blocks, name = -(-inputs // size), node.output[0]
+    packed, scales = _array(node, node.input[1], arrays), _array(node, node.input[2], arrays)
+    zeros = arrays[node.input[_ORDER - 1]] if len(node.input) > _ORDER - 1 and node.input[_ORDER - 1] else None
+    codes = _unpacked(packed.reshape(rows, -1), bits)[:, :inputs]
+    if zeros is None:
+        points = np.full((rows, blocks), 1 << (bits - 1), np.uint8)
+    else:
+        points = _unpacked(zeros.reshape(rows, -1), bits)[:, :blocks]
+    stem = node.input[1]
+    arrays |= {
+        f"{stem}_codes": np.ascontiguousarray(codes.T), f"{stem}_zero_points": np.ascontiguousarray(points.T),
+        f"{stem}_scales": np.ascontiguousarray(scales.reshape(rows, blocks).T.astype(np.float32)),
+    }  # fmt: skip
+    parts = [f"{stem}_codes", f"{stem}_scales", f"{stem}_zero_points"]
+    weight = _node("DequantizeLinear", parts, f"{name}_weight", axis=0, block_size=size)
+    if len(node.input) <= _ORDER + 1:
+        return [weight, _node("MatMul", [node.input[0], weight.output[0]], name)]
+    product = _node("MatMul", [node.input[0], weight.output[0]], f"{name}_product")
+    return [weight, product, _node("Add", [product.output[0], node.input[_ORDER + 1]], name)]
+
+
+_ORDER = 4  # the place of group indices; that of a bias is behind it
+
+
+def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Codes of a few bits, lowest first in each byte: [rows, bytes] gives [rows, bytes * 8 / bits]."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    return codes.reshape(len(packed), -1)
+
+
+_RULES: dict[str, Callable[[NodeProto, Arrays], list[NodeProto]]] = {
+    "QLinearConv": _convolution, "QLinearMatMul": _product, "QGemm": _gemm,
+    "QLinearAdd": _elementwise("Add"), "QLinearMul": _elementwise("Mul"), "MatMulNBits": _packed_matrix,
+    "QLinearConcat": _concatenation, "QLinearGlobalAveragePool": _unary("GlobalAveragePool"),
+    "QLinearAveragePool": _unary("AveragePool"), "QLinearSigmoid": _unary("Sigmoid"),
+    "QLinearLeakyRelu": _unary("LeakyRelu"),
+}  # fmt: skip
+
+
+def _with_zero_point(node: NodeProto, arrays: Arrays) -> NodeProto:
+    """A quantize or dequantize that reads scale and zero point, int32, of one shape; "codes" says what codes are."""
+    given = arrays.get(node.input[2]) if len(node.input) > _ZERO_POINT and node.input[_ZERO_POINT] else None
+    scale, attributes = _array(node, node.input[1], arrays), _plain_attributes(node)
+    stored = arrays.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+    kind = str(next((a.dtype for a in (given, stored) if a is not None), _kind(attributes)))
+    if kind not in CODES and stored is None:
+        raise CaptureError(f"ONNX {node.op_type} {node.name} has {kind} codes", remedy=f"use one of {', '.join(CODES)}")
+    shape = () if scale.size == 1 else scale.shape
+    name = f"{node.input[1]}_zero" if given is None else f"{node.input[2]}_of_{node.input[1]}"
+    arrays[node.input[1]] = scale.reshape(shape)
+    arrays[name] = np.zeros(shape, np.int32) if given is None else given.astype(np.int32).reshape(shape)
+    return _node(node.op_type, [*node.input[:2], name], node.output[0], **attributes | {"codes": kind})
+
+
+def _kind(attributes: dict[str, Any]) -> str:
+    from onnx import TensorProto
+
+    return str(TensorProto.DataType.Name(attributes.get("output_dtype") or TensorProto.UINT8).lower())
+
+
+def as_bytes(array: NDArray[Any]) -> NDArray[Any]:
+    """An array of four or two bits as one of bytes; others as they are."""
+    kind = str(array.dtype)
+    return array.astype(kind.rstrip("24") + "8") if kind in ("int4", "uint4", "int2", "uint2") else array
+
+
+def turned_matrices(nodes: Iterable[NodeProto], arrays: Arrays) -> tuple[list[NodeProto], set[str]]:
+    """Stored codes of matrices that stand on the right of a MatMul or Gemm alone, kept as layers have weights.
+
+    Returns:
+        the nodes, some of them dequantizing a transpose, and what these give.
+    """
+    nodes, turned = list(nodes), set()
+    plain = {name for n in nodes for place, name in enumerate(n.input) if not right_of_product(n, place)}
+    reads = [name for n in nodes for name in n.input]
+    for i, node in enumerate(nodes):
+        codes = arrays.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        result = node.output[0]
+        if codes is None or codes.ndim != 2 or result in plain or reads.count(node.input[0]) > 1 or result not in reads:
+            continue
+        parts = list(node.input[:2]) + list(node.input[2:])
+        for place, name in enumerate(parts):
+            if arrays[name].ndim == 2:
+                parts[place] = name if place == 0 else f"{name}_turned"
+                arrays[parts[place]] = arrays[name].T
+        attributes = _plain_attributes(node)
+        attributes["axis"] = 1 - attributes.get("axis", 1) % 2
+        nodes[i] = _node("DequantizeLinear", parts, result, **attributes)
+        turned.add(result)
+    return nodes, turned
+
+
+def right_of_product(node: NodeProto, place: int) -> bool:
+    """Whether input `place` is the right side, as [in, out], of a product."""
+    if place != 1 or node.op_type not in ("MatMul", "Gemm"):
+        return False
+    return node.op_type == "MatMul" or not _plain_attributes(node).get("transB")
