@@ -171,7 +171,7 @@ def _recognized_weight(node: Node) -> bool:
     assert scale is not None
     assert zero_point is not None
     graph, axis = node.graph, node.argument(3)
-    layer = next((user for user in node.users if user.op is not None and user.weight_operand == node), None)
+    layer = next((u for u in node.users if u.op in (*ops.LAYERS, ops.EMBEDDING) and u.weight_operand == node), None)
     name = _weight_name(codes, layer)
     if any(n.is_parameter and n.fx.target == name for n in graph.nodes):
         name = graph.free_name(name)

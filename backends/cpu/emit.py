@@ -30,6 +30,7 @@ from mcc.backends.cpu.unweighted import (
     decodes_before_attention,
     enlarged_before_cats,
     norms_before_quantizers,
+    turned_before_products,
 )
 from mcc.backends.relax import RULES
 from mcc.backends.relax.emitter import DTYPES, Emitter, Expression, is_tensor, known_dims
@@ -131,7 +132,7 @@ class _Writer:
         self.absorbed = self._absorbed()
         self.lookups = lookups(lowering)
         taken_in = norms_before_quantizers(self.graph, lowering.target) | enlarged_before_cats(self.graph)
-        taken_in |= decodes_before_attention(self.graph, lowering.target)
+        taken_in |= decodes_before_attention(self.graph, lowering.target) | turned_before_products(self.graph)
         self.merged = taken_in - set(lowering.choices)
         self.unweighted = Unweighted(
             lowering.target, self._value, self.merged, lambda node: self.sizes.shape(node.value)

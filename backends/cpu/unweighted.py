@@ -11,9 +11,12 @@ from mcc.backends.cpu.fuse import requantize_step
 from mcc.backends.cpu.kernels.attention import TokenCodes, attention_function, attention_shape
 from mcc.backends.cpu.kernels.attention_step import attention_step_function
 from mcc.backends.cpu.kernels.concatenate import SHORTEST_RUN, Part, concatenate_function, run_of
+from mcc.backends.cpu.kernels.matmul import matmul_function, matmul_shape
 from mcc.backends.cpu.kernels.norm import NormShape, norm_function
 from mcc.backends.cpu.kernels.quantize import quantize_function
 from mcc.backends.cpu.kernels.recurrent import NARROWEST, RecurrentShape, recurrent_function
+from mcc.backends.cpu.kernels.softmax import SoftmaxShape, softmax_function
+from mcc.backends.cpu.permutes import order_of
 from mcc.backends.cpu.tokens import reads_codes
 from mcc.backends.relax.emitter import known_dims, rank, static
 from mcc.errors import BackendError
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
 
 RECURRENT = (OPS["mcc.lstm"], OPS["mcc.gru"])
 NORMS = (OPS["layer_norm"], OPS["rms_norm"])
+SOFTMAXES = (OPS["softmax.int"], OPS["log_softmax.int"])
+MATMULS = (OPS["matmul"], OPS["bmm"])
+FEWEST_ROWS = 4  # of a product, for which a copy of its right matrix pays
 
 
 def norms_before_quantizers(graph: Graph, target: Target) -> set[fx.Node]:
@@ -56,6 +62,39 @@ def decodes_before_attention(graph: Graph, target: Target) -> set[fx.Node]:
         if all(user.op is OPS["mcc.attention"] and user.operand(0) != node for user in node.users):
             found.add(node.fx)
     return found
+
+
+def takes_softmax(node: Node, target: Target) -> bool:
+    """Whether the softmax kernel takes this node: float32, over a last dim that varies or has a vector and more."""
+    source = node.operand(0)
+    assert source is not None
+    if source.dtype != node.dtype or str(node.dtype) != "torch.float32" or not node.shape:
+        return False
+    width = node.shape[-1]
+    last = node.argument(1) % len(node.shape) == len(node.shape) - 1
+    return last and (not isinstance(width, int) or width >= target.vector_lanes)
+
+
+def turned_before_products(graph: Graph) -> set[fx.Node]:
+    """Transposed matrices that stand on the right of products alone, whose kernel reads them as they are stored."""
+    found = set()
+    for node in graph.nodes:
+        order = order_of(node)
+        if order is None or len(order) < 2 or list(order) != [*range(len(order) - 2), len(order) - 1, len(order) - 2]:
+            continue
+        readers = node.users
+        if readers and not node.is_output and all(takes_matmul(u) and u.operand(0) != node for u in readers):
+            found.add(node.fx)
+    return found
+
+
+def takes_matmul(node: Node) -> bool:
+    """Whether the kernel of products takes this node: float32 matrices of a few rows and more."""
+    operands = [node.operand(i) for i in (0, 1)] if node.op in MATMULS else []
+    if not operands or any(x is None or str(x.dtype) != "torch.float32" or len(x.shape) < 2 for x in operands):
+        return False
+    rows = node.shape[-2]
+    return not isinstance(rows, int) or rows >= FEWEST_ROWS
 
 
 def enlarged_before_cats(graph: Graph) -> set[fx.Node]:
@@ -141,6 +180,10 @@ class Unweighted:
             return self._cat(emitter, node)
         if node.op in RECURRENT:
             return self._recurrent(emitter, node)
+        if node.op in SOFTMAXES and takes_softmax(node, self.target):
+            return self._softmax(emitter, node)
+        if takes_matmul(node):
+            return self._matmul(emitter, node)
         if node.op in NORMS and takes_norm(node, self.target):
             return self._norm(emitter, node, None)
         if node.op is ops.QUANTIZE and (step := requantize_step(node)) is not None:
@@ -201,6 +244,22 @@ class Unweighted:
     def _logical(data: Any, codes: TokenCodes | None) -> tuple[Any, ...]:
         *outer, size = known_dims(data)
         return (*outer, size * 2 if codes is not None and codes.bits == 4 else size)
+
+    def _softmax(self, emitter: Emitter, node: Node) -> Any:
+        source = self._value(node.fx.all_input_nodes[0])
+        shape = SoftmaxShape(known_dims(source), node.op is OPS["log_softmax.int"])
+        function = emitter.builder.add_func(softmax_function(shape, self.target), "softmax")
+        return emitter(relax.call_tir(function, [source], relax.TensorType(list(source.ty.shape), "float32")))
+
+    def _matmul(self, emitter: Emitter, node: Node) -> Any:
+        left, right = node.operand(0), node.operand(1)
+        assert left is not None
+        assert right is not None
+        turned = right.fx in self._merged
+        operands = [self._value(left.fx), self._value(right.fx.all_input_nodes[0] if turned else right.fx)]
+        shape = matmul_shape(*map(known_dims, operands), turned=turned)
+        function = emitter.builder.add_func(matmul_function(shape, self.target), "matmul")
+        return emitter(relax.call_tir(function, operands, relax.TensorType([*self._sizes(node)], "float32")))
 
     def _cat(self, emitter: Emitter, node: Node) -> Any:
         parts, read = [], []
