@@ -1,4 +1,4 @@
-"""Quantizers of other tools, as PyTorch's export flow and ONNX files have them: quantize and dequantize, codes between."""
+"""Quantizers of other tools: of ONNX files and PyTorch's export flow, with codes between quantize and dequantize."""
 
 from __future__ import annotations
 

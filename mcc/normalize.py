@@ -26,7 +26,8 @@ _CASTS = {_A.to.dtype, _A.to.dtype_layout, _A.to.device, _A._to_copy.default, _A
 _SPELLINGS = {
     _A.fill.Tensor: _A.copy.default, _A.fill.Scalar: _A.full_like.default, _A.zero.default: _A.zeros_like.default,
     _A.swapaxes.default: _A.transpose.int, _A.view.default: _A.reshape.default,
-    _A._unsafe_view.default: _A.reshape.default,
+    _A._unsafe_view.default: _A.reshape.default, _A.mm.default: _A.matmul.default, _A.mv.default: _A.matmul.default,
+    _A.dot.default: _A.matmul.default, _A.vdot.default: _A.matmul.default,
 }  # fmt: skip
 _SCATTER = {_A.slice.Tensor: _A.slice_scatter.default, _A.select.int: _A.select_scatter.default}
 

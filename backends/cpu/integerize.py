@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mcc.backends.cpu.lowering import Lowering
     from mcc.graph import Node
 
+_REASONS = dict.fromkeys(("matmul", "bmm"), "its matrices are not float32, or have fewer than four rows")
 ANCHORS = (ops.LINEAR, ops.CONV2D_NHWC, ops.CONV2D)
 
 
@@ -41,7 +42,9 @@ def integerize(lowering: Lowering) -> Lowering:
     for node in lowering.graph.nodes:
         if node.op not in ANCHORS or (node.op is ops.CONV2D and not (reads_sparse(node) or depthwise(node))):
             if node.op is not None and node.op.macs(node.fx):
-                reason = attention_refusal(node, lowering.target) if node.op is ops.ATTENTION else None
+                reason = _REASONS.get(node.op.name)
+                if node.op is ops.ATTENTION:
+                    reason = attention_refusal(node, lowering.target)
                 refused[node.fx] = reason or f"there is no own kernel for {node.op.name} yet"
             continue
         top = node.operand(1)
