@@ -14,6 +14,7 @@ from mcc.channels import weight_is_shared
 from mcc.cost import weight_expression
 from mcc.errors import DataError, PassError, SpecError
 from mcc.formats import along_axis
+from mcc.pairs import LARGEST, fitted, reads_pairs
 from mcc.quantization import layers_taken, quantizer_tensors, without_quantizers
 from mcc.rewrite import Context, Lossy, Pass, Rewriter
 from mcc.statistics import StepwiseRuns, run_in_step
@@ -78,7 +79,7 @@ class AdaRound(Pass):
         def before(node: fx.Node, arguments: list[list[Any]]) -> bool:
             if node not in layers:
                 return False
-            problem = _Problem(layers[node], arguments, exact.run_to(node.name))
+            problem = _Problem(layers[node], arguments, exact.run_to(node.name), context)
             nearest, learned, weight = self._learn(problem, generator)
             if not math.isfinite(nearest):
                 raise DataError(
@@ -142,7 +143,7 @@ class AdaRound(Pass):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it so
             optimizer.step()
-        weight = problem.weight((_rectified(choice.detach()) >= DECIDED).float())
+        weight = problem.fitted(problem.weight((_rectified(choice.detach()) >= DECIDED).float()))
         return nearest, problem.error(weight), weight
 
 
@@ -165,9 +166,10 @@ class _Problem:
         node: the layer.
         arguments: of its call with quantized inputs, for each batch.
         wanted: its outputs in the float graph, for each batch.
+        context: whose target may need neighbouring codes to fit together.
     """
 
-    def __init__(self, node: Node, arguments: list[list[Any]], wanted: list[Tensor]) -> None:
+    def __init__(self, node: Node, arguments: list[list[Any]], wanted: list[Tensor], context: Context) -> None:
         expression = weight_expression(node.operand(1))
         assert expression is not None
         assert expression.quantizer is not None
@@ -177,6 +179,8 @@ class _Problem:
         values = expression.values.float()
         self._step = along_axis(scale.float(), values, axis)
         self._zero = along_axis(zero.float(), values, axis)
+        narrow = context.target.int8_weight_limit < self._high == LARGEST
+        self._pairs = narrow and reads_pairs(node)
         self._kept = torch.ones(()) if expression.mask is None else expression.mask.float()
         self._whole = self._zero.floor()  # codes that stand for halves have a zero point of -1/2
         self._in_steps = values / self._step + (self._zero - self._whole)
@@ -205,6 +209,10 @@ class _Problem:
         """The weight whose codes are the floor plus `up`, in [0, 1]."""
         codes = (self._in_steps.floor() + up + self._whole).clamp(self._low, self._high)
         return (codes - self._zero) * self._step * self._kept
+
+    def fitted(self, weight: Tensor) -> Tensor:
+        """A weight on its grid, its neighbours such that the target adds their products exactly."""
+        return fitted(weight / self._step) * self._step if self._pairs else weight
 
     def sample(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Rows of one batch and what the layer should give for them."""

@@ -15,6 +15,7 @@ from mcc.cost import weight_expression
 from mcc.errors import PassError, SpecError
 from mcc.formats import SMALLEST_ROW
 from mcc.graph import Graph, Node
+from mcc.pairs import LARGEST, fit_pairs, reads_pairs
 from mcc.quantization import (
     channel_scales,
     check_group_size,
@@ -85,8 +86,9 @@ class Quantize(Pass):
         observer: how the range of an activation is chosen: "min-max"; "moving-average" of the batches' ranges;
             "percentile-99.9", "-99.99", "-99.999" leave outliers out; "mse" has the least squared error, "entropy" the
             least Kullback-Leibler divergence.
-        weight_range: "target" keeps codes within what the target's fast int8 kernel adds exactly (±63 on AVX2, ±127
-            with VNNI); "full" is ±127 everywhere.
+        weight_range: "target" keeps codes within what the target's fast int8 kernel adds exactly: ±127 with VNNI, on
+            AVX2 pairs of neighbours within 128 (`mcc.pairs`), and ±63 where no inputs are neighbours; "halved" is ±63
+            on AVX2 for all; "full" is ±127 everywhere.
         scales: "power-of-two" for targets that shift instead of multiplying; they are the nearest in squared error, of
             activations the next above, which leaves nothing out. Needs weights that are symmetric.
         max_drop: of the metric, which "auto" weights may cost: what `data.evaluate` gives, in its own units. What
@@ -101,7 +103,7 @@ class Quantize(Pass):
     symmetric: bool = True
     midpoints: bool = False
     observer: Observer = "mse"
-    weight_range: Literal["target", "full"] = "target"
+    weight_range: Literal["target", "halved", "full"] = "target"
     scales: Literal["any", "power-of-two"] = "any"
     max_drop: float = 0.005
     include: tuple[str, ...] = ("*",)
@@ -112,7 +114,7 @@ class Quantize(Pass):
     def __post_init__(self) -> None:
         for option, allowed in (
             ("weights", (*BITS, *FEW, "auto")), ("activations", (*BITS, "dynamic", None)), ("observer", OBSERVERS),
-            ("weight_range", ("target", "full")), ("scales", ("any", "power-of-two")),
+            ("weight_range", ("target", "halved", "full")), ("scales", ("any", "power-of-two")),
         ):  # fmt: skip
             if getattr(self, option) not in allowed:
                 raise SpecError(
@@ -201,14 +203,25 @@ class Quantize(Pass):
             elif self._grouped and node.op is ops.LINEAR:
                 self._quantize_groups(node)
             else:
-                self._quantize_weight(node, codes)
+                self._quantize_weight(node, codes, pairs=self._in_pairs(node, context))
             context.edited()
 
-    def _quantize_weight(self, node: Node, codes: tuple[int, int]) -> None:
+    def _in_pairs(self, node: Node, context: Context) -> bool:
+        """Whether neighbouring codes of a layer's weight share the range that its kernel adds exactly."""
+        narrow = context.target.int8_weight_limit < LARGEST
+        wanted = self.weight_range == "target" and self.weights == "int8" and self.scales == "any"
+        return wanted and narrow and self.activations is not None and reads_pairs(node)
+
+    def _quantize_weight(self, node: Node, codes: tuple[int, int], *, pairs: bool = False) -> None:
         name, weight = layer_weight(node)
         axis = 1 if node.op is ops.CONV_TRANSPOSE2D else 0
+        codes = (-LARGEST, LARGEST) if pairs else codes
 
         def parameters() -> tuple[Tensor, Tensor]:
+            if pairs:
+                scales, fitted = fit_pairs(weight)
+                node.graph.set_tensor(name, torch.where(fitted == weight, node.graph.tensor(name).detach(), fitted))
+                return scales, torch.zeros(scales.shape, dtype=torch.int32)
             scales = channel_scales(weight, axis, codes)
             scales = self._allowed(weight.movedim(axis, 0).flatten(1), scales, codes)
             return scales, torch.zeros(scales.shape, dtype=torch.int32)
@@ -294,8 +307,11 @@ class Quantize(Pass):
         low, high = self._range
         exact = context.target.int8_weight_limit
         # a weight-only kernel multiplies in float: any code is exact
-        if self.activations is not None and self.weight_range == "target" and exact < high:
-            context.note(f"weight codes within ±{exact}: {context.target} has no instruction that adds ±127 exactly")
+        if self.activations is not None and self.weight_range != "full" and exact < high:
+            which = "" if self.weight_range == "halved" else ", those of neighbours within 128 together"
+            context.note(
+                f"weight codes within ±{exact}{which}: {context.target} has no instruction that adds ±127 exactly"
+            )
             return -exact, exact
         # of 8 bits the least code is left out, so that each code has its negative; of few bits each code counts
         return (-high, high) if self.weights == "int8" else (low, high)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mcc import ops
+from mcc.backends.cpu.integer_sums import pairs_fit
 from mcc.backends.cpu.kernels import KERNELS
 from mcc.backends.cpu.kernels.pixel_tiles import MOST_PLANES
 from mcc.backends.cpu.lowering import Choice, Lowering
@@ -88,7 +89,7 @@ def select(lowering: Lowering) -> Lowering:
         if read.weight.bits < BYTE and not read.weight.grouped:
             reason = reason or f"int{read.weight.bits} codes are stored as bytes: {kernel.name} unpacks none"
             read = replace(read, weight=replace(read.weight, bits=BYTE))
-        reason = reason or _decoded(read)
+        reason = reason or _decoded(read) or _longer(read, kernel, lowering.target)
         tile = lowering.tuner.choose(kernel, read, lowering.target)
         choices[output] = Choice(read, kernel, tile, kernel.lower(read, lowering.target, tile), reason)
     return replace(lowering, choices=choices, refused=refused)
@@ -107,6 +108,13 @@ def _decoded(region: Region) -> str:
     kind = str(codes.dtype).removeprefix("torch.")
     many = "" if source.argument(3) is None else " with a scale for each channel"
     return f"activations decoded: no kernel reads {kind} codes{many}"
+
+
+def _longer(region: Region, kernel: Kernel, target: Target) -> str:
+    """Why sums of codes take more instructions than they might; empty where they do not."""
+    if kernel.name not in ("conv2d_int8", "dense_int8") or target.exact_dot4 or pairs_fit(region.weight.decoded()):
+        return ""
+    return "neighbouring codes exceed what one instruction adds exactly, a longer sequence adds them"
 
 
 def _first(region: Region, lowering: Lowering) -> tuple[Kernel | None, str]:

@@ -217,7 +217,7 @@ def test_a_layer_whose_inputs_are_no_multiple_of_the_group_is_left_in_float_by_n
 def test_the_weight_range_follows_the_target_and_the_report_says_so():
     x = torch.randn(2, 12)
     for target, limit, notes in (("cpu:avx2", 63, 1), ("cpu:avx512", 63, 1), ("cpu:avx512vnni", 127, 0)):
-        graph, rows = run(mlp(12, 4), x, Quantize(), target)
+        graph, rows = run(mlp(12, 4), x, Quantize(weight_range="halved"), target)
         quantizer = graph.node("weight_0_quantized")
         assert quantizer.argument(5) == limit
         assert len(rows[1].notes) == notes
