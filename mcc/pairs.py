@@ -26,7 +26,7 @@ SPREADS = (*(1 + i / 10 for i in range(11)), LARGEST / 63)  # of scales; with th
 
 
 def reads_pairs(node: Node) -> bool:
-    """Whether kernels multiply neighbours along the inputs, an even number, of a layer's weight, which it alone reads."""
+    """Whether kernels multiply neighbours along a layer's inputs, an even number, of a weight that it alone reads."""
     weight = node.weight_operand
     assert weight is not None
     even = node.op is not ops.CONV_TRANSPOSE2D and int(weight.shape[1]) % 2 == 0

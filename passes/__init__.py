@@ -4,6 +4,7 @@ from mcc.passes.ada_round import AdaRound
 from mcc.passes.awq import Awq
 from mcc.passes.correct_bias import CorrectBias
 from mcc.passes.eliminate_identity import EliminateIdentity
+from mcc.passes.equalize_layers import EqualizeLayers
 from mcc.passes.fine_tune import FineTune
 from mcc.passes.fold_batch_norm import FoldBatchNorm
 from mcc.passes.fold_constants import FoldConstants
@@ -26,12 +27,12 @@ from mcc.rewrite import Pass
 
 PASSES: tuple[type[Pass], ...] = (
     EliminateIdentity, FoldBatchNorm, FoldConstants, KeepZeros, PruneWeights, Rigl, SparseGpt, RegularizeChannels,
-    PruneChannels, PruneHeads, PruneNeurons, PruneBlocks, FineTune, SmoothQuant, Awq, Gptq, Quantize, AdaRound,
-    CorrectBias, QuantizeKvCache, QuantizeCodebook, Hqq,
+    PruneChannels, PruneHeads, PruneNeurons, PruneBlocks, FineTune, EqualizeLayers, SmoothQuant, Awq, Gptq, Quantize,
+    AdaRound, CorrectBias, QuantizeKvCache, QuantizeCodebook, Hqq,
 )  # fmt: skip
 
 __all__ = [
-    "PASSES", "AdaRound", "Awq", "CorrectBias", "EliminateIdentity", "FineTune", "FoldBatchNorm", "FoldConstants",
-    "Gptq", "Hqq", "KeepZeros", "PruneBlocks", "PruneChannels", "PruneHeads", "PruneNeurons", "PruneWeights",
+    "PASSES", "AdaRound", "Awq", "CorrectBias", "EliminateIdentity", "EqualizeLayers", "FineTune", "FoldBatchNorm",
+    "FoldConstants", "Gptq", "Hqq", "KeepZeros", "PruneBlocks", "PruneChannels", "PruneHeads", "PruneNeurons", "PruneWeights",
     "Quantize", "QuantizeCodebook", "QuantizeKvCache", "RegularizeChannels", "Rigl", "SmoothQuant", "SparseGpt",
 ]  # fmt: skip
