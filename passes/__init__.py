@@ -34,5 +34,6 @@ PASSES: tuple[type[Pass], ...] = (
 __all__ = [
     "PASSES", "AdaRound", "Awq", "CorrectBias", "EliminateIdentity", "EqualizeLayers", "FineTune", "FoldBatchNorm",
     "FoldConstants", "Gptq", "Hqq", "KeepZeros", "PruneBlocks", "PruneChannels", "PruneHeads", "PruneNeurons",
-    "PruneWeights", "Quantize", "QuantizeCodebook", "QuantizeKvCache", "RegularizeChannels", "Rigl", "SmoothQuant", "SparseGpt",
+    "PruneWeights", "Quantize", "QuantizeCodebook", "QuantizeKvCache", "RegularizeChannels", "Rigl", "SmoothQuant",
+    "SparseGpt",
 ]  # fmt: skip

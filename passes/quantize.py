@@ -33,7 +33,7 @@ from mcc.quantization import (
 )
 from mcc.rewrite import Context, Lossy, Pass, Rewriter
 from mcc.sensitivity import choose, damages
-from mcc.statistics import OBSERVERS, Observer, affine_parameters, observe
+from mcc.statistics import OBSERVERS, Histogram, Observer, affine_parameters, observe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from mcc.sensitivity import Formats
 
 BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
-FLOAT = 32  # bits
+ACTIVATION_BITS = {"int16": 16, **BITS}
+BYTE, FLOAT = 8, 32  # bits
 FEW = {"ternary": (-1, 1), "binary": (-1, 0)}  # codes
 EMBEDDING_CODES = (-127, 127)
 TOKEN_LIMIT = 127  # the largest code of a token, as `mcc.fake_quantize_per_token` and its kernels have it
@@ -77,6 +78,8 @@ class Quantize(Pass):
             float or "dynamic".
         activations: "int8", "int4", "int3" or "int2" need calibration data; None quantizes weights alone. Codes of
             fewer bits are bytes all the same: they cost accuracy, which training wins back, and save no time on CPUs.
+            "int16", symmetric over the whole range that calibration data has, is for layers that lose too much with 8
+            bits; no CPU kernel reads such codes, layers compute in float with what they stand for.
             "dynamic" has int8 codes with a scale for each token (row), chosen when it comes; layers whose weights a
             pass before has quantized get such too.
         group_size: inputs of a linear layer that share a scale, a multiple of 32; None for all. Needs activations that
@@ -98,7 +101,7 @@ class Quantize(Pass):
     """
 
     weights: Literal["int8", "int4", "int3", "int2", "ternary", "binary", "auto"] = "int8"
-    activations: Literal["int8", "int4", "int3", "int2", "dynamic"] | None = "int8"
+    activations: Literal["int16", "int8", "int4", "int3", "int2", "dynamic"] | None = "int8"
     group_size: int | None = None
     symmetric: bool = True
     midpoints: bool = False
@@ -113,7 +116,8 @@ class Quantize(Pass):
 
     def __post_init__(self) -> None:
         for option, allowed in (
-            ("weights", (*BITS, *FEW, "auto")), ("activations", (*BITS, "dynamic", None)), ("observer", OBSERVERS),
+            ("weights", (*BITS, *FEW, "auto")), ("activations", (*ACTIVATION_BITS, "dynamic", None)),
+            ("observer", OBSERVERS),
             ("weight_range", ("target", "halved", "full")), ("scales", ("any", "power-of-two")),
         ):  # fmt: skip
             if getattr(self, option) not in allowed:
@@ -156,7 +160,7 @@ class Quantize(Pass):
         if self.activations == "dynamic":
             _quantize_tokens(graph, layers)
         elif self.activations is not None and layers:
-            self._quantize_activations(graph, layers, BITS[self.activations], context)
+            self._quantize_activations(graph, layers, ACTIVATION_BITS[self.activations], context)
         return graph
 
     def _quantize_all(self, graph: Graph, layers: list[Node], context: Context) -> None:
@@ -394,13 +398,9 @@ class Quantize(Pass):
         values = {x.fx: x for x in inputs.values() if x is not None and x.op is not ops.FAKE_QUANTIZE}
         assert context.data.calibration is not None
         histograms = observe(graph, [x.name for x in values.values()], context.data.calibration)
-        low, high = 0, (1 << bits) - 1
+        low, high = code_range(bits) if bits > BYTE else (0, (1 << bits) - 1)
         for x in values.values():
-            chosen = histograms[x.name].choose_range(self.observer, high - low + 1)
-            scale, zero_point = affine_parameters(*chosen, low, high)
-            if self.scales == "power-of-two":
-                scale = 2.0 ** math.ceil(math.log2(scale))
-                zero_point = min(max(round(-chosen[0] / scale), low), high)
+            scale, zero_point = self._activation_parameters(histograms[x.name], low, high)
             readers = [node.fx for node in layers if node.operand(0) == x]
             convolutions = all(ops.lookup(reader.target) in ops.CONVOLUTIONS for reader in readers)
             if convolutions and bits == BITS["int8"]:
@@ -415,6 +415,19 @@ class Quantize(Pass):
             made.rename(f"{x.name}_quantized")
             for reader in readers:
                 reader.replace_input_with(x.fx, made.fx)
+
+    def _activation_parameters(self, histogram: Histogram, low: int, high: int) -> tuple[float, int]:
+        """Scale and zero point; symmetric where codes are signed."""
+        if low < 0:
+            reach = max(-histogram.low, histogram.high)
+            scale, zero_point = (reach / high if reach > 0 else 1.0), 0
+        else:
+            chosen = histogram.choose_range(self.observer, high - low + 1)
+            scale, zero_point = affine_parameters(*chosen, low, high)
+        if self.scales == "power-of-two":
+            scale = 2.0 ** math.ceil(math.log2(scale))
+            zero_point = 0 if low < 0 else min(max(round(-chosen[0] / scale), low), high)
+        return scale, zero_point
 
 
 def _embeddings(graph: Graph) -> list[Node]:

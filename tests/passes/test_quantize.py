@@ -225,6 +225,20 @@ def test_the_weight_range_follows_the_target_and_the_report_says_so():
     assert graph.node("weight_0_quantized").argument(5) == 127
 
 
+def test_activations_of_16_bits_are_symmetric_and_cost_next_to_nothing():
+    torch.manual_seed(0)
+    model, x = mlp(12, 8, 4), torch.randn(64, 12)
+    graph, _ = run(model, x, Quantize(activations="int16"))
+    quantizer = graph.node("input_1_quantized")
+    assert quantizer.fx.args[3:] == (None, -(1 << 15), (1 << 15) - 1)
+    assert float(quantizer.operand(1).tensor) == pytest.approx(float(x.abs().max()) / 32767)
+    weights_alone, _ = run(model, x, Quantize(activations=None))
+    torch.testing.assert_close(graph(x), weights_alone(x), rtol=0, atol=1e-3)
+    artifact = mcc.compile(model, (x,), passes=[Quantize(activations="int16")], data=mcc.Data(calibration=[x]))
+    torch.testing.assert_close(artifact(x), graph(x).detach(), rtol=1e-4, atol=1e-5)
+    assert {row.reason for row in artifact.report.layers} == {"activations decoded: no kernel reads int16 codes"}
+
+
 def test_a_residual_of_convolutions_is_added_as_the_codes_that_the_next_layer_reads():
     graph, rows = run(Residual(), torch.randn(2, 3, 8, 8), Quantize())
     assert {u.op.name for u in graph.node("relu").users} == {"mcc.fake_quantize"}
