@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mcc.errors import CaptureError
 from mcc.onnx_ops import BUFFER_INPUTS, ONNX_OPS, STATIC_INPUTS, Sizes, as_tensor
 from mcc.onnx_quantizers import as_bytes, right_of_product, spell_out, turned_matrices
+from mcc.onnx_recurrent import with_torch_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -82,7 +83,7 @@ class OnnxModule(nn.Module):
         graph = model.graph
         arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
         arrays |= {n.output[0]: _constant_value(n) for n in graph.node if n.op_type == "Constant"}
-        nodes, turned = turned_matrices(spell_out(graph.node, arrays), arrays)
+        nodes, turned = turned_matrices(with_torch_weights(spell_out(graph.node, arrays), arrays), arrays)
         unknown = sorted({n.op_type for n in nodes} - set(ONNX_OPS) - {"Constant"})
         if unknown:
             raise CaptureError(

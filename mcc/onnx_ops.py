@@ -18,6 +18,7 @@ from torch import Tensor
 from mcc import formats  # noqa: F401 (registers the ops)
 from mcc.errors import CaptureError
 from mcc.onnx_quantizers import CODES
+from mcc.onnx_recurrent import gru, lstm
 
 Attributes = Mapping[str, Any]
 Operator = Callable[..., Any]
@@ -319,6 +320,32 @@ def _axis(attributes: Attributes, codes: Tensor, scale: Tensor) -> int | None:
     return None if scale.dim() == 0 else int(attributes.get("axis", 1)) % codes.dim()
 
 
+def _depth_to_space(attributes: Attributes, x: Tensor) -> Tensor:
+    size = attributes["blocksize"]
+    if attributes.get("mode", b"DCR") == b"CRD":
+        return F.pixel_shuffle(x, size)
+    batch, channels, height, width = x.shape
+    parts = x.reshape(batch, size, size, channels // size**2, height, width)
+    return parts.permute(0, 3, 4, 1, 5, 2).reshape(batch, channels // size**2, height * size, width * size)
+
+
+def _space_to_depth(attributes: Attributes, x: Tensor) -> Tensor:
+    size = attributes["blocksize"]
+    batch, channels, height, width = x.shape
+    parts = x.reshape(batch, channels, height // size, size, width // size, size)
+    return parts.permute(0, 3, 5, 1, 2, 4).reshape(batch, channels * size**2, height // size, width // size)
+
+
+def _mean(attributes: Attributes, *inputs: Tensor) -> Tensor:
+    total: Tensor = _folded(torch.add)(attributes, *inputs)
+    return total / len(inputs)
+
+
+def _scaled_elu(attributes: Attributes, x: Tensor) -> Tensor:
+    scaled: Tensor = attributes.get("gamma", 1.0507) * F.elu(x, attributes.get("alpha", 1.67326))
+    return scaled
+
+
 def _split(attributes: Attributes, x: Tensor, sizes: Any = None) -> Any:
     axis = attributes.get("axis", 0)
     if sizes is not None:
@@ -397,7 +424,19 @@ ONNX_OPS: dict[str, Operator] = {
     "BatchNormalization": lambda a, x, w, b, m, v: F.batch_norm(x, m, v, w, b, False, 0.1, a.get("epsilon", 1e-5)),
     "GroupNormalization": lambda a, x, w, b: F.group_norm(x, a["num_groups"], w, b, a.get("epsilon", 1e-5)),
     "InstanceNormalization": lambda a, x, w, b: F.instance_norm(x, None, None, w, b, True, 0.0, a.get("epsilon", 1e-5)),
-    "QuantizeLinear": _quantize, "DequantizeLinear": _dequantize,
+    "QuantizeLinear": _quantize, "DequantizeLinear": _dequantize, "LSTM": lstm, "GRU": gru,
+    "DepthToSpace": _depth_to_space, "SpaceToDepth": _space_to_depth, "Mean": _mean,
+    "Einsum": lambda a, *inputs: torch.einsum(a["equation"].decode(), *inputs),
+    "ReduceL1": _reduction(lambda x, d, k: x.abs().sum(d, k)),
+    "ReduceSumSquare": _reduction(lambda x, d, k: x.square().sum(d, k)),
+    "ReduceLogSum": _reduction(lambda x, d, k: x.sum(d, k).log()),
+    "Selu": lambda a, x: F.selu(x) if set(a) <= {"outputs"} else _scaled_elu(a, x),
+    "Celu": lambda a, x: F.celu(x, a.get("alpha", 1.0)), "Softsign": lambda a, x: x / (1 + x.abs()),
+    "ThresholdedRelu": lambda a, x: torch.where(x > a.get("alpha", 1.0), x, 0.0),
+    "Xor": lambda a, x, y: torch.ne(x, y), "ArgMin": lambda a, x: torch.argmax(-x, a.get("axis", 0),
+    bool(a.get("keepdims", 1))),
+    "RMSNormalization": lambda a, x, w: F.rms_norm(x, x.shape[a.get("axis", -1) :], w, a.get("epsilon", 1e-5)),
+    "Swish": lambda a, x: F.silu(x) if a.get("alpha", 1.0) == 1 else x * torch.sigmoid(a["alpha"] * x),
 }  # fmt: skip
 
 STATIC_INPUTS: dict[str, tuple[int, ...]] = {

@@ -61,6 +61,16 @@ OPERATORS = {
     "Quantize and dequantize": ([
         N("QuantizeLinear", ["x", "s", "z"], ["q"]), N("DequantizeLinear", ["q", "s", "z"], ["y"]),
     ], {"s": np.array(0.03, np.float32), "z": np.array(100, np.uint8)}),
+    "DepthToSpace": ([N("DepthToSpace", ["x"], ["y"], blocksize=2)], {}),
+    "DepthToSpace by columns": ([N("DepthToSpace", ["x"], ["y"], blocksize=2, mode="CRD")], {}),
+    "SpaceToDepth": ([N("SpaceToDepth", ["x"], ["y"], blocksize=3)], {}),
+    "Einsum": ([N("Einsum", ["x", "w"], ["y"], equation="bchw,wk->bckh")], {"w": f(6, 5)}),
+    "Mean": ([N("Relu", ["x"], ["r"]), N("Mean", ["x", "r", "c"], ["y"])], {"c": f(6)}),
+    "ReduceL1 and ReduceSumSquare": ([N("ReduceL1", ["x", "a"], ["l"]), N("ReduceSumSquare", ["x", "a"], ["s"]), N("Sub", ["l", "s"], ["y"])], {"a": i(1)}),
+    "Selu, Celu, Softsign": ([N("Selu", ["x"], ["a"]), N("Celu", ["a"], ["b"], alpha=0.7), N("Softsign", ["b"], ["y"])], {}),
+    "Selu of its own numbers": ([N("Selu", ["x"], ["y"], alpha=1.5, gamma=2.0)], {}),
+    "ThresholdedRelu": ([N("ThresholdedRelu", ["x"], ["y"], alpha=0.3)], {}),
+    "ArgMin": ([N("ArgMin", ["x"], ["y"], axis=2, keepdims=0)], {}),
     "Tile, Flatten, LeakyRelu": ([N("Tile", ["x", "r"], ["t"]), N("Flatten", ["t"], ["l"]), N("LeakyRelu", ["l"], ["y"], alpha=0.2)], {"r": i(1, 2, 1, 1)}),
 }  # fmt: skip
 
@@ -77,6 +87,44 @@ def test_an_operator_equals_onnx_runtime_at_another_batch(name):
         found = artifact(x)
         assert found.dtype == expected.dtype
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("given", [False, True])
+def test_recurrent_layers_equal_onnx_runtime_for_any_number_of_steps(kind, direction, given):
+    gates, directions, inputs, hidden = {"LSTM": 4, "GRU": 3}[kind], 1 + (direction == "bidirectional"), 5, 7
+    weights = {
+        "w": f(directions, gates * hidden, inputs), "r": f(directions, gates * hidden, hidden) / 3,
+        "b": f(directions, 2 * gates * hidden),
+    }  # fmt: skip
+    names = ["x", "w", "r", *(["b", "", "h", *(["c"] if kind == "LSTM" else [])] if given else [])]
+    weights |= {} if given else {"b": None}
+    states = {n: ("float32", [directions, "batch", hidden]) for n in ("h", "c") if n in names}
+    options = {"linear_before_reset": 1} if kind == "GRU" else {}
+    node = N(kind, names, ["y", "last"], hidden_size=hidden, direction=direction, **options)
+    proto = make_model(
+        [node], {"x": ("float32", ["steps", "batch", inputs])} | states, ["y", "last"],
+        {n: a for n, a in weights.items() if a is not None},
+    )  # fmt: skip
+    artifact = mcc.compile(proto, measure="never", tuning="model")
+    assert {row.op for row in artifact.report.layers} == {"linear", kind.lower()}
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    for steps, batch in ((1, 1), (6, 3)):
+        feeds = {"x": f(steps, batch, inputs)} | {n: f(directions, batch, hidden) for n in states}
+        for found, expected in zip(artifact(**feeds), session.run(None, feeds), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "options", "reason"), [
+    ("GRU", {}, "applies its reset gate before the product"), ("LSTM", {"clip": 3.0}, "has one of clip"),
+    ("LSTM", {"activations": ["Relu", "Tanh", "Tanh"]}, "has other activations"),
+])  # fmt: skip
+def test_recurrent_layers_of_other_forms_are_refused(kind, options, reason):
+    weights = {"w": f(1, 12 if kind == "GRU" else 16, 5), "r": f(1, 12 if kind == "GRU" else 16, 4)}
+    node = N(kind, ["x", "w", "r"], ["y"], hidden_size=4, **options)
+    with pytest.raises(CaptureError, match=reason):
+        import_onnx(make_model([node], {"x": ("float32", ["s", "n", 5])}, ["y"], weights))
 
 
 def test_names_of_inputs_and_dims_are_the_files():
