@@ -87,6 +87,18 @@ def _(x: Tensor, size: list[int], mode: str, align_corners: bool | None) -> Tens
     return x.new_empty([x.shape[0], *size, x.shape[3]])
 
 
+@torch.library.custom_op("mcc::group_norm_nhwc", mutates_args=())
+def group_norm_nhwc(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """group_norm of x [n, h, w, c]; with as many groups as channels, instance_norm."""
+    return _last(torch.nn.functional.group_norm(x.permute(TO_FIRST), groups, weight, bias, eps))
+
+
+@group_norm_nhwc.register_fake
+def _(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    del groups, weight, bias, eps
+    return x.new_empty(x.shape)
+
+
 def _heads_first(x: Tensor, tokens_first: bool) -> Tensor:  # noqa: FBT001
     return x.transpose(1, 2) if tokens_first else x
 

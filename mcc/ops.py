@@ -207,6 +207,7 @@ _TABLE = (
     Op("mcc.conv2d_nhwc", "weights", weights=(1, 2), macs=_conv_macs),
     Op("mcc.attention", "contraction", macs=_tokens_attention_macs),
     *_rows("window", "mcc.max_pool2d_nhwc mcc.avg_pool2d_nhwc mcc.upsample_nhwc"),
+    Op("mcc.group_norm_nhwc", "norm", weights=(2, 3)),
     *_rows(
         "compression",
         "mcc.fake_quantize mcc.fake_quantize_per_token mcc.quantize mcc.dequantize mcc.decode_sparse mcc.decode_n_of_m "

@@ -279,6 +279,17 @@ def _batch_norm(turner: Turner, node: Node) -> tuple[Any, Arguments]:
     return OPS["add.Tensor"].target, (scaled, read[1])
 
 
+def _group_norm(turner: Turner, node: Node) -> tuple[Any, Arguments]:
+    args = [turner.last(node, node.fx.args[0]), node.argument(1), node.argument(2), node.argument(3)]
+    return layouts.group_norm_nhwc._opoverload, (*args, float(node.argument(4, 1e-5)))
+
+
+def _instance_norm(turner: Turner, node: Node) -> tuple[Any, Arguments]:
+    source, channels = turner.last(node, node.fx.args[0]), int(node.shape[1])
+    eps = float(node.argument(7, 1e-5))
+    return layouts.group_norm_nhwc._opoverload, (source, channels, node.argument(1), node.argument(2), eps)
+
+
 def _pad(turner: Turner, node: Node) -> tuple[Any, Arguments]:
     """Padding is given from the last dim on."""
     pairs = [list(node.fx.args[1][i : i + 2]) for i in range(0, len(node.fx.args[1]), 2)]  # type: ignore[index,arg-type]
@@ -347,6 +358,13 @@ def _batch_norm_fits(node: Node) -> bool:
     )
 
 
+def _group_norm_fits(node: Node) -> bool:
+    affine = (node.operand(i) for i in ((1, 2) if node.op is OPS["instance_norm"] else (2, 3)))
+    by_image = node.op is not OPS["instance_norm"] or bool(node.argument(5))
+    plain = all(p is None or (p.is_parameter and p.dtype is torch.float32) for p in affine)
+    return by_image and plain and _fixed(node, (1,)) and node.dtype is torch.float32
+
+
 def _factors_are_whole(node: Node) -> bool:
     factors = node.argument(3 if node.op is OPS["upsample_bilinear2d.vec"] else 2)
     whole = factors is None or all(float(f).is_integer() for f in factors)
@@ -381,6 +399,7 @@ _CONDITIONS: dict[ops.Op | None, Callable[[Node], bool]] = {
     ops.CONV2D: _convolution_fits, ops.CONV_TRANSPOSE2D: transposed_fits,
     OPS["max_pool2d"]: _pool_fits, OPS["avg_pool2d"]: _avg_pool_fits,
     OPS["adaptive_avg_pool2d"]: lambda n: all(s == 1 for s in n.shape[2:]), ops.BATCH_NORM: _batch_norm_fits,
+    OPS["group_norm"]: _group_norm_fits, OPS["instance_norm"]: _group_norm_fits,
     OPS["upsample_nearest2d.vec"]: _factors_are_whole, OPS["upsample_bilinear2d.vec"]: _factors_are_whole,
     ops.QUANTIZE: _one_scale, ops.DEQUANTIZE: _one_scale,
     **{OPS[name]: _order_kept for name in ("mean.dim", "sum.dim_IntList", "amax", "amin")},
@@ -395,7 +414,8 @@ FORMS: dict[str, Form] = {
     "slice.Tensor": _with_dim(1), "softmax.int": _with_dim(1), "getitem": _getitem, "permute": _permute,
     "mean.dim": _with_dim(1), "sum.dim_IntList": _with_dim(1), "amax": _with_dim(1), "amin": _with_dim(1),
     "conv2d": _convolution, "max_pool2d": _max_pool, "avg_pool2d": _avg_pool, "adaptive_avg_pool2d": _global_pool,
-    "conv_transpose2d.input": transposed, "batch_norm": _batch_norm, "pad": _pad, "constant_pad_nd": _pad,
+    "conv_transpose2d.input": transposed, "batch_norm": _batch_norm,
+    "group_norm": _group_norm, "instance_norm": _instance_norm, "pad": _pad, "constant_pad_nd": _pad,
     "upsample_nearest2d.vec": _upsample("nearest"), "upsample_bilinear2d.vec": _upsample("bilinear"),
 }  # fmt: skip
 """By op: its form with channels last."""

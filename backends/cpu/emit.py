@@ -29,7 +29,7 @@ from mcc.backends.cpu.unweighted import (
     Unweighted,
     decodes_before_attention,
     enlarged_before_cats,
-    norms_before_quantizers,
+    norms,
     turned_before_products,
 )
 from mcc.backends.relax import RULES
@@ -131,11 +131,12 @@ class _Writer:
         self.returned: set[fx.Node] = set()
         self.absorbed = self._absorbed()
         self.lookups = lookups(lowering)
-        taken_in = norms_before_quantizers(self.graph, lowering.target) | enlarged_before_cats(self.graph)
+        self.norms = norms(self.graph, lowering.target)
+        taken_in = {n for norm in self.norms.values() for n in norm.inner} | enlarged_before_cats(self.graph)
         taken_in |= decodes_before_attention(self.graph, lowering.target) | turned_before_products(self.graph)
         self.merged = taken_in - set(lowering.choices)
         self.unweighted = Unweighted(
-            lowering.target, self._value, self.merged, lambda node: self.sizes.shape(node.value)
+            lowering.target, self._value, self.norms, self.merged, lambda node: self.sizes.shape(node.value)
         )
         self.live = self._live()
 

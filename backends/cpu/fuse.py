@@ -49,11 +49,13 @@ def _following(region: Region, taken: set[fx.Node]) -> tuple[Node, EpilogueStep]
 
 
 def _step(node: Node, region: Region) -> EpilogueStep | None:
-    source = region.output
     if node.op is ops.ADD:
         return _addition(node, region)
-    if node.operand(0) != source:
-        return None
+    return own_step(node) if node.operand(0) == region.output else None
+
+
+def own_step(node: Node) -> EpilogueStep | None:
+    """What a node does to its first operand as an epilogue step that reads nothing else, or None."""
     if node.op is ops.RELU:
         return Relu()
     if node.op is ops.RELU6:

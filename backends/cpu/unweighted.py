@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tvm import relax
 
 from mcc import ops
-from mcc.backends.cpu.fuse import requantize_step
+from mcc.backends.cpu.epilogue import output_dtype
+from mcc.backends.cpu.fuse import own_step, requantize_step
 from mcc.backends.cpu.kernels.attention import TokenCodes, attention_function, attention_shape
 from mcc.backends.cpu.kernels.attention_step import attention_step_function
 from mcc.backends.cpu.kernels.concatenate import SHORTEST_RUN, Part, concatenate_function, run_of
+from mcc.backends.cpu.kernels.group_norm import GroupNormShape, group_norm_function
 from mcc.backends.cpu.kernels.matmul import matmul_function, matmul_shape
 from mcc.backends.cpu.kernels.norm import NormShape, norm_function
 from mcc.backends.cpu.kernels.quantize import quantize_function
@@ -18,6 +21,7 @@ from mcc.backends.cpu.kernels.recurrent import NARROWEST, RecurrentShape, recurr
 from mcc.backends.cpu.kernels.softmax import SoftmaxShape, softmax_function
 from mcc.backends.cpu.permutes import order_of
 from mcc.backends.cpu.tokens import reads_codes
+from mcc.backends.kernel import Requantize
 from mcc.backends.relax.emitter import known_dims, rank, static
 from mcc.errors import BackendError
 from mcc.graph import Node
@@ -25,31 +29,55 @@ from mcc.ops import OPS
 from mcc.text import located_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import fx
 
-    from mcc.backends.kernel import Requantize
+    from mcc.backends.kernel import EpilogueStep
     from mcc.backends.relax.emitter import Emitter
     from mcc.graph import Graph
     from mcc.target import Target
 
 RECURRENT = (OPS["mcc.lstm"], OPS["mcc.gru"])
 NORMS = (OPS["layer_norm"], OPS["rms_norm"])
+GROUP_NORM = OPS["mcc.group_norm_nhwc"]
 SOFTMAXES = (OPS["softmax.int"], OPS["log_softmax.int"])
 MATMULS = (OPS["matmul"], OPS["bmm"])
 FEWEST_ROWS = 4  # of a product, for which a copy of its right matrix pays
 
 
-def norms_before_quantizers(graph: Graph, target: Target) -> set[fx.Node]:
-    """Norms that the quantizer behind them takes in: nothing else reads their floats."""
-    found = set()
+@dataclass(frozen=True)
+class Norm:
+    """A norm with what its kernel does besides: activations and a quantizer, where nothing else reads what is between.
+
+    Attributes:
+        node: the norm.
+        steps: in order.
+        inner: the nodes whose values are not computed by themselves.
+    """
+
+    node: Node
+    steps: tuple[EpilogueStep, ...]
+    inner: tuple[fx.Node, ...]
+
+
+def norms(graph: Graph, target: Target) -> dict[fx.Node, Norm]:
+    """The norms that have kernels, by the node whose value a kernel gives."""
+    found = {}
     for node in graph.nodes:
-        source = node.operand(0) if node.op is ops.QUANTIZE else None
-        if source is None or requantize_step(node) is None or not takes_norm(source, target):
+        if not (takes_norm(node, target) or takes_group_norm(node, target)):
             continue
-        if len(source.fx.users) == 1:
-            found.add(source.fx)
+        last, inner = node, []
+        steps: list[EpilogueStep] = []
+        while not (steps and isinstance(steps[-1], Requantize)):
+            users = last.users
+            step = own_step(users[0]) if len(last.fx.users) == len(users) == 1 and users[0].operand(0) == last else None
+            if step is None:
+                break
+            steps.append(step)
+            inner.append(last.fx)
+            last = users[0]
+        found[last.fx] = Norm(node, tuple(steps), tuple(inner))
     return found
 
 
@@ -153,21 +181,29 @@ def takes_norm(node: Node, target: Target) -> bool:
     return plain and isinstance(width, int) and width >= target.vector_lanes
 
 
+def takes_group_norm(node: Node, target: Target) -> bool:
+    """Whether the kernel of group norms takes this node: images with channels last, a vector of channels and more."""
+    return node.op is GROUP_NORM and int(node.shape[3]) >= target.vector_lanes
+
+
 class Unweighted:
     """Emits these calls.
 
     Args:
         target: of the kernels.
         value: the relax value of a node.
-        merged: norms that a quantizer takes in, images that a concatenation enlarges, keys and values that attention
-            decodes.
+        norms: see `norms`.
+        merged: what else kernels take in: images that a concatenation enlarges, keys and values that attention decodes,
+            transposed matrices.
         sizes: the dims of a node as relax has them.
     """
 
     def __init__(
-        self, target: Target, value: Callable[[fx.Node], Any], merged: set[fx.Node], sizes: Callable[[Node], list[Any]]
-    ) -> None:
+        self, target: Target, value: Callable[[fx.Node], Any], norms: Mapping[fx.Node, Norm], merged: set[fx.Node],
+        sizes: Callable[[Node], list[Any]],
+    ) -> None:  # fmt: skip
         self.target = target
+        self._norms = norms
         self._sizes = sizes
         self._value = value
         self._merged = merged
@@ -180,17 +216,15 @@ class Unweighted:
             return self._cat(emitter, node)
         if node.op in RECURRENT:
             return self._recurrent(emitter, node)
+        if (norm := self._norms.get(node.fx)) is not None:
+            return self._group_norm(emitter, norm) if norm.node.op is GROUP_NORM else self._norm(emitter, norm)
         if node.op in SOFTMAXES and takes_softmax(node, self.target):
             return self._softmax(emitter, node)
         if takes_matmul(node):
             return self._matmul(emitter, node)
-        if node.op in NORMS and takes_norm(node, self.target):
-            return self._norm(emitter, node, None)
         if node.op is ops.QUANTIZE and (step := requantize_step(node)) is not None:
             source = node.operand(0)
             assert source is not None
-            if source.fx in self._merged:
-                return self._norm(emitter, source, step)
             return self._quantize(emitter, source, step)
         return None
 
@@ -294,19 +328,31 @@ class Unweighted:
         forms = [[*list(read[0].ty.shape)[:2], hidden], *(list(x.ty.shape) for x in read[1 : 1 + states])]
         return emitter(relax.call_tir(function, read, [relax.TensorType(form, "float32") for form in forms]))
 
-    def _norm(self, emitter: Emitter, node: Node, step: Requantize | None) -> Any:
+    def _norm(self, emitter: Emitter, norm: Norm) -> Any:
+        node = norm.node
         centered = node.op is OPS["layer_norm"]
         affine = [node.operand(i) for i in ((2, 3) if centered else (2,))]
         source = self._value(node.fx.all_input_nodes[0])
         eps = node.argument(4, 1e-5) if centered else node.argument(3)
         shape = NormShape(
             known_dims(source), float(_FLOAT32_EPS if eps is None else eps), centered, affine[0] is not None,
-            len(affine) > 1 and affine[1] is not None, () if step is None else (step,),
+            len(affine) > 1 and affine[1] is not None, norm.steps,
         )  # fmt: skip
         function = emitter.builder.add_func(norm_function(shape, self.target), "norm")
         operands = [source, *(self._value(p.fx) for p in affine if p is not None)]
-        kind = "float32" if step is None else "uint8"
-        return emitter(relax.call_tir(function, operands, relax.TensorType(list(source.ty.shape), kind)))
+        output = relax.TensorType(list(source.ty.shape), output_dtype(norm.steps))
+        return emitter(relax.call_tir(function, operands, output))
+
+    def _group_norm(self, emitter: Emitter, norm: Norm) -> Any:
+        node = norm.node
+        affine = [node.operand(i) for i in (2, 3)]
+        source = self._value(node.fx.all_input_nodes[0])
+        weight, bias = (p is not None for p in affine)
+        shape = GroupNormShape(known_dims(source), node.argument(1), node.argument(4), weight, bias, norm.steps)
+        function = emitter.builder.add_func(group_norm_function(shape, self.target), "group_norm")
+        operands = [source, *(self._value(p.fx) for p in affine if p is not None)]
+        output = relax.TensorType(list(source.ty.shape), output_dtype(norm.steps))
+        return emitter(relax.call_tir(function, operands, output))
 
     def _quantize(self, emitter: Emitter, node: Node, step: Requantize) -> Any:
         source = self._value(node.fx)

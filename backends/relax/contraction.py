@@ -248,6 +248,17 @@ def group_norm(
     return y if bias is None else e(R.add(y, _per_channel(e, bias, x)))
 
 
+def group_norm_nhwc(
+    e: Emitter, x: Expression, groups: int, weight: Expression | None, bias: Expression | None, eps: float
+) -> Expression:
+    """The same with channels last."""
+    dims = shape(x)
+    y = e(R.reshape(x, [*dims[:-1], groups, dims[-1] // groups]))
+    y = e(R.reshape(_normalize(e, y, [1, 2, 4], eps), dims))
+    y = y if weight is None else e(R.multiply(y, weight))
+    return y if bias is None else e(R.add(y, bias))
+
+
 def _instance_norm(
     e: Emitter, x: Expression, weight: Expression | None = None, bias: Expression | None = None, mean: Any = None,
     variance: Any = None, use_input_stats: bool = True, momentum: object = None, eps: float = 1e-5,
@@ -351,6 +362,7 @@ RULES: dict[str, Rule] = {
     "scaled_dot_product_attention": attention,
     "mcc.conv2d_nhwc": conv2d_nhwc,
     "batch_norm": batch_norm, "layer_norm": layer_norm, "group_norm": group_norm, "instance_norm": _instance_norm,
+    "mcc.group_norm_nhwc": group_norm_nhwc,
     "rms_norm": rms_norm, "linalg_vector_norm": vector_norm, "_weight_norm": _weight_norm,
     "mean.dim": mean, "mean": lambda e, x, dtype=None: mean(e, x, None, False, dtype),
     "sum.dim_IntList": total, "sum": lambda e, x, dtype=None: total(e, x, None, False, dtype),

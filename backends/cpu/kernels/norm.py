@@ -14,7 +14,7 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
-from mcc.backends.cpu.epilogue import emit_epilogue
+from mcc.backends.cpu.epilogue import emit_epilogue, output_dtype
 from mcc.backends.cpu.kernels.tiles import leading_dims, shared_rows
 from mcc.backends.cpu.microkernel import (
     Expression,
@@ -45,7 +45,7 @@ class NormShape:
         eps: added to the variance, or to the mean of squares.
         centered: whether the mean is taken off: layer norm; else RMS norm.
         weight, bias: whether there are such vectors of the last dim.
-        epilogue: what follows: nothing, or a Requantize.
+        epilogue: what follows: activations, then a Requantize or none.
     """
 
     dims: tuple[Any, ...]
@@ -64,7 +64,7 @@ def norm_function(shape: NormShape, target: Target) -> tirx.PrimFunc:
         Parameter("X", body.dims, "float32"),
         *([Parameter("W", width, "float32")] if shape.weight else []),
         *([Parameter("B", width, "float32")] if shape.bias else []),
-        Parameter("Y", body.dims, "uint8" if shape.epilogue else "float32"),
+        Parameter("Y", body.dims, output_dtype(shape.epilogue)),
     ]
     return kernel_function("norm", parameters, body.emit).without_attr("global_symbol")
 
