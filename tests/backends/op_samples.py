@@ -158,6 +158,10 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
         S(lambda n: (f(n, 4, 5, 3), [7, 11], "bilinear", False)),
         S(lambda n: (f(n, 4, 5, 3), [7, 11], "bilinear", True)),
     ),
+    "mcc.group_norm_nhwc": (
+        S(lambda n: (f(n, 4, 5, 12), 3, f(12), f(12), 1e-5)),
+        S(lambda n: (f(n, 4, 5, 32), 32, None, None, 1e-3)),
+    ),
     "conv3d": (S(lambda n: (f(n, 4, 5, 6, 7), f(6, 2, 3, 3, 3), f(6), [1, 1, 1], [1, 1, 1], [1, 1, 1], 2)),),
     "conv_transpose2d.input": (
         S(lambda n: (f(n, 4, 5, 6), f(4, 3, 3, 3), f(3), [2, 2], [1, 1], [1, 1])),
