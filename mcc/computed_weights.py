@@ -9,10 +9,10 @@ from torch import fx
 from mcc import ops
 from mcc.constants import stored_value
 from mcc.cost import LARGEST_GROWTH, weight_expression
-from mcc.graph import Node
+from mcc.products import products_as_layers
 
 if TYPE_CHECKING:
-    from mcc.graph import Graph
+    from mcc.graph import Graph, Node
 
 WIDENED = 4  # times: bytes as float32
 
@@ -20,7 +20,7 @@ WIDENED = 4  # times: bytes as float32
 def store_computed_weights(graph: Graph) -> Graph:
     """Store them as they are: passes compress what is stored, and kernels read it.
 
-    A product with a stored matrix becomes a linear layer first: x @ w is linear(x, w.T).
+    A product with a stored matrix becomes a linear layer first.
 
     Masks, quantizers and decodes over a weight stay, and so do products of much smaller tensors. What a weight was
     computed from trains no more, it does.
@@ -28,7 +28,7 @@ def store_computed_weights(graph: Graph) -> Graph:
     Args:
         graph: edited in place.
     """
-    edited = [_as_layer(graph, node) for node in graph.nodes if node.op in _PRODUCTS]
+    edited = products_as_layers(graph)
     made: dict[str, str] = {}
     for layer in [node for node in graph.nodes if node.op in ops.LAYERS]:
         assert layer.op is not None
@@ -40,37 +40,7 @@ def store_computed_weights(graph: Graph) -> Graph:
             if name is not None:
                 made[spelled] = name
                 layer.fx.replace_input_with(top.fx, graph.read(name, layer).fx)
-    return graph.clean().repropagate() if made or any(edited) else graph
-
-
-_PRODUCTS = (ops.OPS["matmul"], ops.OPS["addmm"])
-
-
-def _as_layer(graph: Graph, node: Node) -> bool:
-    """Make a linear layer of rows times a stored float matrix, with a stored vector added or none; whether it was."""
-    added = node.op is ops.OPS["addmm"]
-    rows, matrix = (node.operand(i + added) for i in (0, 1))
-    bias = node.operand(0) if added else None
-    if rows is None or matrix is None or len(matrix.shape) != 2 or len(rows.shape) < 2 or any(node.fx.kwargs.values()):
-        return False
-    if not matrix.value.is_floating_point() or not all(isinstance(s, int) for s in matrix.shape):
-        return False
-    if bias is not None and (not bias.is_parameter or tuple(bias.shape) != (matrix.shape[1],)):
-        return False
-    if stored_value(graph, matrix) is None:
-        return False
-    before = matrix.operand(0) if matrix.op in _TURNS else None
-    turned = before if before is not None and len(before.shape) == 2 else None
-    if turned is None:
-        turned = Node(graph.call(node, ops.OPS["t"].target, matrix.fx), graph)
-        turned.fx.meta["val"] = matrix.value.t()
-    made = graph.call(node, ops.LINEAR.target, rows.fx, turned.fx, None if bias is None else bias.fx)
-    made.meta["val"] = node.value
-    Node(made, graph).take_place_of(node)
-    return True
-
-
-_TURNS = (ops.OPS["t"], ops.OPS["permute"], ops.OPS["transpose.int"])
+    return graph.clean().repropagate() if made or edited else graph
 
 
 def _spelled(node: fx.Node) -> str:

@@ -28,6 +28,15 @@ def has_symbols(call: fx.Node) -> bool:
     return any(isinstance(leaf, torch.SymInt) for leaf in pytree.tree_leaves((call.args, call.kwargs)))
 
 
+def varying(graph: Graph) -> set[fx.Node]:
+    """The nodes that depend on an input; others are computed from stored tensors alone."""
+    found: set[fx.Node] = set()
+    for node in graph.module.graph.nodes:
+        if node.op == "placeholder" or any(i in found for i in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def stored_value(graph: Graph, node: Node) -> Tensor | None:
     """The value of a node, or None where it depends on an input or on a size that varies."""
     values: dict[fx.Node, Any] = {}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mcc import ops
+from mcc.constants import stored_value, varying
 from mcc.formats import dequantize
 from mcc.graph import Node, identifier, module_path
 from mcc.ops import OPS
+from mcc.products import products_as_layers, turned
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,26 +46,35 @@ def recognize_quantizers(graph: Graph) -> None:
     for node in graph.nodes:
         if (spell := _SPELLINGS.get(str(node.fx.target))) is not None:
             spell(node)
-    found = [_recognized_activation(n) if n.op is ops.QUANTIZE else _recognized_weight(n) for n in graph.nodes]
-    if any(found):
-        graph.clean().repropagate()
+    if not any(is_foreign(node) for node in graph.nodes):
+        return
+    products_as_layers(graph)
+    inputs = varying(graph)
+    for node in graph.nodes:
+        if node.op is ops.QUANTIZE and node.fx in inputs:
+            _recognize_activation(node)
+    for node in graph.nodes:
+        if node.op is ops.DEQUANTIZE and node.fx not in inputs:
+            _recognize_weights(node)
+    graph.clean().repropagate()
 
 
 def _spell_quantize(node: Node) -> None:
-    x, scale, zero_point, *rest = node.fx.args
-    axis = rest.pop(0) if "per_channel" in str(node.fx.target) else None
-    low, high, dtype = rest[:3]
-    parameters = _stored_parameters(node, scale, zero_point)
+    by_channel = "per_channel" in str(node.fx.target)
+    low, high, dtype = (node.argument(i + by_channel) for i in (3, 4, 5))
+    parameters = _stored_parameters(node)
     if parameters is not None:
-        _call(node, ops.QUANTIZE, x, *parameters, axis, low, high, dtype).take_place_of(node)
+        _call(node, ops.QUANTIZE, node.operand(0), *parameters, _axis(node), low, high, dtype).take_place_of(node)
 
 
 def _spell_dequantize(node: Node) -> None:
-    codes, scale, zero_point, *rest = node.fx.args
-    axis = rest[0] if "per_channel" in str(node.fx.target) else None
-    parameters = _stored_parameters(node, scale, zero_point)
+    parameters = _stored_parameters(node)
     if parameters is not None and node.dtype is torch.float32:
-        _call(node, ops.DEQUANTIZE, codes, *parameters, axis).take_place_of(node)
+        _call(node, ops.DEQUANTIZE, node.operand(0), *parameters, _axis(node)).take_place_of(node)
+
+
+def _axis(node: Node) -> int | None:
+    return int(node.argument(3)) % len(node.shape) if "per_channel" in str(node.fx.target) else None
 
 
 _LIBRARY = "quantized_decomposed"
@@ -73,12 +85,13 @@ _SPELLINGS: dict[str, Callable[[Node], None]] = {
 }
 
 
-def _stored_parameters(node: Node, scale: object, zero_point: object) -> tuple[Node, Node] | None:
+def _stored_parameters(node: Node) -> tuple[Node, Node] | None:
     """Nodes that read a scale, float32, and a zero point, int32, given as numbers or as stored tensors."""
-    source, read = node.operand(0), []
+    source = node.operand(0)
+    read: list[Node] = []
     assert source is not None
-    for part, given, dtype in (("scale", scale, torch.float32), ("zero_point", zero_point, torch.int32)):
-        stored = node.operand(1 if part == "scale" else 2)
+    for place, part, dtype in ((1, "scale", torch.float32), (2, "zero_point", torch.int32)):
+        given, stored = node.argument(place), node.operand(place)
         if stored is not None and not stored.is_parameter:
             return None
         if stored is not None and stored.dtype is dtype:
@@ -105,14 +118,14 @@ def _store(before: Node, name: str, tensor: Tensor) -> Node:
     return before.graph.read(name, before)
 
 
-def _recognized_activation(node: Node) -> bool:
-    """Replace a quantize, and each dequantize of its codes with the same scale; whether that was done."""
+def _recognize_activation(node: Node) -> None:
+    """Replace a quantize, and each dequantize of its codes with the same scale."""
     ends: list[Node] = []
-    if not (_fixed(node) and _ends(node, node, ends) and ends):
-        return False
     x, scale, zero_point = (node.operand(i) for i in range(3))
     assert x is not None
     assert zero_point is not None
+    if not (_fixed(node) and _ends(node, node, ends) and ends):
+        return
     axis, low, high = (node.argument(i) for i in range(3, 6))
     if axis is None and low < 0 and high - low < 1 << UNSIGNED:
         zero_point = _store(node, f"{zero_point.fx.target}_unsigned", zero_point.tensor + (1 << (UNSIGNED - 1)))
@@ -125,7 +138,6 @@ def _recognized_activation(node: Node) -> bool:
     node.fx.replace_all_uses_with(made.fx)
     for end in ends:
         end.fx.replace_all_uses_with(end.fx.all_input_nodes[0])
-    return True
 
 
 def _has_values_of(x: Node, scale: Node | None, zero_point: Node, codes: tuple[int | None, int, int]) -> bool:
@@ -162,44 +174,68 @@ def _equal(a: Node | None, b: Node | None) -> bool:
     return a.fx.target == b.fx.target or torch.equal(a.tensor, b.tensor)
 
 
-def _recognized_weight(node: Node) -> bool:
-    """Let those that read stored codes' values read a weight of them, under a quantizer where they are layers."""
-    codes = node.operand(0) if node.op is ops.DEQUANTIZE else None
-    if codes is None or not codes.is_parameter or not _fixed(node):
-        return False
-    scale, zero_point = node.operand(1), node.operand(2)
-    assert scale is not None
-    assert zero_point is not None
-    graph, axis = node.graph, node.argument(3)
+def _recognize_weights(node: Node) -> None:
+    """Let those that read stored codes' values read a weight of them, under a quantizer where they are layers.
+
+    What reads their transpose does so too, with a weight that is transposed.
+    """
+    parts = (stored_value(node.graph, part) for part in map(node.operand, range(3)) if part is not None)
+    codes, scale, zero_point = (part for part in parts if part is not None)
+    axis = node.argument(3)
+    for reader in node.users:
+        if turned(reader) == node and scale.dim() < 2:
+            stored = _Codes(codes.t().contiguous(), scale, zero_point, None if axis is None else 1 - axis)
+            _read_weight(reader, stored, _name(node))
+    if node.users:
+        _read_weight(node, _Codes(codes, scale, zero_point, axis), _name(node))
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """What a dequantize reads."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    axis: int | None
+
+
+def _read_weight(node: Node, stored: _Codes, name: str) -> None:
+    """Put a stored weight, and a quantizer over it where a layer reads it, in the place of what gave its values."""
+    graph = node.graph
     layer = next((u for u in node.users if u.op in (*ops.LAYERS, ops.EMBEDDING) and u.weight_operand == node), None)
-    name = _weight_name(codes, layer)
-    if any(n.is_parameter and n.fx.target == name for n in graph.nodes):
+    if not name:  # a frozen constant has its layer's
+        name = "constant" if layer is None else f"{module_path(layer.fx) or layer.name}.weight"
+    if any(n.op == "get_attr" and n.target == name for n in graph.module.graph.nodes if n.users):
         name = graph.free_name(name)
     elif graph.free_name(name) != name:
         graph.remove_tensor(name)  # the original, or packed codes
-    values: Tensor = dequantize(codes.tensor, scale.tensor, zero_point.tensor, axis)
+    values: Tensor = dequantize(stored.codes, stored.scale, stored.zero_point, stored.axis)
     graph.add_parameter(name, values)
-    made = graph.read(name, node)
-    limits = _limits(codes.tensor)
+    made, limits = graph.read(name, node), _limits(stored.codes)
     if layer is not None and limits is not None:
         shift, low, high = limits
-        steps, zeros = scale.tensor, zero_point.tensor - shift
+        # blocks of zeros have a scale of zero
+        steps, zeros = torch.where(stored.scale == 0, 1.0, stored.scale), stored.zero_point - shift
+        axis = stored.axis
         if axis is None:  # kernels read a scale for each output
             axis = 1 if layer.op is ops.CONV_TRANSPOSE2D else 0
             steps, zeros = (t.expand(values.shape[axis]).contiguous() for t in (steps, zeros))
-        stored = _store(node, f"{name}_scale", steps), _store(node, f"{name}_zero_point", zeros)
-        made = _call(node, ops.FAKE_QUANTIZE, made, *stored, axis, low, high)
+        read = _store(node, f"{name}_scale", steps), _store(node, f"{name}_zero_point", zeros)
+        made = _call(node, ops.FAKE_QUANTIZE, made, *read, axis, low, high)
     made.take_place_of(node)
     if made.op is ops.FAKE_QUANTIZE:
         made.rename(f"{identifier(name)}_quantized")
-    return True
 
 
-def _weight_name(codes: Node, layer: Node | None) -> str:
-    """The name of a float weight: that of its codes without what a tool appends; of a frozen constant its layer's."""
-    name = str(codes.fx.target)
-    if name.rpartition(".")[2].startswith("_frozen_param") and layer is not None:
-        return f"{module_path(layer.fx) or layer.name}.weight"
+def _name(node: Node) -> str:
+    """The name of a float weight: that of its codes without what a tool appends; empty for a frozen constant."""
+    source = node.operand(0)
+    while source is not None and not source.is_parameter:
+        source = source.operand(0)
+    name = "constant" if source is None else str(source.fx.target)
+    if name.rpartition(".")[2].startswith("_frozen_param"):
+        return ""
     stem = next((name.removesuffix(s) for s in _SUFFIXES if name.endswith(s)), name)
     return stem if stem != name else f"{name}_values"
 

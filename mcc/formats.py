@@ -49,7 +49,7 @@ def quantize(  # noqa: PLR0913 (an op's schema)
         axis: the dim of x that scale runs along, or None for one scale.
         low: the smallest code.
         high: the largest code.
-        dtype: of the codes: torch.uint8 or torch.int8.
+        dtype: of the codes: torch.uint8, torch.int8 or torch.int16.
     """
     codes = nearest(x / along_axis(scale, x, axis), along_axis(zero_point, x, axis))
     return torch.clamp(codes, low, high).to(dtype)

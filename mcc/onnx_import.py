@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +11,10 @@ from torch import Tensor, nn
 
 from mcc.errors import CaptureError
 from mcc.onnx_ops import BUFFER_INPUTS, ONNX_OPS, STATIC_INPUTS, Sizes, as_tensor
-from mcc.onnx_quantizers import as_bytes, right_of_product, spell_out, turned_matrices
+from mcc.onnx_quantizers import as_bytes, spell_out
 from mcc.onnx_recurrent import with_torch_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from numpy.typing import NDArray
     from onnx import ModelProto, NodeProto
 
@@ -83,7 +80,7 @@ class OnnxModule(nn.Module):
         graph = model.graph
         arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
         arrays |= {n.output[0]: _constant_value(n) for n in graph.node if n.op_type == "Constant"}
-        nodes, turned = turned_matrices(with_torch_weights(spell_out(graph.node, arrays), arrays), arrays)
+        nodes = with_torch_weights(spell_out(graph.node, arrays), arrays)
         unknown = sorted({n.op_type for n in nodes} - set(ONNX_OPS) - {"Constant"})
         if unknown:
             raise CaptureError(
@@ -91,8 +88,7 @@ class OnnxModule(nn.Module):
                 remedy="export the model without them, or give mcc the PyTorch module",
             )
         self.fixed: dict[str, str | Sizes] = {}
-        self._matrices = self._stored_matrices(nodes, arrays) | turned
-        nodes = _with_biases(nodes, arrays, self._matrices)
+        self._matrices = self._stored_matrices(nodes, arrays) - {o.name for o in graph.output}
         static, buffers = (
             {n.input[k] for n in nodes for k in table.get(n.op_type, ()) if k < len(n.input)}
             for table in (STATIC_INPUTS, BUFFER_INPUTS)
@@ -109,12 +105,9 @@ class OnnxModule(nn.Module):
         self._outputs = [o.name for o in graph.output]
 
     def _stored_matrices(self, nodes: Any, arrays: dict[str, NDArray[Any]]) -> set[str]:
-        """Stored matrices that only ever stand on the right of a MatMul or Gemm: kept transposed."""
-        places = [(name, right_of_product(n, i)) for n in nodes for i, name in enumerate(n.input) if name in arrays]
-        right, other = (
-            {name for name, is_right in places if is_right},
-            {name for name, is_right in places if not is_right},
-        )
+        """Stored matrices that only ever stand on the right of a MatMul: kept transposed."""
+        right = {n.input[1] for n in nodes if n.op_type == "MatMul" and n.input[1] in arrays}
+        other = {name for n in nodes for i, name in enumerate(n.input) if not (n.op_type == "MatMul" and i == 1)}
         return {name for name in right - other if arrays[name].ndim == 2 and arrays[name].dtype == np.float32}
 
     def _store(self, key: str, array: NDArray[Any], *, static: bool, buffer: bool) -> None:
@@ -144,42 +137,13 @@ class OnnxModule(nn.Module):
         for kind, operands, results, attributes in self._steps:
             arguments = [values[name] for name in operands]
             if kind == "MatMul" and operands[1] in self._matrices:
-                made = nn.functional.linear(as_tensor(arguments[0]), *arguments[1:])
-            elif kind == "Gemm" and operands[1] in self._matrices:
-                made = ONNX_OPS[kind](attributes | {"transB": 1}, *arguments)
+                made = nn.functional.linear(as_tensor(arguments[0]), arguments[1])
             else:
                 made = ONNX_OPS[kind](attributes, *arguments)
             many = isinstance(made, tuple | list) and not isinstance(made, Sizes)
             values.update(zip(results, made if many else [made], strict=False))
         outputs = tuple(as_tensor(values[name]) for name in self._outputs)
         return outputs[0] if len(outputs) == 1 else outputs
-
-
-def _with_biases(nodes: list[NodeProto], arrays: Mapping[str, NDArray[Any]], matrices: set[str]) -> list[NodeProto]:
-    """The nodes, a MatMul with a stored matrix and the stored vector that is added to it as one with three inputs."""
-    from onnx import helper
-
-    reads = Counter(name for n in nodes for name in n.input)
-    products = {n.output[0]: n for n in nodes if n.op_type == "MatMul" and n.input[1] in matrices}
-    found: list[NodeProto] = []
-    merged: set[str] = set()
-    for node in nodes:
-        added = set(node.input) if node.op_type == "Add" else set()
-        product = next((products[name] for name in added if name in products and reads[name] == 1), None)
-        bias = next((name for name in added if name in arrays and arrays[name].ndim == 1), None)
-        if product is None or bias is None or arrays[bias].shape != (_outputs_of(product.input[1], nodes, arrays),):
-            found.append(node)
-            continue
-        merged.add(product.output[0])
-        found.append(helper.make_node("MatMul", [*product.input, bias], [node.output[0]]))
-    return [n for n in found if n.output[0] not in merged]
-
-
-def _outputs_of(matrix: str, nodes: list[NodeProto], arrays: Mapping[str, NDArray[Any]]) -> int:
-    """Columns of a stored matrix, or rows of the turned codes that it is dequantized from."""
-    if matrix in arrays:
-        return int(arrays[matrix].shape[1])
-    return int(arrays[next(n.input[0] for n in nodes if n.output[0] == matrix)].shape[0])
 
 
 def _attributes(node: NodeProto) -> dict[str, Any]:

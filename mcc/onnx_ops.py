@@ -308,6 +308,8 @@ def _quantize(attributes: Attributes, x: Tensor, scale: Tensor, zero_point: Tens
 
 def _dequantize(attributes: Attributes, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     axis = _axis(attributes, codes, scale)
+    if scale.dim() == codes.dim() == 2 and axis == 0:  # blocks of rows
+        return _dequantize({"axis": 1}, *(t.t() for t in (codes, scale, zero_point))).t()
     if scale.dim() > 1 and (codes.dim() > 2 or axis != 1):
         repeats = codes.shape[axis] // scale.shape[axis]  # type: ignore[index]  # blocks have an axis
         scale, zero_point = (t.repeat_interleave(repeats, axis) for t in (scale, zero_point))

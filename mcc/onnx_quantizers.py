@@ -47,6 +47,14 @@ def spell_out(nodes: Iterable[NodeProto], arrays: Arrays) -> list[NodeProto]:
     return [_with_zero_point(n, arrays) if n.op_type in quantizers else n for n in found]
 
 
+def _store(arrays: Arrays, name: str, array: NDArray[Any]) -> str:
+    """Add a tensor, unless it is there already, under a name that the model has for nothing else; returns the name."""
+    while name in arrays and not (arrays[name].dtype == array.dtype and np.array_equal(arrays[name], array)):
+        name += "_"
+    arrays[name] = array
+    return name
+
+
 def _node(kind: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
     from onnx import helper  # only ONNX models need it
 
@@ -57,7 +65,7 @@ def _node(kind: str, inputs: list[str], output: str, **attributes: Any) -> NodeP
 def _dequantized(node: NodeProto, place: int, **attributes: Any) -> NodeProto:
     """What dequantizes the codes at inputs `place` to `place` + 2: values, scale, zero point."""
     inputs = list(node.input[place : place + 3])
-    return _node("DequantizeLinear", inputs, f"{node.output[0]}_operand{place}", **attributes)
+    return _node("DequantizeLinear", inputs, f"{node.output[0]}::operand{place}", **attributes)
 
 
 def _plain_attributes(node: NodeProto) -> dict[str, Any]:
@@ -71,8 +79,14 @@ def _between(kind: str, node: NodeProto, before: list[NodeProto], result: int, *
     inputs, name = [n.output[0] for n in before], node.output[0]
     if len(node.input) <= result:
         return [*before, _node(kind, inputs, name, **attributes)]
-    plain = _node(kind, inputs, f"{name}_float", **attributes)
-    return [*before, plain, _node("QuantizeLinear", [f"{name}_float", *node.input[result : result + 2]], name)]
+    plain = _node(kind, inputs, f"{name}::float", **attributes)
+    # without a zero point codes are as those of the first operand
+    like = list(before[0].input[_ZERO_POINT:])
+    return [
+        *before,
+        plain,
+        _node("QuantizeLinear", [f"{name}::float", *node.input[result : result + 2]], name, like=like),
+    ]
 
 
 def _bias(node: NodeProto, place: int, scales: tuple[int, int], arrays: Arrays) -> list[NodeProto]:
@@ -80,9 +94,10 @@ def _bias(node: NodeProto, place: int, scales: tuple[int, int], arrays: Arrays) 
     if len(node.input) <= place or not node.input[place]:
         return []
     first, second = (_array(node, node.input[s], arrays) for s in scales)
-    name = f"{node.output[0]}_bias_scale"
-    arrays[name] = (first * second).astype(np.float32)
-    return [_node("DequantizeLinear", [node.input[place], name], f"{node.output[0]}_bias", axis=0)]
+    scale = (first * second * _plain_attributes(node).get("alpha", 1.0)).astype(np.float32)
+    name = _store(arrays, f"{node.output[0]}_bias_scale", scale)
+    # the bias of a Gemm may be a row
+    return [_node("DequantizeLinear", [node.input[place], name], f"{node.output[0]}::bias", axis=-1)]
 
 
 def _array(node: NodeProto, name: str, arrays: Arrays) -> NDArray[Any]:
@@ -101,7 +116,7 @@ def _convolution(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
 
 def _product(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
     del arrays
-    return _between("MatMul", node, [_dequantized(node, 0), _dequantized(node, 3, axis=1)], 6)
+    return _between("MatMul", node, [_dequantized(node, 0), _dequantized(node, 3, axis=-1)], 6)
 
 
 def _elementwise(kind: str) -> Callable[[NodeProto, Arrays], list[NodeProto]]:
@@ -130,8 +145,8 @@ def _concatenation(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
     del arrays
     parts = [_dequantized(node, place) for place in range(2, len(node.input), 3)]
     name = node.output[0]
-    joined = _node("Concat", [p.output[0] for p in parts], f"{name}_float", **_plain_attributes(node))
-    return [*parts, joined, _node("QuantizeLinear", [f"{name}_float", *node.input[:2]], name)]
+    joined = _node("Concat", [p.output[0] for p in parts], f"{name}::float", **_plain_attributes(node))
+    return [*parts, joined, _node("QuantizeLinear", [f"{name}::float", *node.input[:2]], name)]
 
 
 def _gemm(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
@@ -146,32 +161,38 @@ def _packed_matrix(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
     """MatMulNBits of ONNX Runtime: [out, blocks, bytes] of unsigned codes, lowest bits first, scales [out * blocks]."""
     given = _plain_attributes(node)
     rows, inputs, size, bits = (given[k] for k in ("N", "K", "block_size", "bits"))
-    if (len(node.input) > _ORDER and node.input[_ORDER]) or bits not in (2, 4, 8):
+    if (len(node.input) > _ORDER and node.input[_ORDER]) or bits not in (2, 4, 8) or inputs % size:
         raise CaptureError(
-            f"ONNX MatMulNBits {node.name} has groups in another order, or codes of {bits} bits",
+            f"ONNX MatMulNBits {node.name} has an order of groups, {bits} bits, or {inputs} inputs in blocks of {size}",
             remedy="quantize the float model with mcc",
         )
-    blocks, name = -(-inputs // size), node.output[0]
-    packed, scales = _array(node, node.input[1], arrays), _array(node, node.input[2], arrays)
-    zeros = arrays[node.input[_ORDER - 1]] if len(node.input) > _ORDER - 1 and node.input[_ORDER - 1] else None
-    codes = _unpacked(packed.reshape(rows, -1), bits)[:, :inputs]
-    if zeros is None:
-        points = np.full((rows, blocks), 1 << (bits - 1), np.uint8)
-    else:
+    blocks, name, stem = inputs // size, node.output[0], node.input[1]
+    packed, scales = _array(node, stem, arrays), _array(node, node.input[2], arrays)
+    points = np.full((rows, blocks), 1 << (bits - 1), np.uint8)
+    if len(node.input) > _POINTS and node.input[_POINTS]:
+        zeros = _array(node, node.input[_POINTS], arrays)
+        if zeros.dtype != np.uint8:
+            raise CaptureError(
+                f"ONNX MatMulNBits {node.name} has {zeros.dtype} zero points",
+                remedy="quantize the float model with mcc",
+            )
         points = _unpacked(zeros.reshape(rows, -1), bits)[:, :blocks]
-    stem = node.input[1]
-    arrays |= {
-        f"{stem}_codes": np.ascontiguousarray(codes.T), f"{stem}_zero_points": np.ascontiguousarray(points.T),
-        f"{stem}_scales": np.ascontiguousarray(scales.reshape(rows, blocks).T.astype(np.float32)),
-    }  # fmt: skip
-    parts = [f"{stem}_codes", f"{stem}_scales", f"{stem}_zero_points"]
-    weight = _node("DequantizeLinear", parts, f"{name}_weight", axis=0, block_size=size)
+    parts = [
+        _store(arrays, f"{stem}_codes", _unpacked(packed.reshape(rows, -1), bits)[:, :inputs]),
+        _store(arrays, f"{stem}_scales", scales.reshape(rows, blocks).astype(np.float32)),
+        _store(arrays, f"{stem}_zero_points", points),
+    ]
+    made = [
+        _node("DequantizeLinear", parts, f"{name}::weight", axis=1, block_size=size),
+        _node("Transpose", [f"{name}::weight"], f"{name}::turned", perm=[1, 0]),
+    ]
     if len(node.input) <= _ORDER + 1:
-        return [weight, _node("MatMul", [node.input[0], weight.output[0]], name)]
-    product = _node("MatMul", [node.input[0], weight.output[0]], f"{name}_product")
-    return [weight, product, _node("Add", [product.output[0], node.input[_ORDER + 1]], name)]
+        return [*made, _node("MatMul", [node.input[0], f"{name}::turned"], name)]
+    product = _node("MatMul", [node.input[0], f"{name}::turned"], f"{name}::product")
+    return [*made, product, _node("Add", [f"{name}::product", node.input[_ORDER + 1]], name)]
 
 
+_POINTS = 3  # the place of zero points
 _ORDER = 4  # the place of group indices; that of a bias is behind it
 
 
@@ -193,17 +214,22 @@ _RULES: dict[str, Callable[[NodeProto, Arrays], list[NodeProto]]] = {
 
 def _with_zero_point(node: NodeProto, arrays: Arrays) -> NodeProto:
     """A quantize or dequantize that reads scale and zero point, int32, of one shape; "codes" says what codes are."""
-    given = arrays.get(node.input[2]) if len(node.input) > _ZERO_POINT and node.input[_ZERO_POINT] else None
     scale, attributes = _array(node, node.input[1], arrays), _plain_attributes(node)
+    given = len(node.input) > _ZERO_POINT and node.input[_ZERO_POINT]
+    point = _array(node, node.input[_ZERO_POINT], arrays) if given else None
+    like = [arrays[n.decode()] for n in attributes.pop("like", []) if n.decode() in arrays]
     stored = arrays.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
-    kind = str(next((a.dtype for a in (given, stored) if a is not None), _kind(attributes)))
-    if kind not in CODES and stored is None:
+    kind = str(next((a.dtype for a in (point, stored, *like) if a is not None), _kind(attributes)))
+    if kind not in CODES and not (stored is not None and kind == "int32"):
         raise CaptureError(f"ONNX {node.op_type} {node.name} has {kind} codes", remedy=f"use one of {', '.join(CODES)}")
-    shape = () if scale.size == 1 else scale.shape
-    name = f"{node.input[1]}_zero" if given is None else f"{node.input[2]}_of_{node.input[1]}"
-    arrays[node.input[1]] = scale.reshape(shape)
-    arrays[name] = np.zeros(shape, np.int32) if given is None else given.astype(np.int32).reshape(shape)
-    return _node(node.op_type, [*node.input[:2], name], node.output[0], **attributes | {"codes": kind})
+    shape, points = (() if a is None or a.size == 1 else a.shape for a in (scale, point))
+    zeros = np.zeros(shape, np.int32) if point is None else point.astype(np.int32).reshape(points)
+    stem = node.input[1]
+    names = [
+        stem if scale.shape == shape else _store(arrays, f"{stem}_scalar", scale.reshape(shape)),
+        _store(arrays, f"{stem}_zero_point", np.ascontiguousarray(np.broadcast_to(zeros, shape))),
+    ]
+    return _node(node.op_type, [node.input[0], *names], node.output[0], **attributes | {"codes": kind})
 
 
 def _kind(attributes: dict[str, Any]) -> str:
@@ -216,36 +242,3 @@ def as_bytes(array: NDArray[Any]) -> NDArray[Any]:
     """An array of four or two bits as one of bytes; others as they are."""
     kind = str(array.dtype)
     return array.astype(kind.rstrip("24") + "8") if kind in ("int4", "uint4", "int2", "uint2") else array
-
-
-def turned_matrices(nodes: Iterable[NodeProto], arrays: Arrays) -> tuple[list[NodeProto], set[str]]:
-    """Stored codes of matrices that stand on the right of a MatMul or Gemm alone, kept as layers have weights.
-
-    Returns:
-        the nodes, some of them dequantizing a transpose, and what these give.
-    """
-    nodes, turned = list(nodes), set()
-    plain = {name for n in nodes for place, name in enumerate(n.input) if not right_of_product(n, place)}
-    reads = [name for n in nodes for name in n.input]
-    for i, node in enumerate(nodes):
-        codes = arrays.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
-        result = node.output[0]
-        if codes is None or codes.ndim != 2 or result in plain or reads.count(node.input[0]) > 1 or result not in reads:
-            continue
-        parts = list(node.input[:2]) + list(node.input[2:])
-        for place, name in enumerate(parts):
-            if arrays[name].ndim == 2:
-                parts[place] = name if place == 0 else f"{name}_turned"
-                arrays[parts[place]] = arrays[name].T
-        attributes = _plain_attributes(node)
-        attributes["axis"] = 1 - attributes.get("axis", 1) % 2
-        nodes[i] = _node("DequantizeLinear", parts, result, **attributes)
-        turned.add(result)
-    return nodes, turned
-
-
-def right_of_product(node: NodeProto, place: int) -> bool:
-    """Whether input `place` is the right side, as [in, out], of a product."""
-    if place != 1 or node.op_type not in ("MatMul", "Gemm"):
-        return False
-    return node.op_type == "MatMul" or not _plain_attributes(node).get("transB")

@@ -179,7 +179,7 @@ class _Problem:
         values = expression.values.float()
         self._step = along_axis(scale.float(), values, axis)
         self._zero = along_axis(zero.float(), values, axis)
-        narrow = context.target.int8_weight_limit < self._high == LARGEST
+        narrow = context.target.int8_weight_limit < self._high == LARGEST and not bool(zero.any())
         self._pairs = narrow and reads_pairs(node)
         self._kept = torch.ones(()) if expression.mask is None else expression.mask.float()
         self._whole = self._zero.floor()  # codes that stand for halves have a zero point of -1/2

@@ -33,8 +33,9 @@ class EqualizeLayers(Pass):
         %relu: f32[1, 16, 8, 8] = relu(%a)
         %b: f32[1, 8, 6, 6] = conv2d(%relu, @b.weight, @b.bias)
     becomes the same with other values in @a.weight, @a.bias and @b.weight. The factor of channel c is
-    sqrt(max|a_c| / max|b_c|), after which both reach as far: rounding then costs no channel more than others, and
-    activations, which have one scale, spread less. What lies between must be relu, leaky relu, pooling or nothing. Give
+    sqrt(max|a_c| / max|b_c|), after which both reach as far: rounding then costs no channel more than others. A bias
+    counts to a_c, so that a channel that is little but its bias does not outgrow the others. What lies between must
+    scale with what it reads: relu, leaky relu, pooling, upsampling, dropout, abs, a change of sign, or nothing. Give
     this after `fold-batch-norm` and before `quantize`.
     Nagel, van Baalen, Blankevoort, Welling: Data-free quantization through weight equalization and bias correction.
     ICCV 2019; Meller, Finkelstein, Almog, Grobman: Same, same but different. ICML 2019.
@@ -89,7 +90,7 @@ def _next_layer(node: Node) -> Node | str:
         reader = value.users[0]
         if reader.op in ops.LAYERS and reader.operand(0) == value:
             break
-        scales = reader.op in _HOMOGENEOUS or (reader.op in _OVER_SPACE and node.op is not ops.LINEAR)
+        scales = reader.op in _HOMOGENEOUS or (reader.op in _OVER_SPACE and _pools_space_of(node, reader))
         if not scales or reader.operand(0) != value:
             return f"{reader.op} follows it, which scales no channel by itself"
         value = reader
@@ -98,6 +99,13 @@ def _next_layer(node: Node) -> Node | str:
     if _channels(reader) != int(node.shape[_channel_dim(node)]) or _channel_dim(reader) != _channel_dim(node):
         return f"{reader.layer} reads its channels as something else"
     return reader
+
+
+def _pools_space_of(layer: Node, pool: Node) -> bool:
+    """Whether a pool or upsampling works on the dims behind a layer's channels."""
+    assert pool.op is not None
+    spaces = next(int(c) for c in pool.op.name if c.isdigit())
+    return spaces == len(layer.shape) - 1 - _channel_dim(layer)
 
 
 def _fixed(node: Node) -> str | None:
@@ -153,6 +161,9 @@ def _equalize(first: Node, second: Node) -> float:
     assert before is not None
     assert after is not None
     reach = _given(first, before.values).abs().flatten(1).amax(1).double()
+    bias = first.operand(2)
+    if bias is not None:
+        reach = torch.maximum(reach, bias.tensor.detach().abs().double())
     read = _read(second, after.values).abs().flatten(1).amax(1).double()
     # a channel that is always zero, or that nothing reads, has nothing to share
     factors = torch.where((reach > 0) & (read > 0), (reach / read).sqrt(), 1.0)
@@ -160,7 +171,6 @@ def _equalize(first: Node, second: Node) -> float:
     axis = 1 if first.op is ops.CONV_TRANSPOSE2D else 0
     divided = tensor.double() / factors.reshape([-1 if i == axis else 1 for i in range(tensor.dim())])
     graph.set_tensor(str(before.root.fx.target), divided.to(tensor.dtype))
-    bias = first.operand(2)
     if bias is not None:
         graph.set_tensor(str(bias.fx.target), (bias.tensor.detach().double() / factors).to(bias.dtype))
     _multiply_read(second, str(after.root.fx.target), factors)

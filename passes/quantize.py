@@ -15,7 +15,7 @@ from mcc.cost import weight_expression
 from mcc.errors import PassError, SpecError
 from mcc.formats import SMALLEST_ROW
 from mcc.graph import Graph, Node
-from mcc.pairs import LARGEST, fit_pairs, reads_pairs
+from mcc.pairs import LARGEST, LARGEST_SUM, fit_pairs, reads_pairs
 from mcc.quantization import (
     channel_scales,
     check_group_size,
@@ -213,8 +213,17 @@ class Quantize(Pass):
     def _in_pairs(self, node: Node, context: Context) -> bool:
         """Whether neighbouring codes of a layer's weight share the range that its kernel adds exactly."""
         narrow = context.target.int8_weight_limit < LARGEST
-        wanted = self.weight_range == "target" and self.weights == "int8" and self.scales == "any"
-        return wanted and narrow and self.activations is not None and reads_pairs(node)
+        return self._pairs and narrow and self._in_integers and reads_pairs(node)
+
+    @property
+    def _pairs(self) -> bool:
+        """Whether neighbouring codes share their range where the target needs it."""
+        return self.weight_range == "target" and self.weights == "int8" and self.scales == "any"
+
+    @property
+    def _in_integers(self) -> bool:
+        """Whether kernels multiply codes of weights with codes of activations."""
+        return self.activations not in (None, "int16")
 
     def _quantize_weight(self, node: Node, codes: tuple[int, int], *, pairs: bool = False) -> None:
         name, weight = layer_weight(node)
@@ -310,11 +319,11 @@ class Quantize(Pass):
         """The least and the largest code of a weight with one scale for each output."""
         low, high = self._range
         exact = context.target.int8_weight_limit
-        # a weight-only kernel multiplies in float: any code is exact
-        if self.activations is not None and self.weight_range != "full" and exact < high:
-            which = "" if self.weight_range == "halved" else ", those of neighbours within 128 together"
+        # where floats are multiplied any code is exact
+        if self._in_integers and self.weight_range != "full" and exact < high:
+            which = f"of neighbours within {LARGEST_SUM} together, others " if self._pairs else ""
             context.note(
-                f"weight codes within ±{exact}{which}: {context.target} has no instruction that adds ±127 exactly"
+                f"weight codes {which}within ±{exact}: {context.target} has no instruction that adds ±127 exactly"
             )
             return -exact, exact
         # of 8 bits the least code is left out, so that each code has its negative; of few bits each code counts

@@ -128,7 +128,7 @@ def test_quantize_and_dequantize_are_the_quantizers_that_passes_know():
     graph = load_graph(proto, (), {}, None)
     assert str(graph).splitlines() == [
         "%x: f32[n, 4]",
-        "%inputs_0_quantized: f32[n, 4] = mcc.fake_quantize(%x, @xs, @xz_of_xs_unsigned, axis=None, low=0, high=255)",
+        "%inputs_0_quantized: f32[n, 4] = mcc.fake_quantize(%x, @xs, @xs_zero_point_unsigned, axis=None, low=0, high=255)",
         "%w_quantized_1: f32[2, 4] = mcc.fake_quantize(@w, @w_scale, @w_zero_point, axis=0, low=-128, high=127)",
         "%linear: f32[n, 2] = linear(%inputs_0_quantized, %w_quantized_1, @b)",
         "return %linear",
@@ -136,7 +136,7 @@ def test_quantize_and_dequantize_are_the_quantizers_that_passes_know():
     assert {name for name, _ in graph.named_parameters()} == {"w", "b"}
     assert graph.tensor("w").tolist() == [[0.5, -64, 1.5, 2], [1.25, 1.5, 1.75, 31.75]]
     assert graph.tensor("b").tolist() == [2, -1]
-    assert int(graph.tensor("xz_of_xs_unsigned")) == 125
+    assert int(graph.tensor("xs_zero_point_unsigned")) == 125
 
 
 def test_codes_that_are_moved_or_pooled_are_read_as_codes():

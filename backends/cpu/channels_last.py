@@ -14,6 +14,7 @@ from mcc.backends.cpu.permutes import order_of
 from mcc.backends.cpu.restored_weights import restored_weight, stored_root
 from mcc.backends.cpu.transposed import transposed, transposed_fits
 from mcc.backends.relax.emitter import tuple_of
+from mcc.constants import varying
 from mcc.cost import weight_expression
 from mcc.graph import Node
 from mcc.layouts import TO_FIRST, TO_LAST
@@ -35,10 +36,7 @@ class Turner:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._varying: set[fx.Node] = set()
-        for node in graph.module.graph.nodes:
-            if node.op == "placeholder" or any(i in self._varying for i in node.all_input_nodes):
-                self._varying.add(node)
+        self._varying = varying(graph)
         self._turned: dict[fx.Node, fx.Node] = {}
         self._views: dict[fx.Node, fx.Node] = {}
         self._backs: dict[fx.Node, fx.Node] = {}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mcc.backends.cpu.lowering import Lowering
     from mcc.graph import Node
 
-_REASONS = dict.fromkeys(("matmul", "bmm"), "its matrices are not float32, or have fewer than four rows")
+_REASONS = dict.fromkeys(("matmul", "bmm"), "its operands are no float32 matrices, or have fewer than four rows")
 ANCHORS = (ops.LINEAR, ops.CONV2D_NHWC, ops.CONV2D)
 
 

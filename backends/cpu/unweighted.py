@@ -236,7 +236,8 @@ class Unweighted:
 
     def stored_text(self, node: Node) -> str:
         """How the keys and values of an attention are stored where they are no floats, for the report."""
-        decodes = [x for x in (node.operand(i) for i in (1, 2)) if x is not None and x.fx in self._merged]
+        read = [x for x in (node.operand(i) for i in (1, 2)) if x is not None and x.op is ops.DEQUANTIZE_TOKENS]
+        decodes = [x for x in read if x.fx in self._merged]
         return f"int{decodes[0].argument(2)} keys, values" if decodes else ""
 
     def _attention(self, emitter: Emitter, node: Node) -> Any:

@@ -65,6 +65,8 @@ def test_layers_of_a_chain_reach_equally_far_and_compute_what_they_did(name):
         given, read = (graph.tensor(f"{n}.weight").detach().abs() for n in (first, second))
         ends = dict(model.named_modules())
         given = (given.transpose(0, 1) if isinstance(ends[first], nn.ConvTranspose2d) else given).flatten(1).amax(1)
+        if ends[first].bias is not None:
+            given = torch.maximum(given, graph.tensor(f"{first}.bias").detach().abs())
         if not isinstance(ends[second], nn.ConvTranspose2d):
             groups = getattr(ends[second], "groups", 1)
             read = read.reshape(groups, len(read) // groups, *read.shape[1:]).transpose(1, 2).flatten(0, 1)
@@ -107,6 +109,31 @@ def test_a_network_of_uneven_channels_quantizes_better():
     )  # fmt: skip
     errors = [float((found - exact).detach().norm() / exact.detach().norm()) for found in (plain, equalized)]
     assert errors[1] < 0.8 * errors[0], errors
+
+
+@pytest.mark.parametrize("gain", [1e-3, 1e-6, 1e-10])
+def test_a_channel_that_is_all_bias_does_not_outgrow_the_others(gain):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(16)
+    with torch.no_grad():
+        norm.weight[3], norm.bias[3] = gain, 1
+    model, x = nn.Sequential(nn.Conv2d(3, 16, 3), norm, nn.ReLU(), nn.Conv2d(16, 8, 1)).eval(), torch.randn(8, 3, 9, 9)
+    exact = model(x).detach()
+    found = run(model, x, FoldBatchNorm(), EqualizeLayers(), Quantize())[0](x).detach()
+    assert float((found - exact).norm() / exact.norm()) < 0.02
+
+
+def test_a_pool_over_channels_stands_between():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 4, 1)
+
+        def forward(self, x):
+            return self.b(nn.functional.max_pool2d(self.a(x), (3, 1), (1, 1), (1, 0)))
+
+    with pytest.raises(PassError, match="max_pool2d follows it"):
+        run(Pooled(), torch.randn(2, 3, 9), EqualizeLayers())
 
 
 def test_sweeps_are_a_number():

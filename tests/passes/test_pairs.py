@@ -82,7 +82,7 @@ def test_layers_for_avx2_have_codes_to_127_that_its_instruction_adds(passes):
     graph, rows = run(Layers(), x, Quantize())
     limits = {n.name: n.argument(5) for n in graph.nodes if n.op is mcc.ops.FAKE_QUANTIZE and n.argument(3) is not None}
     assert list(limits.values()) == [127, 63, 127, 63, 127]
-    assert any("neighbours within 128" in note for note in rows[1].notes)
+    assert any("codes of neighbours within 128 together, others within ±63" in note for note in rows[1].notes)
 
 
 def test_codes_that_take_a_longer_sequence_are_named():

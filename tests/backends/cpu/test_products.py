@@ -106,7 +106,10 @@ def test_what_is_no_matrix_of_rows_is_left_to_the_op_library():
         module = Product()
         artifact = mcc.compile(module, (torch.randn(a), torch.randn(b)), **QUICK)
         (row,) = artifact.report.layers
-        assert (row.kernel, row.reason) == ("op library", "its matrices are not float32, or have fewer than four rows")
+        assert (row.kernel, row.reason) == (
+            "op library",
+            "its operands are no float32 matrices, or have fewer than four rows",
+        )
 
 
 @pytest.mark.parametrize("logarithm", [False, True])
