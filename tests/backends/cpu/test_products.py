@@ -165,3 +165,31 @@ def test_spectral_norm_is_a_stored_weight(wrap):
     artifact = mcc.compile(model, (x,), **QUICK)
     assert [row.kernel.split()[0] for row in artifact.report.layers] == ["conv2d_f32"]
     torch.testing.assert_close(artifact(x), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"beta": 0}, {"alpha": 0}, {"beta": 2, "alpha": 0.5}])
+def test_factors_of_addmm_count(options):
+    class Added(Matrices):
+        def forward(self, x):
+            return torch.addmm(self.bias, x, self.first, **options)
+
+    torch.manual_seed(0)
+    model, x = Added(), torch.randn(5, 24)
+    torch.testing.assert_close(mcc.compile(model, (x,), **QUICK)(x), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dims", [(0, 1), (1, 0), (-2, -1), (-1, -2)])
+def test_only_what_swaps_rows_and_columns_is_a_transpose(dims):
+    class Permuted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x):
+            return x @ self.w.permute(dims) + (x @ self.w.transpose(dims[0], dims[0]))
+
+    torch.manual_seed(0)
+    model, x = Permuted(), torch.randn(5, 8)
+    artifact = mcc.compile(model, (x,), **QUICK)
+    torch.testing.assert_close(artifact(x), model(x).detach(), rtol=1e-4, atol=1e-4)
+    assert {row.op for row in artifact.report.layers} <= {"linear", "linear + add"}
