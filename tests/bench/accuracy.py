@@ -1,9 +1,9 @@
 """Trained models on held-out real data: what each way of quantizing keeps, beside the peers' own quantizers.
 
-    MCC_DATA=... python tests/bench/accuracy.py [--only ResNet-20,MiniLM] [--epochs 2] [--seed 0]
+    MCC_DATA=... python tests/bench/accuracy.py [--only ResNet-20,MiniLM] [--epochs 2] [--seed 0] [--target cpu:avx2]
 
 Prints a Markdown table for each model. ResNet-20: top-1 of the 10,000 test images of CIFAR-10; calibrated with 1,000
-training images; training with quantizers takes `--epochs` over all 50,000 (about six minutes each on one core).
+training images, `--thousand` says which; training with quantizers takes `--epochs` over all 50,000 (about six minutes each on one core).
 EfficientNet-Lite0: top-1 of 500 ImageNet images, calibrated with 50 of them. MiniLM: 200 sentences of SST-2 that
 calibration, 64 others, did not see: distance of all embeddings from eager's, relative to their norm, and Spearman's
 correlation of the similarities of all pairs with those of eager. Needs the extras bench and models.
@@ -55,13 +55,14 @@ class Augmented:
             yield torch.where(flipped[:, None, None, None], shifted.flip(3), shifted), self.labels[picked]
 
 
-def compiled(model: nn.Module, passes: str, batches: Batches, seed: int, train: Any = None) -> Run:
+def compiled(model: nn.Module, passes: str, batches: Batches, options: argparse.Namespace, train: Any = None) -> Run:
     """The artifact, saved and loaded again."""
     data = mcc.Data(calibration=batches, train=train)
     shapes = tuple(BATCH for _ in batches[0])
     artifact = mcc.compile(
-        model, batches[0], passes=passes, data=data, dynamic_shapes=shapes, measure="never", tuning="model", seed=seed
-    )
+        model, batches[0], passes=passes, data=data, dynamic_shapes=shapes, measure="never", tuning="model",
+        seed=options.seed, target=options.target,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         artifact.save(Path(folder) / "model.mcc")
         return mcc.load(Path(folder) / "model.mcc")
@@ -99,24 +100,24 @@ def resnet(data: Path, options: argparse.Namespace) -> None:
     model = resnet20(data)
     images, labels = cifar(data, "test", 10_000)
     train, train_labels = cifar(data, "train", 50_000)
-    batches = [(x,) for x in train[:1000].split(100)]
+    batches = [(x,) for x in train[1000 * options.thousand :][:1000].split(100)]
 
     def rows() -> Iterator[tuple[str, tuple[str, ...]]]:
         exact = answers(model, images, 100)
         yield "eager", shares(exact, labels, exact)
         for passes in (
             "fold-batch-norm", "fold-batch-norm; quantize", "fold-batch-norm; quantize; correct-bias",
-            "fold-batch-norm; quantize{weights='int4'}",
+            "fold-batch-norm; quantize{weight_range='halved'}", "fold-batch-norm; quantize{weights='int4'}",
             "fold-batch-norm; quantize{weights='int4'}; ada-round",
         ):  # fmt: skip
-            found = answers(compiled(model, passes, batches, options.seed), images, 100)
+            found = answers(compiled(model, passes, batches, options), images, 100)
             yield f"`{passes}`", shares(found, labels, exact)
         for name, run in engines(model, batches):
             yield name, shares(answers(run, images, 100), labels, exact)
         for weights, activations in (("int4", "int4"), ("int2", "int8")):
             passes = TRAINED.format(weights, activations, options.epochs)
             augmented = Augmented(train, train_labels, options.seed)
-            found = answers(compiled(model, passes, batches, options.seed, augmented), images, 100)
+            found = answers(compiled(model, passes, batches, options, augmented), images, 100)
             yield f"`{passes}`", shares(found, labels, exact)
 
     table("ResNet-20, CIFAR-10 (a JPEG copy)", ("top-1", "as eager"), rows())
@@ -133,7 +134,7 @@ def efficientnet(data: Path, options: argparse.Namespace) -> None:
         for passes in ("fold-batch-norm", "fold-batch-norm; quantize", "fold-batch-norm; quantize; correct-bias"):
             yield (
                 f"`{passes}`",
-                shares(answers(compiled(model, passes, batches, options.seed), images, 10), labels, exact),
+                shares(answers(compiled(model, passes, batches, options), images, 10), labels, exact),
             )
         for name, run in engines(model, batches):
             yield name, shares(answers(run, images, 10), labels, exact)
@@ -162,7 +163,7 @@ def sentence_encoder(data: Path, options: argparse.Namespace) -> None:
             "gptq{group_size=32}; quantize{activations='dynamic'}", "gptq{group_size=32}",
             "gptq{bits=3, group_size=32}",
         ):  # fmt: skip
-            yield f"`{passes}`", figures(compiled(model, passes, batches, options.seed))
+            yield f"`{passes}`", figures(compiled(model, passes, batches, options))
         for name, run in engines(model, batches):
             yield name, figures(run)
 
@@ -177,12 +178,14 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(MODELS))
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--thousand", type=int, default=0)
+    parser.add_argument("--target", default="cpu")
     options = parser.parse_args()
     if not os.environ.get("MCC_DATA"):
         raise SystemExit("set MCC_DATA to the folder of real data")
     import_torchvision()  # transformers imports it where it is installed, and fails where it does not load
     torch.set_num_threads(1)
-    print(f"target {mcc.parse_target('cpu')}, seed {options.seed}")
+    print(f"target {mcc.parse_target(options.target)}, seed {options.seed}")
     for name in options.only.split(","):
         MODELS[name](Path(os.environ["MCC_DATA"]), options)
 
