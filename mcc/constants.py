@@ -37,6 +37,13 @@ def varying(graph: Graph) -> set[fx.Node]:
     return found
 
 
+def same_tensor(a: Node | None, b: Node | None) -> bool:
+    """Whether two nodes read stored tensors of equal values."""
+    if a is None or b is None or not (a.is_parameter and b.is_parameter):
+        return False
+    return a.fx.target == b.fx.target or torch.equal(a.tensor, b.tensor)
+
+
 def stored_value(graph: Graph, node: Node) -> Tensor | None:
     """The value of a node, or None where it depends on an input or on a size that varies."""
     values: dict[fx.Node, Any] = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mcc import ops
-from mcc.constants import stored_value, varying
+from mcc.constants import same_tensor, stored_value, varying
 from mcc.formats import dequantize
 from mcc.graph import Node, identifier, module_path
 from mcc.ops import OPS
@@ -144,8 +144,8 @@ def _has_values_of(x: Node, scale: Node | None, zero_point: Node, codes: tuple[i
     """Whether a value is what this quantizer gives already, moved or pooled: it would change nothing."""
     while x.op in _MOVES and (source := x.operand(0)) is not None:
         x = source
-    same = x.op is ops.FAKE_QUANTIZE and codes[0] is None and _equal(x.operand(1), scale)
-    return same and _equal(x.operand(2), zero_point) and tuple(x.fx.args[3:]) == codes
+    same = x.op is ops.FAKE_QUANTIZE and codes[0] is None and same_tensor(x.operand(1), scale)
+    return same and same_tensor(x.operand(2), zero_point) and tuple(x.fx.args[3:]) == codes
 
 
 def _fixed(node: Node) -> bool:
@@ -159,19 +159,13 @@ def _ends(node: Node, quantize: Node, ends: list[Node]) -> bool:
         return False
     for user in node.users:
         if user.op is ops.DEQUANTIZE:
-            same = all(_equal(user.operand(i), quantize.operand(i)) for i in (1, 2))
+            same = all(same_tensor(user.operand(i), quantize.operand(i)) for i in (1, 2))
             if not same or user.argument(3) != quantize.argument(3):
                 return False
             ends.append(user)
         elif user.op not in _MOVES or quantize.argument(3) is not None or not _ends(user, quantize, ends):
             return False
     return True
-
-
-def _equal(a: Node | None, b: Node | None) -> bool:
-    if a is None or b is None or not (a.is_parameter and b.is_parameter):
-        return False
-    return a.fx.target == b.fx.target or torch.equal(a.tensor, b.tensor)
 
 
 def _recognize_weights(node: Node) -> None:

@@ -48,7 +48,7 @@ def import_onnx(model: str | Path | ModelProto) -> tuple[OnnxModule, tuple[Tenso
             remedy="give an nn.Module, a torch.export.ExportedProgram, an mcc.Graph or an ONNX model",
         )
     module = OnnxModule(proto)
-    graph_inputs = [i for i in proto.graph.input if i.name not in module.fixed]
+    graph_inputs = [i for i in proto.graph.input if i.name in module.input_names]
     inputs, dims = [], []
     for value in graph_inputs:
         shape = value.type.tensor_type.shape.dim
@@ -101,7 +101,7 @@ class OnnxModule(nn.Module):
             for n in nodes
             if n.op_type != "Constant"
         ]
-        self.input_names = [i.name for i in graph.input if i.name not in self.fixed]
+        self.input_names = [i.name for i in graph.input if i.name not in arrays]
         self._outputs = [o.name for o in graph.output]
 
     def _stored_matrices(self, nodes: Any, arrays: dict[str, NDArray[Any]]) -> set[str]:

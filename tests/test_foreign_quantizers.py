@@ -96,6 +96,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_a_network_that_onnx_runtime_quantized_gives_what_its_file_says(name, float_file, tmp_path):
     kind, per_channel, activations, weights = FORMS[name]

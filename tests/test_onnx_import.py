@@ -184,3 +184,15 @@ def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path, data):
 def test_torch_tensors_run_through_an_onnx_artifact():
     artifact = mcc.compile(mlp_model(mlp(12, 4)), measure="never", tuning="model")
     assert artifact(torch.zeros(2, 12)).shape == (2, 4)
+
+
+def test_initializers_that_are_listed_as_inputs_are_none():
+    proto = make_model(
+        [N("MatMul", ["x", "w"], ["y"])], {"x": ("float32", ["n", 6]), "w": ("float32", [6, 5])}, ["y"],
+        {"w": f(6, 5), "unread": f(3)},
+    )  # fmt: skip
+    proto.graph.input.append(helper.make_tensor_value_info("unread", 1, [3]))
+    artifact, x = mcc.compile(proto, measure="never", tuning="model"), f(4, 6)
+    assert [s.name for s in artifact.inputs] == ["x"]
+    expected = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"x": x})[0]
+    np.testing.assert_allclose(artifact(x), expected, rtol=1e-5, atol=1e-5)

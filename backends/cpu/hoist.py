@@ -17,6 +17,7 @@ from torch import fx
 
 from mcc import ops
 from mcc.backends.cpu.pads import PADS, filling
+from mcc.constants import same_tensor
 from mcc.graph import Node
 from mcc.ops import OPS
 
@@ -28,7 +29,7 @@ _MOVES = (
     OPS["upsample_nearest2d.vec"], *PADS,
 )  # fmt: skip
 # besides, what takes a part, or gives dims other places
-_PARTS = (*(OPS[name] for name in ("slice.Tensor", "select.int", "unsqueeze", "squeeze.dim", "squeeze.dims", "t")),)
+_PARTS = tuple(OPS[name] for name in ("slice.Tensor", "select.int", "unsqueeze", "squeeze.dim", "squeeze.dims", "t"))
 
 
 def hoist(lowering: Lowering) -> Lowering:
@@ -96,15 +97,9 @@ def _read_codes(node: Node) -> bool:
         codes = value.operand(0)
         if value.op is not ops.DEQUANTIZE or value.argument(3) is not None or codes is None or codes.is_parameter:
             return False
-        if codes.dtype is not torch.uint8 or any(_differ(value.operand(i), first.operand(i)) for i in (1, 2)):
+        if codes.dtype is not torch.uint8 or not all(same_tensor(value.operand(i), first.operand(i)) for i in (1, 2)):
             return False
     return not node.is_output
-
-
-def _differ(a: Node | None, b: Node | None) -> bool:
-    assert a is not None
-    assert b is not None
-    return a != b and not (a.is_parameter and b.is_parameter and torch.equal(a.tensor, b.tensor))
 
 
 def _dequantize_behind(node: Node) -> None:

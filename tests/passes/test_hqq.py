@@ -38,6 +38,7 @@ def test_errors_are_smaller_than_those_of_affine_rounding_in_both_norms(bits):
     assert errors[0].norm() < errors[1].norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", ["", "; quantize{activations='dynamic'}"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_kernels_read_zero_points_between_codes(bits, activations):

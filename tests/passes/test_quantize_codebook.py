@@ -45,6 +45,7 @@ def test_the_normal_floats_are_those_of_the_paper():
     torch.testing.assert_close(normal_float()[:, 0], torch.tensor(NF4), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("step", WAYS, ids=str)
 def test_the_artifact_reads_codes_of_no_more_than_their_bits(tmp_path, step, target):

@@ -79,6 +79,7 @@ def test_codes_are_the_nearest_in_steps_of_the_largest_value(step):
     assert (error <= wide * 0.5000001).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("step", [QuantizeKvCache(), QuantizeKvCache(4, 16), QuantizeKvCache(4)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 5])

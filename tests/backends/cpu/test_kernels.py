@@ -84,6 +84,7 @@ def test_a_convolution_that_a_kernel_cannot_take_is_refused_in_words(kernel, ima
     assert kernel.refuses(region, TARGETS[0]) == reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize(("channels", "groups", "size", "stride", "padding"), [
     (16, 1, 3, 1, 1), (3, 1, 7, 2, 3), (12, 3, 3, 1, 1), (30, 1, 5, 2, 2),

@@ -162,6 +162,7 @@ class AnySize(nn.Module):
         return self.head(y.mean(2)), F.adaptive_avg_pool2d(y, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", ["fold-batch-norm", "fold-batch-norm; quantize"])
 def test_images_of_any_size_run_on_the_own_kernels(passes):
     model = AnySize().eval()

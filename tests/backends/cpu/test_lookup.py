@@ -41,6 +41,7 @@ def quantized(model, ids, step):
     return graph
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", [None, "dynamic"])
 @pytest.mark.parametrize(("weights", "group_size", "symmetric"), [
     ("int8", None, True), ("int8", 32, False), ("int4", 32, True), ("int4", None, False), ("int3", 32, False),

@@ -23,6 +23,7 @@ def compressed(model, x, *steps):
     return Pipeline(steps, parse_target("cpu"), Data(calibration=[x])).run(mcc.capture(model.eval(), (x,)), (x,))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("weights", "bits"), [("int8", 8), ("int4", 4), ("int3", 3), ("int2", 2)])
 def test_linear_layers_take_no_more_than_their_bits_and_equal_the_graph(tmp_path, weights, bits, symmetric):
@@ -41,6 +42,7 @@ def test_linear_layers_take_no_more_than_their_bits_and_equal_the_graph(tmp_path
         assert row.reason == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", [None, "dynamic"])
 @pytest.mark.parametrize(("weights", "midpoints", "bits"), [
     ("binary", False, 1), ("ternary", False, 2), ("int2", True, 2), ("int3", True, 3), ("int4", True, 4),

@@ -45,11 +45,14 @@ def test_channels_of_a_group_are_normalized_together(target, shape, groups):
     np.testing.assert_allclose(found, norm.numpy(), atol=1e-4 if shape[1] > 1 else 0.1)
 
 
-@pytest.mark.parametrize("norm", [
-    nn.GroupNorm(4, 32), nn.GroupNorm(32, 32, affine=False), nn.GroupNorm(1, 32, eps=0.1), nn.InstanceNorm2d(32),
-    nn.InstanceNorm2d(32, affine=True),
-], ids=str)  # fmt: skip
-@pytest.mark.parametrize("after", [nn.Identity(), nn.SiLU(), nn.ReLU(), nn.GELU()], ids=str)
+BETWEEN = [
+    *((nn.GroupNorm(4, 32), after) for after in (nn.Identity(), nn.SiLU(), nn.ReLU(), nn.GELU())),
+    (nn.GroupNorm(32, 32, affine=False), nn.SiLU()), (nn.GroupNorm(1, 32, eps=0.1), nn.ReLU()),
+    (nn.InstanceNorm2d(32), nn.ReLU()), (nn.InstanceNorm2d(32, affine=True), nn.Identity()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("norm", "after"), BETWEEN, ids=str)
 @pytest.mark.parametrize("passes", ["", "quantize"])
 def test_a_norm_between_convolutions_takes_in_what_follows(norm, after, passes):
     torch.manual_seed(0)

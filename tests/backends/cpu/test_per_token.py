@@ -93,6 +93,7 @@ def test_one_large_row_does_not_spoil_the_others():
     assert error.max() < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", ["int8", "int4", "int3", "int2"])
 def test_weights_of_few_bits_are_read_packed(bits, symmetric):

@@ -46,6 +46,7 @@ def test_two_thousand_kernels_equal_their_references(part):
     run()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (COMPILER and EMULATOR), reason="needs aarch64-linux-gnu-gcc and qemu-aarch64")
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "sparse_n_of_m"])
 def test_arm_kernels_are_right_under_emulation(family):

@@ -16,6 +16,7 @@ def network(*options):
     return nn.Sequential(first, nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 16, *options), nn.ReLU6()).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     (3, 1, 1), (3, 2, 1), ((1, 3, 3), (1, 2, 1), (0, 1, 1)), ((3, 1, 1), 1, (1, 0, 0)), ((2, 3, 1), (2, 1, 3), (1, 0, 2)),
     (3, 1, (2, 2, 2), (2, 2, 2)),
