@@ -27,12 +27,12 @@ def peers(
             "OpenVINO": lambda: _int4_openvino(proto, threads),
         }
     return {
-        "ONNX Runtime": lambda: onnxruntime_engine(_quantized_onnx(proto, calibration), threads),
+        "ONNX Runtime": lambda: onnxruntime_engine(quantized_onnx(proto, calibration), threads),
         "OpenVINO": lambda: _nncf_engine(proto, calibration, threads),
     }
 
 
-def _quantized_onnx(proto: Any, calibration: list[tuple[Any, ...]]) -> bytes:
+def quantized_onnx(proto: Any, calibration: list[tuple[Any, ...]]) -> bytes:
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
