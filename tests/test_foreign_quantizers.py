@@ -115,7 +115,9 @@ def test_a_network_that_onnx_runtime_quantized_gives_what_its_file_says(name, fl
     if activations is WIDE:
         assert rows["a"].reason == "activations decoded: no kernel reads int16 codes"
     elif weights is SIGNED:
-        assert all("int8" in row.kernel for layer, row in rows.items() if layer != "up"), rows
+        # depthwise layers with codes to 127 compute in float where no instruction adds four products exactly
+        floats = {"up"} if mcc.parse_target("cpu").exact_dot4 else {"up", "d"}
+        assert all("int8" in row.kernel for layer, row in rows.items() if layer not in floats), rows
 
 
 def test_quantize_and_dequantize_are_the_quantizers_that_passes_know():
@@ -243,7 +245,11 @@ def test_pytorchs_export_flow_becomes_int8_kernels():
     for batch in (1, 7):
         x = torch.from_numpy(f(batch, 3, 12, 12))
         assert_equal_but_for_ties(artifact(x), model(x).detach())
-    assert all("int8" in row.kernel for row in artifact.report.layers), artifact.report.layers
+    # which kernel reads the codes of the depthwise layer depends on the CPU
+    first, depthwise, last = (row.kernel.split()[0] for row in artifact.report.layers)
+    assert (first, last) == ("conv2d_int8", "dense_int8")
+    assert depthwise.startswith("depthwise")
+    assert {row.stored for row in artifact.report.layers} == {"int8"}
     # what is quantized alike before and behind a pool or a reshape is so once
     quantizers = [n.name for n in capture(model, (x,)).nodes if n.op is mcc.ops.FAKE_QUANTIZE]
     assert len(quantizers) == 3 + 3
