@@ -95,6 +95,11 @@ class Add:
 EpilogueStep = Relu | Clamp | Activation | Add | Requantize
 
 
+def output_dtype(steps: Sequence[EpilogueStep]) -> str:
+    """What such steps give: codes where the last one requantizes."""
+    return "uint8" if steps and isinstance(steps[-1], Requantize) else "float32"
+
+
 @dataclass(frozen=True)
 class SparseArrays:
     """A weight without its zeros, as `mcc.sparse_formats.SparseRows` has it."""
@@ -281,7 +286,7 @@ class Region:
     @property
     def output_dtype(self) -> str:
         """Of the value the kernel gives."""
-        return "uint8" if self.epilogue and isinstance(self.epilogue[-1], Requantize) else "float32"
+        return output_dtype(self.epilogue)
 
     @property
     def text(self) -> str:

@@ -113,9 +113,15 @@ def divide_gain(source: Node, layers: list[Node], factors: Tensor) -> None:
 
 
 def multiply_inputs(layer: Node, factors: Tensor) -> None:
-    """Multiply what a layer's weight has for each input, [out, in, …], by `factors`, float64 [in]."""
-    expression = weight_expression(layer.operand(1))
+    """Multiply what a layer's weight has for each channel that it reads by `factors`, float64 [channels]."""
+    expression = weight_expression(layer.weight_operand)
     assert expression is not None
     weight = expression.root.tensor.detach()
-    scaled = weight.double() * factors.reshape(-1, *[1] * (weight.dim() - 2))
+    ones = [1] * (weight.dim() - 2)
+    if layer.op is ops.CONV_TRANSPOSE2D:
+        scaled = weight.double() * factors.reshape(-1, 1, *ones)
+    else:
+        groups = len(factors) // weight.shape[1]
+        by_group = weight.double().reshape(groups, -1, *weight.shape[1:])
+        scaled = (by_group * factors.reshape(groups, 1, -1, *ones)).reshape(weight.shape)
     layer.graph.set_tensor(str(expression.root.fx.target), scaled.to(weight.dtype))

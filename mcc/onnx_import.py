@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mcc.errors import CaptureError
+from mcc.onnx_nodes import attributes_of
 from mcc.onnx_ops import BUFFER_INPUTS, ONNX_OPS, STATIC_INPUTS, Sizes, as_tensor
 from mcc.onnx_quantizers import as_bytes, spell_out
 from mcc.onnx_recurrent import with_torch_weights
@@ -149,7 +150,7 @@ class OnnxModule(nn.Module):
 def _attributes(node: NodeProto) -> dict[str, Any]:
     import onnx
 
-    found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    found = attributes_of(node)
     if node.op_type == "ConstantOfShape" and "value" in found:
         found["value"] = onnx.numpy_helper.to_array(found["value"])
     return found

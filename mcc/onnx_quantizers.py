@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mcc.errors import CaptureError
+from mcc.onnx_nodes import attributes_of, make_node, store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from onnx import NodeProto
 
-    Arrays = dict[str, NDArray[Any]]
+    from mcc.onnx_nodes import Arrays
 
 ROUNDED_WHEN_THEY_COME = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
 CODES = {
@@ -47,45 +48,24 @@ def spell_out(nodes: Iterable[NodeProto], arrays: Arrays) -> list[NodeProto]:
     return [_with_zero_point(n, arrays) if n.op_type in quantizers else n for n in found]
 
 
-def _store(arrays: Arrays, name: str, array: NDArray[Any]) -> str:
-    """Add a tensor, unless it is there already, under a name that the model has for nothing else; returns the name."""
-    while name in arrays and not (arrays[name].dtype == array.dtype and np.array_equal(arrays[name], array)):
-        name += "_"
-    arrays[name] = array
-    return name
-
-
-def _node(kind: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
-    from onnx import helper  # only ONNX models need it
-
-    made: NodeProto = helper.make_node(kind, inputs, [output], **attributes)
-    return made
-
-
 def _dequantized(node: NodeProto, place: int, **attributes: Any) -> NodeProto:
     """What dequantizes the codes at inputs `place` to `place` + 2: values, scale, zero point."""
     inputs = list(node.input[place : place + 3])
-    return _node("DequantizeLinear", inputs, f"{node.output[0]}::operand{place}", **attributes)
-
-
-def _plain_attributes(node: NodeProto) -> dict[str, Any]:
-    from onnx import helper
-
-    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    return make_node("DequantizeLinear", inputs, [f"{node.output[0]}::operand{place}"], **attributes)
 
 
 def _between(kind: str, node: NodeProto, before: list[NodeProto], result: int, **attributes: Any) -> list[NodeProto]:
     """Dequantize, a plain operator, and quantize with the scale and zero point at `result` if they are given."""
     inputs, name = [n.output[0] for n in before], node.output[0]
     if len(node.input) <= result:
-        return [*before, _node(kind, inputs, name, **attributes)]
-    plain = _node(kind, inputs, f"{name}::float", **attributes)
+        return [*before, make_node(kind, inputs, [name], **attributes)]
+    plain = make_node(kind, inputs, [f"{name}::float"], **attributes)
     # without a zero point codes are as those of the first operand
     like = list(before[0].input[_ZERO_POINT:])
     return [
         *before,
         plain,
-        _node("QuantizeLinear", [f"{name}::float", *node.input[result : result + 2]], name, like=like),
+        make_node("QuantizeLinear", [f"{name}::float", *node.input[result : result + 2]], [name], like=like),
     ]
 
 
@@ -94,10 +74,10 @@ def _bias(node: NodeProto, place: int, scales: tuple[int, int], arrays: Arrays) 
     if len(node.input) <= place or not node.input[place]:
         return []
     first, second = (_array(node, node.input[s], arrays) for s in scales)
-    scale = (first * second * _plain_attributes(node).get("alpha", 1.0)).astype(np.float32)
-    name = _store(arrays, f"{node.output[0]}_bias_scale", scale)
+    scale = (first * second * attributes_of(node).get("alpha", 1.0)).astype(np.float32)
+    name = store(arrays, f"{node.output[0]}_bias_scale", scale)
     # the bias of a Gemm may be a row
-    return [_node("DequantizeLinear", [node.input[place], name], f"{node.output[0]}::bias", axis=-1)]
+    return [make_node("DequantizeLinear", [node.input[place], name], [f"{node.output[0]}::bias"], axis=-1)]
 
 
 def _array(node: NodeProto, name: str, arrays: Arrays) -> NDArray[Any]:
@@ -111,7 +91,7 @@ def _array(node: NodeProto, name: str, arrays: Arrays) -> NDArray[Any]:
 
 def _convolution(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
     operands = [_dequantized(node, 0), _dequantized(node, 3, axis=0), *_bias(node, 8, (1, 4), arrays)]
-    return _between("Conv", node, operands, 6, **_plain_attributes(node))
+    return _between("Conv", node, operands, 6, **attributes_of(node))
 
 
 def _product(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
@@ -130,7 +110,7 @@ def _elementwise(kind: str) -> Callable[[NodeProto, Arrays], list[NodeProto]]:
 def _unary(kind: str) -> Callable[[NodeProto, Arrays], list[NodeProto]]:
     def rule(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
         del arrays
-        attributes = _plain_attributes(node)
+        attributes = attributes_of(node)
         if attributes.pop("channels_last", 0):
             raise CaptureError(
                 f"ONNX {node.op_type} {node.name} has channels last", remedy="export the model with channels first"
@@ -145,13 +125,13 @@ def _concatenation(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
     del arrays
     parts = [_dequantized(node, place) for place in range(2, len(node.input), 3)]
     name = node.output[0]
-    joined = _node("Concat", [p.output[0] for p in parts], f"{name}::float", **_plain_attributes(node))
-    return [*parts, joined, _node("QuantizeLinear", [f"{name}::float", *node.input[:2]], name)]
+    joined = make_node("Concat", [p.output[0] for p in parts], [f"{name}::float"], **attributes_of(node))
+    return [*parts, joined, make_node("QuantizeLinear", [f"{name}::float", *node.input[:2]], [name])]
 
 
 def _gemm(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
     """QGemm of ONNX Runtime: a, its scale and zero point, b, …, c as int32, and the result's, left out for floats."""
-    attributes = _plain_attributes(node)
+    attributes = attributes_of(node)
     axis = 0 if attributes.get("transB") else 1
     operands = [_dequantized(node, 0), _dequantized(node, 3, axis=axis), *_bias(node, 6, (1, 4), arrays)]
     return _between("Gemm", node, operands, 7, **attributes)
@@ -159,7 +139,7 @@ def _gemm(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
 
 def _packed_matrix(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
     """MatMulNBits of ONNX Runtime: [out, blocks, bytes] of unsigned codes, lowest bits first, scales [out * blocks]."""
-    given = _plain_attributes(node)
+    given = attributes_of(node)
     rows, inputs, size, bits = (given[k] for k in ("N", "K", "block_size", "bits"))
     if (len(node.input) > _ORDER and node.input[_ORDER]) or bits not in (2, 4, 8) or inputs % size:
         raise CaptureError(
@@ -178,18 +158,18 @@ def _packed_matrix(node: NodeProto, arrays: Arrays) -> list[NodeProto]:
             )
         points = _unpacked(zeros.reshape(rows, -1), bits)[:, :blocks]
     parts = [
-        _store(arrays, f"{stem}_codes", _unpacked(packed.reshape(rows, -1), bits)[:, :inputs]),
-        _store(arrays, f"{stem}_scales", scales.reshape(rows, blocks).astype(np.float32)),
-        _store(arrays, f"{stem}_zero_points", points),
+        store(arrays, f"{stem}_codes", _unpacked(packed.reshape(rows, -1), bits)[:, :inputs]),
+        store(arrays, f"{stem}_scales", scales.reshape(rows, blocks).astype(np.float32)),
+        store(arrays, f"{stem}_zero_points", points),
     ]
     made = [
-        _node("DequantizeLinear", parts, f"{name}::weight", axis=1, block_size=size),
-        _node("Transpose", [f"{name}::weight"], f"{name}::turned", perm=[1, 0]),
+        make_node("DequantizeLinear", parts, [f"{name}::weight"], axis=1, block_size=size),
+        make_node("Transpose", [f"{name}::weight"], [f"{name}::turned"], perm=[1, 0]),
     ]
     if len(node.input) <= _ORDER + 1:
-        return [*made, _node("MatMul", [node.input[0], f"{name}::turned"], name)]
-    product = _node("MatMul", [node.input[0], f"{name}::turned"], f"{name}::product")
-    return [*made, product, _node("Add", [f"{name}::product", node.input[_ORDER + 1]], name)]
+        return [*made, make_node("MatMul", [node.input[0], f"{name}::turned"], [name])]
+    product = make_node("MatMul", [node.input[0], f"{name}::turned"], [f"{name}::product"])
+    return [*made, product, make_node("Add", [f"{name}::product", node.input[_ORDER + 1]], [name])]
 
 
 _POINTS = 3  # the place of zero points
@@ -214,7 +194,7 @@ _RULES: dict[str, Callable[[NodeProto, Arrays], list[NodeProto]]] = {
 
 def _with_zero_point(node: NodeProto, arrays: Arrays) -> NodeProto:
     """A quantize or dequantize that reads scale and zero point, int32, of one shape; "codes" says what codes are."""
-    scale, attributes = _array(node, node.input[1], arrays), _plain_attributes(node)
+    scale, attributes = _array(node, node.input[1], arrays), attributes_of(node)
     given = len(node.input) > _ZERO_POINT and node.input[_ZERO_POINT]
     point = _array(node, node.input[_ZERO_POINT], arrays) if given else None
     like = [arrays[n.decode()] for n in attributes.pop("like", []) if n.decode() in arrays]
@@ -226,10 +206,10 @@ def _with_zero_point(node: NodeProto, arrays: Arrays) -> NodeProto:
     zeros = np.zeros(shape, np.int32) if point is None else point.astype(np.int32).reshape(points)
     stem = node.input[1]
     names = [
-        stem if scale.shape == shape else _store(arrays, f"{stem}_scalar", scale.reshape(shape)),
-        _store(arrays, f"{stem}_zero_point", np.ascontiguousarray(np.broadcast_to(zeros, shape))),
+        stem if scale.shape == shape else store(arrays, f"{stem}_scalar", scale.reshape(shape)),
+        store(arrays, f"{stem}_zero_point", np.ascontiguousarray(np.broadcast_to(zeros, shape))),
     ]
-    return _node(node.op_type, [node.input[0], *names], node.output[0], **attributes | {"codes": kind})
+    return make_node(node.op_type, [node.input[0], *names], node.output, **attributes | {"codes": kind})
 
 
 def _kind(attributes: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from mcc.errors import CaptureError
+from mcc.onnx_nodes import attributes_of, make_node, store
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -36,9 +37,7 @@ def with_torch_weights(nodes: Iterable[NodeProto], arrays: dict[str, NDArray[Any
 
 
 def _spelled(node: NodeProto, arrays: dict[str, NDArray[Any]]) -> NodeProto:
-    from onnx import helper  # only ONNX models need it
-
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    attributes = attributes_of(node)
     given: list[str] = list(node.input)
     x, weights, recurrent, bias, lengths, hidden, cell, *peepholes = given + [""] * (8 - len(given))
     directions = 2 if attributes.get("direction") == b"bidirectional" else 1
@@ -64,10 +63,8 @@ def _spelled(node: NodeProto, arrays: dict[str, NDArray[Any]]) -> NodeProto:
             for k, piece in enumerate(pieces):
                 gates = np.split(piece, len(_ORDERS[node.op_type]))
                 stored = f"{name}_{d}" if len(pieces) == 1 else f"{name}_{d}_{('input', 'hidden')[k]}"
-                arrays[stored] = np.concatenate([gates[g] for g in _ORDERS[node.op_type]])
-                read.append(stored)
-    made: NodeProto = helper.make_node(node.op_type, read, list(node.output), **attributes)
-    return made
+                read.append(store(arrays, stored, np.concatenate([gates[g] for g in _ORDERS[node.op_type]])))
+    return make_node(node.op_type, read, node.output, **attributes)
 
 
 def _run(kind: str, attributes: Mapping[str, Any], x: Tensor, states: list[Tensor | None], weights: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mcc import ops
+from mcc.composites import write_call
 from mcc.constants import varying
 from mcc.graph import Node
 from mcc.ops import OPS
@@ -58,8 +59,7 @@ def _product(graph: Graph, node: Node, inputs: set[fx.Node]) -> bool:
         return False
     weight = turned(matrix)
     if weight is None:
-        weight = Node(graph.call(node, OPS["t"].target, matrix.fx), graph)
-        weight.fx.meta["val"] = matrix.value.t()
+        weight = Node(write_call(graph.module, node.fx, OPS["t"].target, matrix.fx), graph)
     _put_layer(graph, node, rows, weight, bias)
     return True
 
@@ -84,6 +84,6 @@ def _is_vector(node: Node, size: int | torch.SymInt) -> bool:
 
 
 def _put_layer(graph: Graph, node: Node, rows: Node, weight: Node, bias: Node | None) -> None:
-    made = graph.call(node, ops.LINEAR.target, rows.fx, weight.fx, None if bias is None else bias.fx)
-    made.meta["val"] = node.value
+    operands = rows.fx, weight.fx, None if bias is None else bias.fx
+    made = write_call(graph.module, node.fx, ops.LINEAR.target, *operands)
     Node(made, graph).take_place_of(node)

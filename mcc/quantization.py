@@ -202,9 +202,12 @@ def linear_layers_taken(
 
 def _not_plain_linear(node: Node) -> str | None:
     """Why this is no linear layer with a float weight, or None if it is one."""
-    if node.op is not ops.LINEAR:
-        return f"{node.op} is not linear"
-    expression = weight_expression(node.operand(1))
+    return f"{node.op} is not linear" if node.op is not ops.LINEAR else not_in_float(node)
+
+
+def not_in_float(node: Node) -> str | None:
+    """Why a layer has no stored float32 weight, or None if it has one."""
+    expression = weight_expression(node.weight_operand)
     if expression is None:
         return "its weight is computed"
     if node.dtype is not torch.float32:

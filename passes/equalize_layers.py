@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from mcc import ops
-from mcc.channels import weight_is_shared
+from mcc.channels import multiply_inputs, weight_is_shared
 from mcc.cost import weight_expression
 from mcc.errors import PassError, SpecError
 from mcc.ops import OPS
+from mcc.quantization import not_in_float
 from mcc.rewrite import Context, Exact, Pass
+from mcc.statistics import channels_read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,13 +112,9 @@ def _pools_space_of(layer: Node, pool: Node) -> bool:
 
 def _fixed(node: Node) -> str | None:
     """Why a layer's weight cannot be scaled, or None."""
-    expression, bias = weight_expression(node.weight_operand), node.operand(2)
-    if expression is None:
-        return "its weight is computed"
-    if node.dtype is not torch.float32:
-        return f"it computes in {str(node.dtype).removeprefix('torch.')}, not float32"
-    if expression.quantizer is not None or expression.sparse is not None:
-        return "its weight is quantized or encoded already"
+    reason, bias = not_in_float(node), node.operand(2)
+    if reason is not None:
+        return reason
     if weight_is_shared(node):
         return "its weight is shared"
     alone = bias is None or (bias.is_parameter and len(bias.fx.users) == 1)
@@ -125,9 +123,7 @@ def _fixed(node: Node) -> str | None:
 
 def _channel_dim(node: Node) -> int:
     """The dim of the channels in what a layer reads and gives, which has as many dims."""
-    weight = node.weight_operand
-    assert weight is not None
-    return len(node.shape) - (1 if node.op is ops.LINEAR else len(weight.shape) - 1)
+    return channels_read(node)[1] % len(node.shape)
 
 
 def _groups(node: Node) -> int:
@@ -173,18 +169,5 @@ def _equalize(first: Node, second: Node) -> float:
     graph.set_tensor(str(before.root.fx.target), divided.to(tensor.dtype))
     if bias is not None:
         graph.set_tensor(str(bias.fx.target), (bias.tensor.detach().double() / factors).to(bias.dtype))
-    _multiply_read(second, str(after.root.fx.target), factors)
+    multiply_inputs(second, factors)
     return float(factors.log().abs().max())
-
-
-def _multiply_read(node: Node, name: str, factors: Tensor) -> None:
-    """Multiply what a layer's weight has for each channel it reads."""
-    weight = node.graph.tensor(name).detach()
-    ones = [1] * (weight.dim() - 2)
-    if node.op is ops.CONV_TRANSPOSE2D:
-        scaled = weight.double() * factors.reshape(-1, 1, *ones)
-    else:
-        groups = _groups(node)
-        by_group = weight.double().reshape(groups, len(weight) // groups, *weight.shape[1:])
-        scaled = (by_group * factors.reshape(groups, 1, -1, *ones)).reshape(weight.shape)
-    node.graph.set_tensor(name, scaled.to(weight.dtype))

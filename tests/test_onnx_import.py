@@ -116,6 +116,17 @@ def test_recurrent_layers_equal_onnx_runtime_for_any_number_of_steps(kind, direc
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_of_a_direction_do_not_take_the_name_of_another_tensor():
+    proto = make_model(
+        [N("LSTM", ["x", "w", "r"], ["h"], hidden_size=4), N("Add", ["h", "w_0"], ["y"])],
+        {"x": ("float32", ["steps", "batch", 5])}, ["y"], {"w": f(1, 16, 5), "r": f(1, 16, 4), "w_0": f(4)},
+    )  # fmt: skip
+    x = f(3, 2, 5)
+    expected = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"x": x})[0]
+    found = mcc.compile(proto, measure="never", tuning="model")(x)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "options", "reason"), [
     ("GRU", {}, "applies its reset gate before the product"), ("LSTM", {"clip": 3.0}, "has one of clip"),
     ("LSTM", {"activations": ["Relu", "Tanh", "Tanh"]}, "has other activations"),

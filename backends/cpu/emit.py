@@ -131,12 +131,12 @@ class _Writer:
         self.returned: set[fx.Node] = set()
         self.absorbed = self._absorbed()
         self.lookups = lookups(lowering)
-        self.norms = norms(self.graph, lowering.target)
-        taken_in = {n for norm in self.norms.values() for n in norm.inner} | enlarged_before_cats(self.graph)
+        own_norms = norms(self.graph, lowering.target)
+        taken_in = {n for norm in own_norms.values() for n in norm.inner} | enlarged_before_cats(self.graph)
         taken_in |= decodes_before_attention(self.graph, lowering.target) | turned_before_products(self.graph)
         self.merged = taken_in - set(lowering.choices)
         self.unweighted = Unweighted(
-            lowering.target, self._value, self.norms, self.merged, lambda node: self.sizes.shape(node.value)
+            lowering.target, self._value, own_norms, self.merged, lambda node: self.sizes.shape(node.value)
         )
         self.live = self._live()
 

@@ -154,11 +154,6 @@ def _code(step: Requantize, value: float) -> int:
     return int(np.rint(np.float32(value) * np.float32(1 / step.scale))) + step.zero_point
 
 
-def output_dtype(steps: Sequence[EpilogueStep]) -> str:
-    """What such steps give: codes where the last one requantizes."""
-    return "uint8" if steps and isinstance(steps[-1], Requantize) else "float32"
-
-
 def emit_epilogue(
     vectors: Vectors, value: Expression, steps: tuple[Step, ...], operands: Sequence[Expression] = ()
 ) -> Expression:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from tvm import relax
 
 from mcc import ops
-from mcc.backends.cpu.epilogue import output_dtype
 from mcc.backends.cpu.fuse import own_step, requantize_step
 from mcc.backends.cpu.kernels.attention import TokenCodes, attention_function, attention_shape
 from mcc.backends.cpu.kernels.attention_step import attention_step_function
@@ -21,7 +20,7 @@ from mcc.backends.cpu.kernels.recurrent import NARROWEST, RecurrentShape, recurr
 from mcc.backends.cpu.kernels.softmax import SoftmaxShape, softmax_function
 from mcc.backends.cpu.permutes import order_of
 from mcc.backends.cpu.tokens import reads_codes
-from mcc.backends.kernel import Requantize
+from mcc.backends.kernel import Requantize, output_dtype
 from mcc.backends.relax.emitter import known_dims, rank, static
 from mcc.errors import BackendError
 from mcc.graph import Node

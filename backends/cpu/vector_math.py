@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from tvm import tirx
 from tvm.script import tirx as T
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ _ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
 _GELU = (
     2.25882625e-8, -1.58883077e-6, 4.77639797e-5, -8.12188615e-4, 8.76369791e-3, -6.45544315e-2, 0.397870287,
 )  # fmt: skip
+_LEAST = -87.0  # e to which is the least number that is normal, nearly
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 
 
@@ -35,12 +37,17 @@ def polynomial(v: Vectors, x: Expression, coefficients: Sequence[float]) -> Expr
 def exp(v: Vectors, x: Expression) -> Expression:
     """e^x within 2e-7 relative for x in [-87, 88], held to that range outside."""
     # in this order of operands a NaN passes both
-    x = v.hold(T.max(v.constant(-87.0), T.min(v.constant(88.0), x)))
+    x = v.hold(T.max(v.constant(_LEAST), T.min(v.constant(88.0), x)))
     n = v.hold(v.round_half_even(x * v.constant(1 / math.log(2))))
     r = v.hold(v.fma(n, v.constant(-_LN2_LOW), v.fma(n, v.constant(-_LN2_HIGH), x)))
     y = v.fma(polynomial(v, r, _EXP), r * r, r + v.constant(1.0))
     exponent = T.shift_left(T.cast(n, f"int32x{v.lanes}") + v.constant(127, "int32"), v.constant(23, "int32"))
     return v.hold(y * T.reinterpret(f"float32x{v.lanes}", exponent))
+
+
+def exp_to_zero(v: Vectors, x: Expression) -> Expression:
+    """e^x of what is no more than zero, as softmax has it: 0 where `exp` would hold it to the end of its range."""
+    return tirx.Select(x < v.constant(_LEAST), v.constant(0.0), exp(v, x))
 
 
 def sigmoid(v: Vectors, x: Expression) -> Expression:

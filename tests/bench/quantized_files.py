@@ -16,6 +16,7 @@ import onnx
 import onnxruntime
 import torch
 from peers import quantized_onnx
+from suite import first_output
 from zoo import case_of, settled
 
 import mcc
@@ -43,9 +44,7 @@ def row(name: str, threads: int, runs: int) -> str:
     timings = interleave({n: lambda run=run: run(*arrays) for n, run in engines.items()}, runs)  # type: ignore[misc]
     cells = []
     for engine, run in engines.items():
-        found = run(*arrays)
-        first = np.asarray(found[0] if isinstance(found, list | tuple) else found)
-        apart = float(np.linalg.norm(first - expected) / np.linalg.norm(expected))
+        apart = float(np.linalg.norm(first_output(run(*arrays)) - expected) / np.linalg.norm(expected))
         cells.append(f"{timings[engine].median_ms:.2f} ({timings[engine].min_ms:.2f}), {apart:.1e}")
     ratio = timings["mcc"].median_ms / min(timings[n].median_ms for n in ("ONNX Runtime", "OpenVINO"))
     return f"| {name} | {' | '.join(cells)} | {ratio:.2f} |"

@@ -57,7 +57,7 @@ def measure(name: str, case: Case, setting: tuple[str, int, int], runs: int, fai
     calibration = [case.inputs(batch) for _ in range(CALIBRATION_BATCHES)]
     arrays = [x.numpy() for x in inputs]
     with torch.inference_mode():
-        expected = _first(model(*inputs))
+        expected = first_output(model(*inputs))
     text = PASSES[precision]
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         text = text.partition(";")[2].strip()
@@ -75,7 +75,7 @@ def measure(name: str, case: Case, setting: tuple[str, int, int], runs: int, fai
             failed[f"{peer}, {name} {precision}"] = (str(error).strip() or repr(error)).splitlines()[0]
             continue
         engines[peer] = engine
-    outputs = {engine: _first(run(*arrays)) for engine, run in engines.items()}
+    outputs = {engine: first_output(run(*arrays)) for engine, run in engines.items()}
     calls: dict[str, Callable[[], object]] = {
         engine: lambda run=run: run(*arrays)  # type: ignore[misc]
         for engine, run in engines.items()
@@ -93,7 +93,7 @@ def measure(name: str, case: Case, setting: tuple[str, int, int], runs: int, fai
         yield Row(name, precision, batch, threads, engine, timing.min_ms, timing.median_ms, apart)
 
 
-def _first(outputs: Any) -> Any:
+def first_output(outputs: Any) -> Any:
     first = outputs[0] if isinstance(outputs, list | tuple) else outputs
     return np.asarray(first)
 

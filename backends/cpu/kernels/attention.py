@@ -17,6 +17,7 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
+from mcc.backends.cpu.kernels.tiles import alike_dims
 from mcc.backends.cpu.microkernel import (
     Expression,
     Parameter,
@@ -28,7 +29,7 @@ from mcc.backends.cpu.microkernel import (
     product,
     serial,
 )
-from mcc.backends.cpu.vector_math import exp
+from mcc.backends.cpu.vector_math import exp_to_zero
 from mcc.token_formats import ZERO
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from mcc.target import Target
 
 LOWEST = float("-inf")  # the score of a key that is not seen
-SMALLEST = -87.0  # e to less than this is 0
 ROWS_MANY, ROWS_FEW = 6, 4  # rows of a block, with 32 and with 16 vector registers
 
 
@@ -102,12 +102,7 @@ def attention_shape(
     codes: tuple[TokenCodes | None, TokenCodes | None] = (None, None),
 ) -> AttentionShape:
     """The sizes of an attention whose query, key, value and mask, if any, have these dims; equal symbols stay equal."""
-    variables: dict[str, tirx.Var] = {}
-
-    def known(dim: Any) -> Any:
-        return dim if isinstance(dim, int) else variables.setdefault(str(dim), tirx.Var(f"d{len(variables)}", "int64"))
-
-    dims = [tuple(map(known, d)) for d in operands]
+    dims = alike_dims(operands)
     query, key, value = (
         (batch, b, a, size) if first else (batch, a, b, size)
         for (batch, a, b, size), first in zip(dims[:3], tokens_first, strict=False)
@@ -397,7 +392,7 @@ class AttentionBody:
         shift = B.Bind(v.splat(tirx.Select(blind, T.float32(0), top)))
         with B.serial(0, count) as p:
             less = B.Bind(v.load(scores, base + p * v.lanes) - shift)
-            value = B.Bind(tirx.Select(less < v.constant(SMALLEST), v.constant(0.0), exp(v, less)))
+            value = B.Bind(exp_to_zero(v, less))
             v.store(scores, base + p * v.lanes, value)
             total.set(total.get() + value)
         summed = v.across([total.get()], lambda a, b: a + b)

@@ -13,9 +13,10 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
-from mcc.backends.cpu.epilogue import emit_epilogue, output_dtype
+from mcc.backends.cpu.epilogue import emit_epilogue
 from mcc.backends.cpu.kernels.tiles import leading_dims, shared_rows
 from mcc.backends.cpu.microkernel import Expression, Parameter, Vectors, flat, kernel_function, product, serial
+from mcc.backends.kernel import output_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,7 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 
 from mcc.backends.cpu.kernels.panels import SERIAL_MACS
-from mcc.backends.cpu.kernels.tiles import cover, loop_for
+from mcc.backends.cpu.kernels.tiles import alike_dims, cover, loop_for
 from mcc.backends.cpu.microkernel import (
     Expression,
     Parameter,
@@ -59,12 +59,7 @@ class MatmulShape:
 
 def matmul_shape(left: Sequence[Any], right: Sequence[Any], *, turned: bool) -> MatmulShape:
     """The sizes of a product of operands with these dims, two or more each; equal symbols stay equal."""
-    variables: dict[str, tirx.Var] = {}
-
-    def known(dim: Any) -> Any:
-        return dim if isinstance(dim, int) else variables.setdefault(str(dim), tirx.Var(f"d{len(variables)}", "int64"))
-
-    a, b = [known(d) for d in left], [known(d) for d in right]
+    a, b = map(list, alike_dims((left, right)))
     count = max(len(a), len(b)) - 2
     outer_a, outer_b = ([1] * (count + 2 - len(dims)) + dims[:-2] for dims in (a, b))
     batch = tuple(y if isinstance(x, int) and x == 1 else x for x, y in zip(outer_a, outer_b, strict=True))

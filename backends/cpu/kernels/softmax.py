@@ -23,7 +23,7 @@ from mcc.backends.cpu.microkernel import (
     product,
     serial,
 )
-from mcc.backends.cpu.vector_math import exp
+from mcc.backends.cpu.vector_math import exp_to_zero
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 BLOCK_ELEMENTS = 16384  # that one thread takes at a time
 LOWEST = float("-inf")
-SMALLEST = -87.0  # e to less than this is 0
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,7 @@ class _Body:
         shift = B.Bind(v.splat(top))
 
         def power(value: Expression) -> Expression:
-            less = B.Bind(value - shift)
-            return B.Bind(tirx.Select(less < v.constant(SMALLEST), v.constant(0.0), exp(v, less)))
+            return B.Bind(exp_to_zero(v, B.Bind(value - shift)))
 
         def add(i: Expression) -> None:
             value = power(v.load(self.x, start + i * v.lanes))

@@ -87,6 +87,16 @@ def leading_dims(dims: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(d if isinstance(d, int) else tirx.Var(f"d{i}", "int64") for i, d in enumerate(dims))
 
 
+def alike_dims(operands: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """As `leading_dims`, of several buffers: equal symbols become one variable."""
+    variables: dict[str, tirx.Var] = {}
+
+    def known(dim: Any) -> Any:
+        return dim if isinstance(dim, int) else variables.setdefault(str(dim), tirx.Var(f"d{len(variables)}", "int64"))
+
+    return [tuple(map(known, dims)) for dims in operands]
+
+
 def row_blocks(
     rows: Any,
     block: Expression,

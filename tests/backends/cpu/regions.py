@@ -101,13 +101,18 @@ def run_kernel(
         operands = make_operands(kernel, region, source)
         out = np.full(kernel.reference(region, source, operands).shape, 77, region.output_dtype)
         calls.append([np.ascontiguousarray(a) for a in (source, *operands, *lowered.packed.values(), out)])
+    return run_function(lowered.function, target, calls)
+
+
+def run_function(function: tvm.tirx.PrimFunc, target: Target, calls: list[list[np.ndarray]]) -> list[np.ndarray]:
+    """Compile a kernel's function and call it with each list of arguments; the last of them is the output, returned."""
     if missing_features(target):
-        return run_emulated(lowered.function, target, calls)
-    module = compiled_kernel(lowered.function, target)
+        return run_emulated(function, target, calls)
+    module = compiled_kernel(function, target)
     results = []
     for call in calls:
         arguments = [tvm.runtime.tensor(a, tvm.cpu()) for a in call]
-        module[kernel.name](*arguments)
+        module[function.attrs["global_symbol"]](*arguments)
         results.append(arguments[-1].numpy())
     return results
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import tvm
-from emulated import COMPILER, EMULATOR, run_emulated
+from emulated import COMPILER, EMULATOR
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from regions import NEON, TARGETS
+from regions import NEON, TARGETS, run_function
 from torch import nn
 
 import mcc
 from mcc.backends.cpu.kernels.matmul import matmul_function, matmul_shape
 from mcc.backends.cpu.kernels.softmax import SoftmaxShape, softmax_function
-from mcc.backends.cpu.microkernel import compiled_kernel
 
 QUICK = {"measure": "never", "tuning": "model"}
 SIZES = st.sampled_from([1, 2, 3, 5, 7, 8, 16, 17, 31, 33, 64, 97])
@@ -40,13 +38,8 @@ class Softmax(nn.Module):
 
 
 def run(function, target, inputs, shape):
-    result = np.full(shape, 77, np.float32)
-    calls, function = [[*(np.ascontiguousarray(x) for x in inputs), result]], function.with_attr("global_symbol", "k")
-    if target is NEON:
-        return run_emulated(function, target, calls)[0]
-    arguments = [tvm.runtime.tensor(a, tvm.cpu()) for a in calls[0]]
-    compiled_kernel(function, target)["k"](*arguments)
-    return arguments[-1].numpy()
+    call = [*(np.ascontiguousarray(x) for x in inputs), np.full(shape, 77, np.float32)]
+    return run_function(function.with_attr("global_symbol", "kernel"), target, [call])[0]
 
 
 def close(found, expected):
