@@ -315,6 +315,7 @@ _BY_NAME: dict[str, Callable[[Ties, Node], Any]] = {
     **MOVES,
     "linear": _linear, "embedding": _embedding, "matmul": _matmul, "bmm": _matmul,
     "addmm": _added_matmul, "baddbmm": _added_matmul, "scaled_dot_product_attention": _attention,
+    "mcc.rounded_attention": _attention,
     "batch_norm": _batch_norm, "instance_norm": _instance_norm, "group_norm": _group_norm, "layer_norm": _layer_norm,
     "rms_norm": _layer_norm, "linalg_vector_norm": _reduction, "_weight_norm": _weight_norm, "prelu": _prelu,
     "pixel_shuffle": _pixel_shuffle,

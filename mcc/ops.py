@@ -150,6 +150,7 @@ _TABLE = (
     Op("bmm", "contraction", macs=_matmul_macs),
     Op("baddbmm", "contraction", macs=_addmm_macs),
     Op("scaled_dot_product_attention", "contraction", macs=_attention_macs),
+    Op("mcc.rounded_attention", "contraction", macs=_attention_macs),
     # the channel dim is tied to the vectors; layer_norm closes its dims
     Op("batch_norm", "norm", weights=(1, 2), train_flag=5),
     Op("layer_norm", "norm", weights=(2, 3)),
@@ -219,7 +220,8 @@ _TABLE = (
 OPS: dict[str, Op] = {row.name: row for row in _TABLE}
 
 LINEAR, CONV1D, CONV2D, EMBEDDING = OPS["linear"], OPS["conv1d"], OPS["conv2d"], OPS["embedding"]
-ATTENTION = OPS["scaled_dot_product_attention"]
+ATTENTION, ROUNDED_ATTENTION = OPS["scaled_dot_product_attention"], OPS["mcc.rounded_attention"]
+ATTENTIONS = (ATTENTION, ROUNDED_ATTENTION)
 CONV2D_NHWC = OPS["mcc.conv2d_nhwc"]
 CONV3D, CONV_TRANSPOSE2D = OPS["conv3d"], OPS["conv_transpose2d.input"]
 CONVOLUTIONS = (CONV1D, CONV2D, CONV3D, CONV_TRANSPOSE2D)

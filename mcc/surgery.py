@@ -186,5 +186,5 @@ _MENDERS: dict[str, Callable[..., None]] = {
     "repeat": _counts_at(1), "repeat_interleave.self_int": _count_at(1), "pad": _counts_at(1),
     "constant_pad_nd": _counts_at(1), "slice.Tensor": _slice, "split.Tensor": _split, "split_with_sizes": _split,
     "chunk": _split, "squeeze.dim": _squeeze, "squeeze.dims": _squeeze,
-    "scaled_dot_product_attention": _attention,
+    "scaled_dot_product_attention": _attention, "mcc.rounded_attention": _attention,
 }  # fmt: skip

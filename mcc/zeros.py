@@ -293,7 +293,8 @@ def _fake_quantize(node: Node, ties: Ties, found: dict[fx.Node, Zeros]) -> Zeros
 _SPECIAL: dict[str, Callable[[Node, Ties, dict[fx.Node, Zeros]], Zeros]] = {
     "linear": _layer, "conv1d": _layer, "conv2d": _layer, "conv3d": _layer, "conv_transpose2d.input": _layer,
     "embedding": _embedding, "matmul": _matmul, "bmm": _matmul, "addmm": _matmul, "baddbmm": _matmul,
-    "scaled_dot_product_attention": _attention, "batch_norm": _batch_norm, "instance_norm": _norm, "group_norm": _norm,
+    "scaled_dot_product_attention": _attention, "mcc.rounded_attention": _attention,
+    "batch_norm": _batch_norm, "instance_norm": _norm, "group_norm": _norm,
     "layer_norm": _norm, "rms_norm": _norm, "_weight_norm": _weight_norm, "where.self": _where,
     "where.ScalarOther": _where, "where.ScalarSelf": _where, "masked_fill.Scalar": _masked_fill, "clamp": _clamp,
     "clamp_min": _clamp, "hardtanh": _clamp, "clamp_max": _clamp, "pow.Tensor_Scalar": _power, "pad": _pad,

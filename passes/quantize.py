@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from mcc import ops
+from mcc.activation_quantizers import ActivationCodes, quantize_activations, round_activation, round_tokens
+from mcc.attention_products import Attention, attentions
 from mcc.cost import weight_expression
 from mcc.errors import PassError, SpecError
-from mcc.formats import SMALLEST_ROW
-from mcc.graph import Graph, Node
 from mcc.pairs import LARGEST, LARGEST_SUM, fit_pairs, reads_pairs
 from mcc.quantization import (
+    QUANTIZERS,
     channel_scales,
     check_group_size,
     code_range,
@@ -27,18 +28,17 @@ from mcc.quantization import (
     new_quantizers,
     nodes_taken,
     power_of_two,
-    quantizer_tensors,
     ragged,
     round_weight,
 )
 from mcc.rewrite import Context, Lossy, Pass, Rewriter
 from mcc.sensitivity import choose, damages
-from mcc.statistics import OBSERVERS, Histogram, Observer, affine_parameters, observe
+from mcc.statistics import OBSERVERS, Observer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from mcc.graph import Graph, Node
     from mcc.sensitivity import Formats
+    from mcc.target import Target
 
 BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 ACTIVATION_BITS = {"int16": 16, **BITS}
@@ -70,6 +70,10 @@ class Quantize(Pass):
     many are positive as negative; @fc.weight_zero_point is -1/2. Liu et al.: ParetoQ: scaling laws in extremely low-bit
     LLM quantization. arXiv 2502.02631, 2025.
     Embeddings get int8 codes with a scale for each row; those tied to a layer have that layer's codes.
+    With int8 activations attention multiplies codes too, where the target has an instruction that adds their products
+    exactly; its probabilities become codes with a scale for each query:
+        %y: f32[1, 2, 6, 16] = mcc.rounded_attention(%q_quantized, %k_quantized, %v_quantized)
+    A model that spells attention out gets `mcc.fake_quantize_per_token(%probabilities, limit=255)` for it.
 
     Attributes:
         weights: "int8", "int4", "int3", "int2", "ternary" (-1, 0 and 1, stored in two bits) or "binary" (one bit),
@@ -152,7 +156,11 @@ class Quantize(Pass):
     def run(self, graph: Graph, context: Context) -> Graph:
         """Quantize weights, then observe the graph with quantized weights and quantize activations."""
         self._check_patterns(graph)
-        layers = nodes_taken(multiplying(graph), context, self._refusal)
+        attended = self._attended(graph, context.target)
+        found = [attention for attention, reason in attended.items() if reason is None]
+        reasons = {n.fx: reason for attention, reason in attended.items() for n in (attention.scores, attention.node)}
+        products = [n for n in multiplying(graph) if reasons.get(n.fx, "") is not None]
+        layers = nodes_taken(products, context, lambda node: reasons.get(node.fx) or self._refusal(node))
         if self.weights == "auto":
             layers = self._quantize_mixed(graph, layers, context)
         else:
@@ -160,8 +168,48 @@ class Quantize(Pass):
         if self.activations == "dynamic":
             _quantize_tokens(graph, layers)
         elif self.activations is not None and layers:
-            self._quantize_activations(graph, layers, ACTIVATION_BITS[self.activations], context)
+            reads = [(node, x) for node in layers if (x := node.operand(0)) is not None]
+            reads += [read for attention in found for read in attention.reads]
+            quantize_activations(graph, reads, self._activation_codes, context.data.calibration or ())
+            for attention in found:
+                attention.round_probabilities()
+                context.edited()
         return graph
+
+    def _attended(self, graph: Graph, target: Target) -> dict[Attention, str | None]:
+        """Attention with the reason why it stays in float, or None where its products are to be of codes."""
+        if self.activations != "int8":
+            return {}
+        refused = {attention: self._attention_refusal(attention, target) for attention in attentions(graph)}
+        return {a: None if reason is None else f"attention stays in float: {reason}" for a, reason in refused.items()}
+
+    def _attention_refusal(self, attention: Attention, target: Target) -> str | None:
+        """Why products of queries and keys, and of probabilities and values, are not to be of codes, or None."""
+        query, key, value = attention.query, attention.key, attention.value
+        if (excluded := self._excluded(attention.node)) is not None:
+            return excluded
+        if not target.exact_dot4:
+            return f"{target} multiplies floats as fast as codes of activations"
+        if any(x.dtype is not torch.float32 for x in (query, key, value)):
+            return "it does not compute in float32"
+        if any(x.op in (*QUANTIZERS, ops.DEQUANTIZE_TOKENS) for x in (query, key, value)):
+            return "its operands are quantized already"
+        if not isinstance(query.shape[-1], int) or query.shape[-1] % 4 or value.shape[-1] < target.vector_lanes:
+            return f"no kernel reads codes of {query.shape[-1]} by {value.shape[-1]} elements"
+        if isinstance(query.shape[-2], int) and query.shape[-2] == 1:
+            return "its single query reads each key once"
+        return (
+            "its probabilities are dropped"
+            if attention.node.op is ops.ATTENTION and attention.node.argument(4)
+            else None
+        )
+
+    @property
+    def _activation_codes(self) -> ActivationCodes:
+        assert self.activations is not None
+        bits = ACTIVATION_BITS[self.activations]
+        low, high = code_range(bits) if bits > BYTE else (0, (1 << bits) - 1)
+        return ActivationCodes(low, high, self.observer, self.scales == "power-of-two")
 
     def _quantize_all(self, graph: Graph, layers: list[Node], context: Context) -> None:
         self.quantize_weights(layers, context)
@@ -334,11 +382,14 @@ class Quantize(Pass):
         rounded = before.copy()
         for node in new_quantizers(before, after):
             if node.op is ops.FAKE_QUANTIZE_PER_TOKEN:
-                _round_tokens(rounded, node)
+                round_tokens(rounded, node)
             elif weight_expression(node) is not None:
                 round_weight(rounded, node)
             else:
-                _round_activation(rounded, node)
+                round_activation(rounded, node)
+        for node in after.nodes:
+            if node.op is ops.ROUNDED_ATTENTION and (plain := rounded.node(node.name)).op is ops.ATTENTION:
+                _round_probabilities(plain)
         return rounded.clean()
 
     def _refusal(self, node: Node) -> str | None:
@@ -393,50 +444,15 @@ class Quantize(Pass):
 
     def _check_patterns(self, graph: Graph) -> None:
         """Raise a PassError where a pattern matches nothing."""
-        names = sorted({n.layer for n in graph.nodes if n.op in (*ops.LAYERS, ops.EMBEDDING)})
+        attending = [attention.node for attention in attentions(graph)]
+        quantized = [n for n in graph.nodes if n.op in (*ops.LAYERS, ops.EMBEDDING)] + attending
+        names = sorted({n.layer for n in quantized})
         for pattern in (*self.include, *self.exclude):
             if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
                 raise PassError(
                     f"{self}: pattern {pattern!r} matches no layer",
                     remedy=f"layers that can be quantized: {', '.join(names) or 'none'}",
                 )
-
-    def _quantize_activations(self, graph: Graph, layers: list[Node], bits: int, context: Context) -> None:
-        graph.clean()
-        inputs = {node: node.operand(0) for node in layers}
-        values = {x.fx: x for x in inputs.values() if x is not None and x.op is not ops.FAKE_QUANTIZE}
-        assert context.data.calibration is not None
-        histograms = observe(graph, [x.name for x in values.values()], context.data.calibration)
-        low, high = code_range(bits) if bits > BYTE else (0, (1 << bits) - 1)
-        for x in values.values():
-            scale, zero_point = self._activation_parameters(histograms[x.name], low, high)
-            readers = [node.fx for node in layers if node.operand(0) == x]
-            convolutions = all(ops.lookup(reader.target) in ops.CONVOLUTIONS for reader in readers)
-            if convolutions and bits == BITS["int8"]:
-                # the residual of a convolutional network is added in codes too: it need not be kept in float beside
-                readers += [user.fx for user in x.users if user.op is ops.ADD]
-            first = next(n for n in graph.module.graph.nodes if n in readers)
-            rewriter = Rewriter(graph, Node(first, graph))
-            made = rewriter.call(
-                ops.FAKE_QUANTIZE, x, rewriter.read(f"{x.name}_scale", torch.tensor(scale, dtype=torch.float32)),
-                rewriter.read(f"{x.name}_zero_point", torch.tensor(zero_point, dtype=torch.int32)), None, low, high,
-            )  # fmt: skip
-            made.rename(f"{x.name}_quantized")
-            for reader in readers:
-                reader.replace_input_with(x.fx, made.fx)
-
-    def _activation_parameters(self, histogram: Histogram, low: int, high: int) -> tuple[float, int]:
-        """Scale and zero point; symmetric where codes are signed."""
-        if low < 0:
-            reach = max(-histogram.low, histogram.high)
-            scale, zero_point = (reach / high if reach > 0 else 1.0), 0
-        else:
-            chosen = histogram.choose_range(self.observer, high - low + 1)
-            scale, zero_point = affine_parameters(*chosen, low, high)
-        if self.scales == "power-of-two":
-            scale = 2.0 ** math.ceil(math.log2(scale))
-            zero_point = 0 if low < 0 else min(max(round(-chosen[0] / scale), low), high)
-        return scale, zero_point
 
 
 def _embeddings(graph: Graph) -> list[Node]:
@@ -460,34 +476,8 @@ def _quantize_tokens(graph: Graph, layers: list[Node]) -> None:
         node.fx.replace_input_with(x.fx, made[x.name].fx)
 
 
-def _round_tokens(graph: Graph, quantizer: Node) -> None:
-    """Send the readers of the quantized value through the same arithmetic in plain ATen calls."""
-
-    def plain(x: Tensor) -> Tensor:
-        largest = x.abs().amax(-1, keepdim=True)
-        codes = torch.round(x * torch.where(largest > SMALLEST_ROW, TOKEN_LIMIT / largest, 0.0))
-        return codes * (largest / TOKEN_LIMIT)
-
-    _compute_instead(graph, quantizer, plain)
-
-
-def _round_activation(graph: Graph, quantizer: Node) -> None:
-    """Send the readers of the quantized value through divide, round, add, clamp, subtract, multiply."""
-    scale, zero_point, low, high = quantizer_tensors(quantizer)
-
-    def plain(x: Tensor) -> Tensor:
-        codes = torch.clamp(torch.round(x / float(scale)) + int(zero_point), low, high)
-        return (codes - int(zero_point)) * float(scale)
-
-    _compute_instead(graph, quantizer, plain)
-
-
-def _compute_instead(graph: Graph, quantizer: Node, function: Callable[[Tensor], Tensor]) -> None:
-    """Let those that read a quantizer of another graph read a function of what it quantizes, in this graph."""
-    source = quantizer.operand(0)
-    assert source is not None
-    readers, value = [graph.node(user.name) for user in quantizer.users], graph.node(source.name)
-    order = {n: i for i, n in enumerate(graph.module.graph.nodes)}
-    made = Rewriter(graph, min(readers, key=lambda n: order[n.fx])).insert(function, value)
-    for reader in readers:
-        reader.fx.replace_input_with(value.fx, made.fx)
+def _round_probabilities(attention: Node) -> None:
+    """Let attention round its probabilities."""
+    args, kwargs = attention.fx.args, attention.fx.kwargs
+    made = Rewriter(attention.graph, attention).call(ops.ROUNDED_ATTENTION, *args, **kwargs)
+    made.take_place_of(attention)

@@ -52,7 +52,7 @@ def gather_attention(graph: Graph, target: Target) -> None:
     for node in graph.nodes:
         if node.op in _MATMULS:
             _gather(_Writer(graph, node), target)
-        elif node.op is ops.ATTENTION and len(node.shape) != 4:
+        elif node.op in ops.ATTENTIONS and len(node.shape) != 4:
             _with_four_dims(_Writer(graph, node))
     graph.clean()
 
@@ -70,7 +70,11 @@ class _Writer:
 
 def _gather(write: _Writer, target: Target) -> None:
     node = write.before
-    softmax, value = _through_dropout(node.operand(0)), node.operand(1)
+    weights, value = node.operand(0), node.operand(1)
+    limit = 0
+    if weights is not None and weights.op is ops.FAKE_QUANTIZE_PER_TOKEN and len(weights.users) == 1:
+        limit, weights = weights.argument(1), weights.operand(0)
+    softmax = _through_dropout(weights)
     if softmax is None or value is None or softmax.op is not _SOFTMAX or len(softmax.users) != 1 or softmax.is_output:
         return
     dims = len(softmax.shape)
@@ -89,7 +93,7 @@ def _gather(write: _Writer, target: Target) -> None:
         return
     if dims > 4 and not _joins_batches((query, keys, value), scores):
         return
-    made = _attention(write, (query, keys, value), scores)
+    made = _attention(write, (query, keys, value), scores, limit)
     if refusal(made, target) is None:
         node.fx.replace_all_uses_with(_with_own_dims(write, made.fx))
 
@@ -105,7 +109,8 @@ def _with_four_dims(write: _Writer) -> None:
         return
     views = [_of_four_dims(write, x.fx) for x in parts]
     options = (None, node.argument(4, 0.0), node.argument(5, False))
-    made = write("scaled_dot_product_attention", *views, *options, **node.fx.kwargs)
+    assert node.op is not None
+    made = write(node.op.name, *views, *options, **node.fx.kwargs)
     node.fx.replace_all_uses_with(_with_own_dims(write, made))
 
 
@@ -131,8 +136,11 @@ def _joins_batches(operands: tuple[Node, Node, Node], scores: _Scores) -> bool:
     return fixed and not scores.masks and not scores.by_head and scores.hidden is None
 
 
-def _attention(write: _Writer, operands: tuple[Node, Node, Node], scores: _Scores) -> Node:
-    """The op, for operands of four dims, three (without heads) or more (with several batches)."""
+def _attention(write: _Writer, operands: tuple[Node, Node, Node], scores: _Scores, limit: int) -> Node:
+    """The op, for operands of four dims, three (without heads) or more (with several batches).
+
+    With a `limit` it is the one that rounds probabilities.
+    """
     query, keys, value = (x.fx for x in operands)
     for factor in scores.by_head:
         query = write("mul.Tensor", query, factor)
@@ -147,7 +155,11 @@ def _attention(write: _Writer, operands: tuple[Node, Node, Node], scores: _Score
     if mask is not None and len(operands[0].shape) == mask.meta["val"].dim() == 3:
         mask = write("unsqueeze", mask, 1)
     parts = [_of_four_dims(write, part) for part in (query, key, value)]
-    made = write("scaled_dot_product_attention", *parts, mask, 0.0, False, scale=scores.scale)
+    arguments = (*parts, mask, 0.0, False)
+    if limit:
+        made = write("mcc.rounded_attention", *arguments, scale=scores.scale, limit=limit)
+    else:
+        made = write("scaled_dot_product_attention", *arguments, scale=scores.scale)
     return Node(made, write.graph)
 
 

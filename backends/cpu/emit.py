@@ -19,6 +19,7 @@ from tvm.sym.analyzer import Analyzer
 
 from mcc import ops
 from mcc.artifact import TensorSpec, stored_bytes
+from mcc.backends.cpu.attend import decodes_before_attention
 from mcc.backends.cpu.fuse import requantize_step
 from mcc.backends.cpu.kernels.lookup import lookup_function
 from mcc.backends.cpu.kernels.tiles import leading_dims
@@ -27,7 +28,6 @@ from mcc.backends.cpu.microkernel import Parameter, flat, kernel_function, produ
 from mcc.backends.cpu.unweighted import (
     RECURRENT,
     Unweighted,
-    decodes_before_attention,
     enlarged_before_cats,
     norms,
     turned_before_products,
@@ -286,7 +286,8 @@ class _Writer:
         if own is not None:
             if node.op.macs(node.fx):
                 name = node.op.name.removeprefix("mcc.")
-                self._row(node, name, self.unweighted.kernel_name(node), (self.unweighted.stored_text(node), 0), "")
+                stored, reason = (self.unweighted.stored_text(node), 0), self.unweighted.reason(node)
+                self._row(node, name, self.unweighted.kernel_name(node), stored, reason)
             return own
         rule = RULES.get(node.op.name)
         if rule is None:

@@ -43,7 +43,7 @@ def integerize(lowering: Lowering) -> Lowering:
         if node.op not in ANCHORS or (node.op is ops.CONV2D and not (reads_sparse(node) or depthwise(node))):
             if node.op is not None and node.op.macs(node.fx):
                 reason = _REASONS.get(node.op.name)
-                if node.op is ops.ATTENTION:
+                if node.op in ops.ATTENTIONS:
                     reason = attention_refusal(node, lowering.target)
                 refused[node.fx] = reason or f"there is no own kernel for {node.op.name} yet"
             continue

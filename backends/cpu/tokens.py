@@ -23,12 +23,12 @@ _EXPAND, _UNSQUEEZE, _REPEAT = OPS["expand"], OPS["unsqueeze"], OPS["repeat_inte
 def attend_by_tokens(graph: Graph, target: Target) -> None:
     """Replace attention that the kernel takes by `mcc.attention`, taking in the transposes around it."""
     for node in graph.nodes:
-        if node.op is ops.ATTENTION and refusal(node, target) is None:
+        if node.op in ops.ATTENTIONS and refusal(node, target) is None:
             _replace(node)
 
 
 def refusal(node: Node, target: Target) -> str | None:
-    """Why the attention kernel cannot take a scaled_dot_product_attention, or None if it can."""
+    """Why the attention kernel cannot take a scaled_dot_product_attention, or one that rounds, or None if it can."""
     query, key, value, mask = (node.operand(i) for i in range(4))
     assert query is not None
     assert key is not None
@@ -78,6 +78,21 @@ def _shared_heads(node: Node) -> Node:
     return source if all([*map(str, found)] == [*map(str, wanted)] for found, wanted in shapes) else node
 
 
+def _before_swap(operand: Node) -> Node | None:
+    """What tokens and heads of an operand were swapped of, itself or the codes that it stands for; or None."""
+    if order_of(operand) == _SWAP:
+        return operand.operand(0)
+    codes = operand.operand(0) if operand.op is ops.DEQUANTIZE else None
+    before = codes.operand(0) if codes is not None and order_of(codes) == _SWAP else None
+    if codes is None or before is None or operand.argument(3) is not None:
+        return None
+    graph = operand.graph.module.graph
+    with graph.inserting_before(operand.fx):
+        made = graph.call_function(ops.DEQUANTIZE.target, (before.fx, *operand.fx.args[1:]))
+    made.meta = dict(operand.fx.meta) | {"val": operand.value.transpose(1, 2)}
+    return Node(made, operand.graph)
+
+
 def _replace(node: Node) -> None:
     graph = node.graph
     sources, flags = [], []
@@ -89,9 +104,9 @@ def _replace(node: Node) -> None:
         shared = [keys, values]
     for operand in (node.operand(0), *shared):
         assert operand is not None
-        before = operand.operand(0) if order_of(operand) == _SWAP else None
-        sources.append((operand if before is None else before).fx)
-        flags.append(before is not None)
+        source = _before_swap(operand)
+        sources.append((operand if source is None else source).fx)
+        flags.append(source is not None)
     depth = int(node.operand(0).shape[3])  # type: ignore[union-attr]
     scale = node.argument(6)
     users = node.users
@@ -99,6 +114,7 @@ def _replace(node: Node) -> None:
     args = (
         *sources, node.argument(3), bool(node.argument(5, default=False)),
         1 / math.sqrt(depth) if scale is None else float(scale), [*flags, after is not None],
+        node.argument(8, 255) if node.op is ops.ROUNDED_ATTENTION else 0,
     )  # fmt: skip
     with graph.module.graph.inserting_before(node.fx):
         made = graph.module.graph.call_function(OPS["mcc.attention"].target, args)

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 from tvm import relax
 
 from mcc import ops
+from mcc.backends.cpu.attend import ATTENTION, Attending, kernel_name, refusal
 from mcc.backends.cpu.fuse import own_step, requantize_step
-from mcc.backends.cpu.kernels.attention import TokenCodes, attention_function, attention_shape
-from mcc.backends.cpu.kernels.attention_step import attention_step_function
 from mcc.backends.cpu.kernels.concatenate import SHORTEST_RUN, Part, concatenate_function, run_of
 from mcc.backends.cpu.kernels.group_norm import GroupNormShape, group_norm_function
 from mcc.backends.cpu.kernels.matmul import matmul_function, matmul_shape
@@ -19,9 +18,8 @@ from mcc.backends.cpu.kernels.quantize import quantize_function
 from mcc.backends.cpu.kernels.recurrent import NARROWEST, RecurrentShape, recurrent_function
 from mcc.backends.cpu.kernels.softmax import SoftmaxShape, softmax_function
 from mcc.backends.cpu.permutes import order_of
-from mcc.backends.cpu.tokens import reads_codes
 from mcc.backends.kernel import Requantize, output_dtype
-from mcc.backends.relax.emitter import known_dims, rank, static
+from mcc.backends.relax.emitter import known_dims, static
 from mcc.errors import BackendError
 from mcc.graph import Node
 from mcc.ops import OPS
@@ -77,17 +75,6 @@ def norms(graph: Graph, target: Target) -> dict[fx.Node, Norm]:
             inner.append(last.fx)
             last = users[0]
         found[last.fx] = Norm(node, tuple(steps), tuple(inner))
-    return found
-
-
-def decodes_before_attention(graph: Graph, target: Target) -> set[fx.Node]:
-    """Decodes of keys and values that the attention behind them reads as codes: nothing else reads their floats."""
-    found = set()
-    for node in graph.nodes:
-        if node.op is not ops.DEQUANTIZE_TOKENS or node.is_output or not reads_codes(node, target):
-            continue
-        if all(user.op is OPS["mcc.attention"] and user.operand(0) != node for user in node.users):
-            found.add(node.fx)
     return found
 
 
@@ -148,14 +135,6 @@ def _repeats(node: Node) -> tuple[int, int] | None:
     return (sizes[0][0] // sizes[0][1], sizes[1][0] // sizes[1][1]) if all(a % b == 0 for a, b in sizes) else None
 
 
-def _single(attention: Node, target: Target) -> bool:
-    """Whether one query of each head sees all keys, in whole vectors."""
-    query = attention.operand(0)
-    assert query is not None
-    rows, depth = query.shape[1 if attention.argument(6)[0] else 2], int(query.shape[3])
-    return isinstance(rows, int) and rows == 1 and not attention.argument(4) and depth % target.vector_lanes == 0
-
-
 def takes_cat(node: Node) -> bool:
     """Whether the concatenation kernel takes this node: float32 or codes, in runs of some elements or of any length."""
     kind = str(node.dtype).removeprefix("torch.")
@@ -206,11 +185,12 @@ class Unweighted:
         self._sizes = sizes
         self._value = value
         self._merged = merged
+        self._attending = Attending(target, value, merged)
 
     def call(self, emitter: Emitter, node: Node) -> Any:
         """The value of a node that has an own kernel here, or None."""
-        if node.op is OPS["mcc.attention"]:
-            return self._attention(emitter, node)
+        if node.op is ATTENTION:
+            return self._attending.call(emitter, node)
         if node.op is OPS["cat"] and takes_cat(node):
             return self._cat(emitter, node)
         if node.op in RECURRENT:
@@ -230,54 +210,15 @@ class Unweighted:
     def kernel_name(self, node: Node) -> str:
         """The kernel of a node that has an own one here, for the report."""
         assert node.op is not None
-        single = node.op is OPS["mcc.attention"] and _single(node, self.target)
-        return "attention_step" if single else node.op.name.removeprefix("mcc.")
+        return kernel_name(node, self.target) if node.op is ATTENTION else node.op.name.removeprefix("mcc.")
 
     def stored_text(self, node: Node) -> str:
-        """How the keys and values of an attention are stored where they are no floats, for the report."""
-        read = [x for x in (node.operand(i) for i in (1, 2)) if x is not None and x.op is ops.DEQUANTIZE_TOKENS]
-        decodes = [x for x in read if x.fx in self._merged]
-        return f"int{decodes[0].argument(2)} keys, values" if decodes else ""
+        """How what a node reads is stored where it is no floats, for the report."""
+        return self._attending.stored_text(node) if node.op is ATTENTION else ""
 
-    def _attention(self, emitter: Emitter, node: Node) -> Any:
-        query, key, value, mask = (node.operand(i) for i in range(4))
-        assert query is not None
-        assert key is not None
-        assert value is not None
-        stored = [self._stored(x) for x in (key, value)]
-        operands = [self._value(query.fx), *(x for parts, _ in stored for x in parts)]
-        dims = [known_dims(operands[0]), *(self._logical(parts[0], codes) for parts, codes in stored)]
-        mask_dtype = ""
-        if mask is not None:
-            given = self._value(mask.fx)
-            operands.append(emitter(relax.op.reshape(given, [*[1] * (4 - rank(given)), *given.ty.shape])))
-            dims.append(known_dims(operands[-1]))
-            mask_dtype = str(given.ty.dtype)
-        first = node.argument(6)
-        shape = attention_shape(
-            dims, mask_dtype, first, causal=node.argument(4), scale=node.argument(5), codes=(stored[0][1], stored[1][1])
-        )
-        make = attention_step_function if _single(node, self.target) else attention_function
-        function = make(shape, self.target)
-        added = emitter.builder.add_func(function, self.kernel_name(node))
-        sizes = operands[0].ty.shape
-        outer, inner = (sizes[1], sizes[2]) if first[0] == first[3] else (sizes[2], sizes[1])
-        output = relax.TensorType([sizes[0], outer, inner, shape.width], "float32")
-        return emitter(relax.call_tir(added, operands, output))
-
-    def _stored(self, node: Node) -> tuple[list[Any], TokenCodes | None]:
-        """What the attention kernel reads for keys or values: floats, or codes and scales."""
-        if node.fx not in self._merged:
-            return [self._value(node.fx)], None
-        codes, scale = (node.operand(i) for i in range(2))
-        assert codes is not None
-        assert scale is not None
-        return [self._value(codes.fx), self._value(scale.fx)], TokenCodes(node.argument(2), int(scale.shape[-1]))
-
-    @staticmethod
-    def _logical(data: Any, codes: TokenCodes | None) -> tuple[Any, ...]:
-        *outer, size = known_dims(data)
-        return (*outer, size * 2 if codes is not None and codes.bits == 4 else size)
+    def reason(self, node: Node) -> str:
+        """Why a node does not read codes that it might, for the report; or empty."""
+        return refusal(node, self.target) if node.op is ATTENTION else ""
 
     def _softmax(self, emitter: Emitter, node: Node) -> Any:
         source = self._value(node.fx.all_input_nodes[0])

@@ -22,6 +22,7 @@ _ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
 _GELU = (
     2.25882625e-8, -1.58883077e-6, 4.77639797e-5, -8.12188615e-4, 8.76369791e-3, -6.45544315e-2, 0.397870287,
 )  # fmt: skip
+_EXP2 = (0.00957008612, 0.055917851, 0.240247451, 0.693121816, 0.999999261)
 _LEAST = -87.0  # e to which is the least number that is normal, nearly
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 
@@ -48,6 +49,16 @@ def exp(v: Vectors, x: Expression) -> Expression:
 def exp_to_zero(v: Vectors, x: Expression) -> Expression:
     """e^x of what is no more than zero, as softmax has it: 0 where `exp` would hold it to the end of its range."""
     return tirx.Select(x < v.constant(_LEAST), v.constant(0.0), exp(v, x))
+
+
+def exp_to_codes(v: Vectors, x: Expression) -> Expression:
+    """`exp_to_zero` within 1e-5: a polynomial with the least largest error, and never less than 2^-126."""
+    # in this order of operands a NaN passes
+    t = v.hold(T.max(v.constant(-126.0), x * v.constant(1 / math.log(2))))
+    n = v.hold(v.round_half_even(t))
+    y = v.hold(polynomial(v, v.hold(t - n), _EXP2))
+    exponent = T.shift_left(T.cast(n, f"int32x{v.lanes}"), v.constant(23, "int32"))
+    return v.hold(T.reinterpret(f"float32x{v.lanes}", T.reinterpret(f"int32x{v.lanes}", y) + exponent))
 
 
 def sigmoid(v: Vectors, x: Expression) -> Expression:

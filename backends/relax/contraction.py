@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from mcc.backends.relax.emitter import (
     static,
     tuple_of,
 )  # fmt: skip
+from mcc.backends.relax.index import fake_quantize_per_token
 from mcc.errors import BackendError
 
 R, NN = relax.op, relax.op.nn
@@ -144,8 +146,9 @@ def _known(x: Expression, dim: int) -> int:
 def attention(
     e: Emitter, query: Expression, key: Expression, value: Expression, mask: Expression | None = None,
     dropout: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    limit: int = 0,
 ) -> Expression:  # fmt: skip
-    """softmax(q k^T * scale + mask) v; dropout is a training matter."""
+    """softmax(q k^T * scale + mask) v; dropout is a training matter. With a `limit` probabilities are rounded."""
     del dropout
     if enable_gqa:
         repeats = _known(query, -3) // _known(key, -3)
@@ -161,7 +164,8 @@ def attention(
         scores = e(R.where(mask, scores, e.constant(lowest, kind)))
     elif mask is not None:
         scores = e(R.add(scores, e.cast(mask, kind)))
-    return e(R.matmul(softmax(e, scores, -1), value))
+    probabilities = softmax(e, scores, -1)
+    return e(R.matmul(fake_quantize_per_token(e, probabilities, limit) if limit else probabilities, value))
 
 
 def _causal(scores: Expression) -> Expression:
@@ -359,7 +363,7 @@ RULES: dict[str, Rule] = {
     "conv1d": _convolution(1, NN.conv1d), "conv2d": _convolution(2, NN.conv2d),
     "conv3d": conv3d, "conv_transpose2d.input": conv_transpose2d,
     "embedding": lambda e, weight, index, *rest: e(R.take(weight, index, axis=0, mode="clip")),
-    "scaled_dot_product_attention": attention,
+    "scaled_dot_product_attention": attention, "mcc.rounded_attention": partial(attention, limit=255),
     "mcc.conv2d_nhwc": conv2d_nhwc,
     "batch_norm": batch_norm, "layer_norm": layer_norm, "group_norm": group_norm, "instance_norm": _instance_norm,
     "mcc.group_norm_nhwc": group_norm_nhwc,

@@ -236,7 +236,8 @@ def _fake_quantize(
     return e(R.multiply(e(R.subtract(codes, zero)), _along(e, scale, x, dim)))
 
 
-def _fake_quantize_per_token(e: Emitter, x: Expression, limit: int) -> Expression:
+def fake_quantize_per_token(e: Emitter, x: Expression, limit: int) -> Expression:
+    """Rows rounded to codes with a scale each, as floats."""
     largest = e(R.max(e(R.abs(x)), axis=-1, keepdims=True))
     large = e(R.greater(largest, e.scalar(SMALLEST_ROW, "float32")))
     inverse = e(R.where(large, e(R.divide(e.scalar(limit, "float32"), largest)), e.scalar(0.0, "float32")))
@@ -253,5 +254,5 @@ RULES: dict[str, Rule] = {
     "ones_like": _like(1), "full_like": _full_like, "new_zeros": _new(0), "new_ones": _new(1), "new_full": _new_full,
     "eye": _eye, "scalar_tensor": _scalar_tensor,
     "mcc.quantize": quantize, "mcc.dequantize": dequantize, "mcc.fake_quantize": _fake_quantize,
-    "mcc.fake_quantize_per_token": _fake_quantize_per_token,
+    "mcc.fake_quantize_per_token": fake_quantize_per_token,
 }  # fmt: skip

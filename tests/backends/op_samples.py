@@ -147,6 +147,13 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
             lambda n: (f(n, 2, 70, 64), f(n, 2, 70, 64), f(n, 2, 70, 64), f(1, 2, 1, 70), False, 0.125, [False] * 4),
             (0, 1, 2),
         ),
+        S(lambda n: (f(n, 13, 4, 24), f(n, 33, 2, 24), f(n, 33, 2, 16), None, True, 0.2, [True] * 4, 255), (0, 1, 2)),
+    ),
+    "mcc.rounded_attention": (
+        S(lambda n: (f(n, 4, 7, 8), f(n, 4, 9, 8), f(n, 4, 9, 5)), (0, 1, 2)),
+        S(lambda n: (f(n, 2, 7, 8), f(n, 2, 7, 8), f(n, 2, 7, 17), None, 0.0, True), (0, 1, 2), (("limit", 127),)),
+        S(lambda n: (f(n, 2, 5, 8), f(n, 2, 6, 8), f(n, 2, 6, 8), b(5, 6) | torch.eye(5, 6).bool()), (0, 1, 2)),
+        S(lambda n: (f(n, 4, 5, 8), f(n, 2, 5, 8), f(n, 2, 5, 8)), (0, 1, 2), (("enable_gqa", True), ("scale", 0.3))),
     ),
     "mcc.max_pool2d_nhwc": (S(lambda n: (f(n, 9, 10, 3), [3, 2], [2, 2], [1, 0, 1, 1])),),
     "mcc.avg_pool2d_nhwc": (

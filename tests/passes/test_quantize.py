@@ -314,3 +314,54 @@ def test_the_custom_ops_are_sound():
     codes = torch.randint(-8, 8, (4, 6), dtype=torch.int8)
     torch.library.opcheck(torch.ops.mcc.dequantize.default, (codes, groups, zeros, 0))
     torch.library.opcheck(torch.ops.mcc.unpack.default, (pack(codes, 4, -8), 4, -8, [4, 6]))
+
+
+class Attended(nn.Module):
+    """Attention of two heads, spelled out or not, between layers."""
+
+    def __init__(self, *, spelled):
+        super().__init__()
+        self.query, self.out, self.spelled = nn.Linear(32, 32), nn.Linear(32, 32), spelled
+
+    def forward(self, x):
+        q, k, v = (y.reshape(1, 6, 2, 16).transpose(1, 2) for y in (self.query(x), x, torch.tanh(x)))
+        if self.spelled:
+            seen = (q @ k.transpose(-2, -1) * 0.25).softmax(-1) @ v
+        else:
+            seen = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(seen.transpose(1, 2).reshape(1, 6, 32))
+
+
+@pytest.mark.parametrize("spelled", [False, True])
+def test_attention_reads_codes_and_weighs_values_by_codes(golden, spelled):
+    graph, _ = run(Attended(spelled=spelled), torch.randn(1, 6, 32), Quantize())
+    golden("quantized_attention_spelled_out" if spelled else "quantized_attention", str(graph))
+
+
+@pytest.mark.parametrize(("step", "target", "reason"), [
+    (Quantize(exclude=("scaled*",)), "cpu:avx512vnni", "excluded by 'scaled*'"),
+    (Quantize(), "cpu:avx2", "cpu:avx2 multiplies floats as fast as codes of activations"),
+])  # fmt: skip
+def test_attention_that_stays_in_float_is_declined_with_the_reason(step, target, reason):
+    graph, report = run(Attended(spelled=False), torch.randn(1, 6, 32), step, target)
+    assert "scaled_dot_product_attention" in [n.op.name for n in graph.nodes]
+    (declined,) = [row for row in report[-1].declined if row.layer == "scaled_dot_product_attention"]
+    assert declined.reason == f"attention stays in float: {reason}"
+
+
+def test_a_single_query_stays_in_float():
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(16, 16)
+
+        def forward(self, q, k, v):
+            return self.out(nn.functional.scaled_dot_product_attention(q, k, v))
+
+    inputs = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
+    graph = mcc.capture(Step().eval(), inputs)
+    graph, report = Pipeline((Quantize(),), parse_target("cpu:avx512vnni"), Data(calibration=[inputs])).run(
+        graph, inputs
+    )
+    assert [d.reason for d in report[-1].declined] == ["attention stays in float: its single query reads each key once"]
+    assert "mcc.rounded_attention" not in [n.op.name for n in graph.nodes]

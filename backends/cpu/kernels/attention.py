@@ -75,6 +75,7 @@ class AttentionShape:
         causal: row i sees keys up to i.
         scale: of the products.
         codes: of keys and of values, None where they are float32.
+        limit: the largest code of a probability, where these are rounded, else 0.
     """
 
     batch: Any
@@ -90,6 +91,7 @@ class AttentionShape:
     causal: bool
     scale: float
     codes: tuple[TokenCodes | None, TokenCodes | None] = (None, None)
+    limit: int = 0
 
 
 def attention_shape(
@@ -211,6 +213,7 @@ class AttentionBody:
     """Emits the kernel for one attention."""
 
     name = "attention"
+    exponential: Callable[[Vectors, Expression], Expression] = staticmethod(exp_to_zero)
 
     def __init__(self, shape: AttentionShape, vectors: Vectors) -> None:
         self.shape, self.v = shape, vectors
@@ -222,25 +225,41 @@ class AttentionBody:
     def function(self) -> tirx.PrimFunc:
         """The whole function."""
         s = self.shape
-        parameters = [Parameter("Q", self._dims(0, s.heads, s.rows, s.depth), "float32")]
+        parameters = self.parameters()
+        if s.mask is not None:
+            parameters.append(Parameter("M", s.mask, s.mask_dtype))
+        parameters.append(Parameter("Y", self.dims(3, s.heads, s.rows, s.width), "float32"))
+        return kernel_function(self.name, parameters, self._body).without_attr("global_symbol")
+
+    def parameters(self) -> list[Parameter]:
+        """Query, keys and values, scales behind their codes."""
+        s = self.shape
+        parameters = [Parameter("Q", self.dims(0, s.heads, s.rows, s.depth), "float32")]
         for name, which, size in (("K", 1, s.depth), ("V", 2, s.width)):
             codes = s.codes[which - 1]
             kind = "float32" if codes is None else "int8" if codes.bits == 8 else "uint8"
-            parameters.append(Parameter(name, self._dims(which, s.key_heads, s.keys, _stored(size, codes)), kind))
+            parameters.append(Parameter(name, self.dims(which, s.key_heads, s.keys, _stored(size, codes)), kind))
             if codes is not None:
-                dims = self._dims(which, s.key_heads, s.keys, codes.groups)
+                dims = self.dims(which, s.key_heads, s.keys, codes.groups)
                 parameters.append(Parameter(f"{name}S", dims, "float32"))
-        if s.mask is not None:
-            parameters.append(Parameter("M", s.mask, s.mask_dtype))
-        parameters.append(Parameter("Y", self._dims(3, s.heads, s.rows, s.width), "float32"))
-        return kernel_function(self.name, parameters, self._body).without_attr("global_symbol")
+        return parameters
 
-    def _dims(self, which: int, heads: int, tokens: Any, size: int) -> tuple[Any, ...]:
+    def dims(self, which: int, heads: int, tokens: Any, size: int) -> tuple[Any, ...]:
         """Dims of one of query, key, value and output."""
         batch = self.shape.batch
         return (batch, tokens, heads, size) if self.shape.tokens_first[which] else (batch, heads, tokens, size)
 
     def _body(self, *buffers: Expression) -> None:
+        s = self.shape
+        *operands, out = buffers
+        self.mask = flat(operands.pop(), product(s.mask)) if s.mask is not None else None
+        data = flat(out, s.batch * (s.heads * s.width) * s.rows)
+        self.out = Rows(self.v, data, None, None, s.heads, s.rows, s.width, s.tokens_first[3])
+        self.bind(*operands)
+        self.emit()
+
+    def bind(self, *buffers: Expression) -> None:
+        """Take the buffers of `parameters`."""
         s, given = self.shape, iter(buffers)
 
         def rows(which: int, heads: int, tokens: Any, size: int, codes: TokenCodes | None = None) -> Rows:
@@ -251,9 +270,6 @@ class AttentionBody:
         self.query = rows(0, s.heads, s.rows, s.depth)
         self.keys = rows(1, s.key_heads, s.keys, s.depth, s.codes[0])
         self.values = rows(2, s.key_heads, s.keys, s.width, s.codes[1])
-        self.mask = flat(next(given), product(s.mask)) if s.mask is not None else None
-        self.out = rows(3, s.heads, s.rows, s.width)
-        self.emit()
 
     def emit(self) -> None:
         """Emit the loops."""
@@ -267,17 +283,25 @@ class AttentionBody:
             scores = B.alloc_buffer((self.padded * self.block,), "float32", layout=None)
             self._transpose_keys(self.keys.head(b, shared), panels)
             values = self.values.head(b, shared)
-            whole = tirx.floordiv(s.rows, self.block)
-
-            def block(first: Expression, rows: int) -> None:
-                self._block((b, h, first, rows), values, (panels, scores))
-
-            serial(whole, lambda r: block(r * self.block, self.block))
-            left = s.rows - whole * self.block
-            for size in range(1, self.block):
-                branch(left == size, lambda n=size: block(whole * self.block, n))  # type: ignore[misc]
+            self.blocks(lambda first, rows: self._block((b, h, first, rows), values, (panels, scores)))
 
         parallel(s.batch * s.heads, head)
+
+    def blocks(self, block: Callable[[Expression, int], None]) -> None:
+        """All rows of a head, a block at a time."""
+        whole = tirx.floordiv(self.shape.rows, self.block)
+        serial(whole, lambda r: block(r * self.block, self.block))
+        left = self.shape.rows - whole * self.block
+        for size in range(1, self.block):
+            branch(left == size, lambda n=size: block(whole * self.block, n))  # type: ignore[misc]
+
+    def seen(self, first: Expression, rows: int) -> tuple[Expression, Expression]:
+        """Keys that a block of rows sees, and their vectors."""
+        s, lanes = self.shape, self.v.lanes
+        seen: Expression = s.keys
+        if s.causal:
+            seen = B.Bind(tirx.min(s.keys, first + rows))
+        return seen, B.Bind(tirx.floordiv(seen + lanes - 1, lanes))
 
     def _transpose_keys(self, key: Head, panels: Expression) -> None:
         """[keys, depth] to [panel][depth][lane]; past the last key, it again."""
@@ -308,15 +332,11 @@ class AttentionBody:
     ) -> None:
         b, h, first, rows = place
         panels, scores = rooms
-        s, lanes = self.shape, self.v.lanes
         query, out = self.query.place(b, h), self.out.place(b, h)
-        seen: Expression = s.keys
-        if s.causal:
-            seen = B.Bind(tirx.min(s.keys, first + rows))
-        count = B.Bind(tirx.floordiv(seen + lanes - 1, lanes))
+        seen, count = self.seen(first, rows)
         self._scores(rows, query[0] + first * query[1], query[1], (panels, scores, count))
         for i in range(rows):
-            self._mask((b, h, first + i), scores, i, seen, count)
+            self.mask_row((b, h, first + i), scores, i, seen, count)
         inverse = [self._softmax(scores, i, count) for i in range(rows)]
         self._weigh(rows, (scores, seen), values, (out[0] + first * out[1], out[1]), inverse)
 
@@ -346,15 +366,15 @@ class AttentionBody:
                     value = register.get() * v.constant(s.scale)
                     v.store(scores, i * self.padded + (p + j) * v.lanes, value)
 
-        self._in_vectors(count, tile)
+        self.in_vectors(count, tile)
 
-    def _in_vectors(self, count: Expression, tile: Callable[[Expression, int], None]) -> None:
+    def in_vectors(self, count: Expression, tile: Callable[[Expression, int], None]) -> None:
         """Cover `count` vectors by tiles of `columns` and what is left by single ones."""
         whole = tirx.floordiv(count, self.columns)
         serial(whole, lambda p: tile(p * self.columns, self.columns))
         serial(count - whole * self.columns, lambda p: tile(whole * self.columns + p, 1))
 
-    def _mask(
+    def mask_row(
         self, place: tuple[Expression, Expression, Expression], scores: Expression, i: int, seen: Expression, count: Any
     ) -> None:
         """Leave out what the row does not see: keys past the end, past itself, and masked ones."""
@@ -362,8 +382,16 @@ class AttentionBody:
         b, h, row = place
         base = i * self.padded
         end = tirx.min(seen, row + 1) if s.causal else seen
-        with B.serial(0, count * v.lanes - end) as t:
-            B.buffer_store(scores, T.float32(LOWEST), [base + end + t])
+        first = tirx.floordiv(end, v.lanes)
+
+        def hide(p: Expression) -> None:
+            lanes = T.ramp(T.int32(0), 1, v.lanes) + v.splat(T.cast((first + p) * v.lanes, "int32"))
+            kept = v.load(scores, base + (first + p) * v.lanes)
+            shown = v.select(lanes < v.splat(T.cast(end, "int32")), kept, v.constant(LOWEST))
+            v.store(scores, base + (first + p) * v.lanes, shown)
+
+        with B.serial(0, count - first) as p:
+            hide(p)
         if s.mask is None or self.mask is None:
             return
         index: Expression = 0
@@ -380,7 +408,20 @@ class AttentionBody:
             B.buffer_store(scores, new, [base + t])
 
     def _softmax(self, scores: Expression, i: int, count: Expression) -> Expression:
-        """Replace scores by e to them less the largest; returns one over their sum."""
+        """Replace scores by e to them less the largest, rounded where that is asked for; returns one over their sum."""
+        v, limit = self.v, float(self.shape.limit)
+
+        def put(p: Expression, value: Expression) -> None:
+            code = v.round_half_even(value * v.constant(limit)) if limit else value
+            v.store(scores, i * self.padded + p * v.lanes, code)
+
+        inverse = self.exponentials(scores, i, count, put)
+        return B.Bind(inverse * T.float32(1 / limit)) if limit else inverse
+
+    def exponentials(
+        self, scores: Expression, i: int, count: Expression, put: Callable[[Expression, Expression], None]
+    ) -> Expression:
+        """Give e to a row's scores less the largest to `put`, a vector at a time; returns one over their sum."""
         v, base = self.v, i * self.padded
         ((largest, total),) = v.registers(1, 2, "float32")
         largest.set(v.constant(LOWEST))
@@ -392,8 +433,8 @@ class AttentionBody:
         shift = B.Bind(v.splat(tirx.Select(blind, T.float32(0), top)))
         with B.serial(0, count) as p:
             less = B.Bind(v.load(scores, base + p * v.lanes) - shift)
-            value = B.Bind(exp_to_zero(v, less))
-            v.store(scores, base + p * v.lanes, value)
+            value = B.Bind(self.exponential(v, less))
+            put(p, value)
             total.set(total.get() + value)
         summed = v.across([total.get()], lambda a, b: a + b)
         return B.Bind(tirx.Select(blind, T.float32(0), T.float32(1) / summed))

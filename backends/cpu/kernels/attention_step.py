@@ -48,7 +48,7 @@ class _StepBody(AttentionBody):
         first = b * s.heads + h
         self._products(rows, first * s.depth, keys, scores)
         for i in range(rows):
-            self._mask((b, h + i, 0), scores, i, s.keys, self.panels)
+            self.mask_row((b, h + i, 0), scores, i, s.keys, self.panels)
         inverse = [self._softmax(scores, i, self.panels) for i in range(rows)]
         self._weigh(rows, (scores, s.keys), values, (first * s.width, s.width), inverse)
 

@@ -16,7 +16,7 @@ from mcc.target import Target
 COMPILER = shutil.which("aarch64-linux-gnu-gcc")
 EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 CPU = "neoverse-n1"  # has dot products and nothing later: an instruction too new ends the program
-_TYPE_CODES = {"i": 0, "u": 1, "f": 2}
+_TYPE_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}  # of DLPack
 _DRIVER = Path(__file__).with_name("run_kernel.c")
 
 
