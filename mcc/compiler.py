@@ -27,7 +27,7 @@ from mcc.encode import encode
 from mcc.errors import CaptureError, SpecError, TargetError
 from mcc.frontend import capture
 from mcc.graph import Graph
-from mcc.passes import PASSES, FoldBatchNorm
+from mcc.passes import PASSES, EliminateIdentity, FoldBatchNorm
 from mcc.pipeline import Pipeline
 from mcc.report import Declined, PassRow, Report
 from mcc.rewrite import Context, Pass
@@ -302,8 +302,9 @@ def tune_layers(
 
 
 def _encoded(graph: Graph, options: Options) -> tuple[Graph, list[Declined]]:
-    """A graph with batch norms folded where that is exact, and its weights in their stored formats."""
-    folded = FoldBatchNorm().run(graph.copy().eval(), Context(options.resolved_target, options.data, options.seed))
+    """A graph with batch norms folded where that is exact, without calls of no effect, in its stored formats."""
+    context = Context(options.resolved_target, options.data, options.seed)
+    folded = FoldBatchNorm().run(EliminateIdentity().run(graph.copy().eval(), context), context)
     return encode(folded.clean().repropagate(), partial(cpu.prefer_dense, target=options.resolved_target))
 
 

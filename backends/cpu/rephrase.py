@@ -11,6 +11,7 @@ from torch import fx
 from mcc import ops
 from mcc.backends.cpu.attention_patterns import gather_attention
 from mcc.backends.cpu.restored_weights import restored_weight, stored_root
+from mcc.backends.cpu.split_layers import split_layers
 from mcc.backends.cpu.volumes import convolve_images
 from mcc.backends.relax.emitter import tuple_of
 from mcc.computed_weights import store_computed_weights
@@ -30,6 +31,7 @@ def rephrase(lowering: Lowering) -> Lowering:
     graph = lowering.graph.copy()
     store_computed_weights(graph)
     _fill_alone(graph)
+    split_layers(graph)
     gather_attention(graph, lowering.target)
     volumes = [node for node in graph.nodes if node.op is ops.CONV3D]
     for node in volumes:
