@@ -33,6 +33,7 @@ from mcc.report import Declined, PassRow, Report
 from mcc.rewrite import Context, Pass
 from mcc.runtime import Artifact, use_threads
 from mcc.spec import parse_passes, read_recipe
+from mcc.spellings import unify_spellings
 from mcc.target import Target, missing_features, parse_target
 from mcc.verify import sample_inputs, verify_artifact, verify_capture, verify_encoding
 
@@ -173,16 +174,21 @@ def load_graph(
         VerificationError: the graph computes something else than the module.
     """
     if isinstance(model, Graph):
-        return store_computed_weights(model.copy().eval())
+        return _unified(model.copy().eval())
     if not isinstance(model, torch.nn.Module | torch.export.ExportedProgram):
         module, inputs, dims = onnx_import.import_onnx(model)
         graph = capture(module, example_inputs or inputs, dynamic_shapes=dynamic_shapes or dims)
         graph.rename_inputs(module.input_names)
-        return store_computed_weights(graph)
-    graph = capture(model, example_inputs, keyword_inputs=keyword_inputs, dynamic_shapes=dynamic_shapes)
+        return _unified(graph)
+    graph = _unified(capture(model, example_inputs, keyword_inputs=keyword_inputs, dynamic_shapes=dynamic_shapes))
     if verify and isinstance(model, torch.nn.Module):
         verify_capture(model, graph, example_inputs, keyword_inputs)
-    return store_computed_weights(graph)
+    return graph
+
+
+def _unified(graph: Graph) -> Graph:
+    """A graph, edited: computed weights are stored ones, and what is spelled out is the op that has its name."""
+    return unify_spellings(store_computed_weights(graph))
 
 
 def example_of(graph: Graph) -> tuple[Tensor, ...]:

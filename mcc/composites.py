@@ -69,10 +69,27 @@ def _lerp(call: recurrent.Call, arguments: Sequence[Any]) -> Any:
     return call(_A.where.self, near, from_start(), from_end(call(_A.rsub.Scalar, weight, 1)))
 
 
+def _variance(call: recurrent.Call, arguments: Sequence[Any], **options: Any) -> Any:
+    """The variance over dims or over all, less one in what it divides by unless `unbiased` is false."""
+    source, *rest = arguments
+    dims = None if not rest or isinstance(rest[0], bool) else rest.pop(0)
+    unbiased, keepdim = [*rest, *(options.get("unbiased", True), options.get("keepdim", False))[len(rest) :]]
+    return call(_A.var.correction, source, dims, correction=int(unbiased), keepdim=keepdim)
+
+
+def _deviation(call: recurrent.Call, arguments: Sequence[Any], **options: Any) -> Any:
+    return call(_A.sqrt.default, _variance(call, arguments, **options))
+
+
+def _corrected_deviation(call: recurrent.Call, arguments: Sequence[Any], **options: Any) -> Any:
+    return call(_A.sqrt.default, call(_A.var.correction, *arguments, **options))
+
+
 _COMPOSITES: dict[Any, Callable[..., Any]] = {
     _A.diff.default: _diff, _A.narrow.default: _narrow, _A.lstm.input: recurrent.layers, _A.gru.input: recurrent.layers,
     _A.addcmul.default: _added(_A.mul.Tensor), _A.addcdiv.default: _added(_A.div.Tensor),
-    _A.lerp.Scalar: _lerp, _A.lerp.Tensor: _lerp, _A.einsum.default: einsum,
+    _A.var.default: _variance, _A.var.dim: _variance, _A.std.default: _deviation, _A.std.dim: _deviation,
+    _A.std.correction: _corrected_deviation, _A.lerp.Scalar: _lerp, _A.lerp.Tensor: _lerp, _A.einsum.default: einsum,
 }  # fmt: skip
 
 

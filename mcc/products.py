@@ -22,14 +22,16 @@ _TURNS = (OPS["t"], OPS["permute"], OPS["transpose.int"])
 
 
 def products_as_layers(graph: Graph) -> bool:
-    """Make linear layers of rows times a stored float32 matrix, edited in place; returns whether there were any.
+    """Make linear layers of rows times a stored float32 matrix; returns whether there was anything to edit.
 
-    Of `addmm`, and where a stored vector is added to a linear layer without a bias, the vector becomes the bias.
+    Of `addmm`, and where a stored vector is added to a linear layer without a bias, the vector becomes the bias. A
+    layer of rows that were joined to one dim, and are taken apart behind it, reads them as they were.
     """
     inputs = varying(graph)
     layers = [_product(graph, node, inputs) for node in graph.nodes if node.op in (OPS["matmul"], _ADDMM)]
     biases = [_addition(graph, node) for node in graph.nodes if node.op is ops.ADD]
-    return any(layers) or any(biases)
+    views = [_between_views(graph, node) for node in graph.nodes if node.op is ops.LINEAR]
+    return any(layers) or any(biases) or any(views)
 
 
 def turned(node: Node) -> Node | None:
@@ -75,6 +77,23 @@ def _addition(graph: Graph, node: Node) -> bool:
     if rows is None or weight is None or not _is_vector(vector, layer.shape[-1]):
         return False
     _put_layer(graph, node, rows, weight, vector)
+    return True
+
+
+def _between_views(graph: Graph, node: Node) -> bool:
+    joined, users = node.operand(0), node.users
+    rows = joined.operand(0) if joined is not None and joined.op is ops.RESHAPE else None
+    weight = node.operand(1)
+    if rows is None or weight is None or node.is_output or not users or len(rows.shape) < 2:
+        return False
+    if rows.shape[-1] != weight.shape[1]:
+        return False
+    wanted = [str(s) for s in (*rows.shape[:-1], node.shape[-1])]
+    if any(user.op is not ops.RESHAPE or [str(s) for s in user.shape] != wanted for user in users):
+        return False
+    made = write_call(graph.module, node.fx, ops.LINEAR.target, rows.fx, *node.fx.args[1:], **node.fx.kwargs)
+    for user in users:
+        Node(made, graph).take_place_of(user)
     return True
 
 

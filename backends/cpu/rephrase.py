@@ -100,7 +100,7 @@ def _squeezed(graph: Graph, node: Node, value: fx.Node) -> fx.Node:
     return graph.call(node, OPS["squeeze.dim"].target, value, HEIGHT)
 
 
-_ELEMENTWISE = (ops.BATCH_NORM, ops.QUANTIZE, ops.DEQUANTIZE, ops.DROPOUT)
+_ELEMENTWISE = (ops.BATCH_NORM, ops.QUANTIZE, ops.DEQUANTIZE, ops.DROPOUT, OPS["group_norm"], OPS["instance_norm"])
 
 
 def _sink(graph: Graph, node: Node) -> None:
