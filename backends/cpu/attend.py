@@ -10,7 +10,7 @@ from tvm import relax
 from mcc import ops
 from mcc.backends.cpu.integerize import quantized_source
 from mcc.backends.cpu.kernels.attention import TokenCodes, attention_function, attention_shape
-from mcc.backends.cpu.kernels.attention_int8 import CodedAttention, attention_int8_function
+from mcc.backends.cpu.kernels.attention_int8 import attention_int8_function
 from mcc.backends.cpu.kernels.attention_step import attention_step_function
 from mcc.backends.cpu.kernels.quads import QUAD
 from mcc.backends.cpu.tokens import reads_codes
@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 
     from torch import fx
 
-    from mcc.backends.kernel import QuantizedInput
     from mcc.backends.relax.emitter import Emitter
     from mcc.graph import Graph, Node
     from mcc.target import Target
 
 ATTENTION = OPS["mcc.attention"]
 LARGEST_CODE = 255
+_KERNELS = {
+    "attention": attention_function, "attention_step": attention_step_function,
+    "attention_int8": attention_int8_function,
+}  # fmt: skip
 MOST_KEYS = (2**31 - 1) // (LARGEST_CODE * 128)  # whose products with codes int32 holds, whatever they are
 _LIMIT = 7  # position of the argument
 
@@ -42,32 +45,23 @@ def decodes_before_attention(graph: Graph, target: Target) -> set[fx.Node]:
             continue
         cached = node.op is ops.DEQUANTIZE_TOKENS and reads_codes(node, target)
         if (cached and all(user.operand(0) != node for user in users)) or (
-            node.op is ops.DEQUANTIZE and all(coded(user, target) is not None for user in users)
+            node.op is ops.DEQUANTIZE and all(coded(user, target) for user in users)
         ):
             found.add(node.fx)
     return found
 
 
-def coded(node: Node, target: Target) -> tuple[tuple[QuantizedInput, Node], ...] | None:
-    """What query, key and value of an attention stand for as codes, and the codes, where the kernel of codes takes it.
-
-    None where it does not: `refusal` says why.
-    """
+def coded(node: Node, target: Target) -> bool:
+    """Whether the kernel of codes takes an attention; where it does not, `refusal` says why."""
     if not node.argument(_LIMIT, 0) or _refusal(node, target) is not None:
-        return None
-    found = []
-    for source in (node.operand(i) for i in range(3)):
-        assert source is not None
-        how, codes = quantized_source(source)
-        if how is None or codes is None:
-            return None
-        found.append((how, codes))
-    return tuple(found)
+        return False
+    operands = (node.operand(i) for i in range(3))
+    return all(x is not None and quantized_source(x)[1] is not None for x in operands)
 
 
 def refusal(node: Node, target: Target) -> str:
     """Why an attention that rounds its probabilities does not multiply codes; empty where it does, or rounds none."""
-    if not node.argument(_LIMIT, 0) or coded(node, target) is not None:
+    if not node.argument(_LIMIT, 0) or coded(node, target):
         return ""
     return f"computed in float between its quantizers: {_refusal(node, target) or 'its operands are no uint8 codes'}"
 
@@ -95,7 +89,7 @@ def _one_row(node: Node) -> bool:
 
 def kernel_name(node: Node, target: Target) -> str:
     """The kernel of an attention, for the report."""
-    if coded(node, target) is not None:
+    if coded(node, target):
         return "attention_int8"
     return "attention_step" if _step(node, target) else "attention"
 
@@ -124,7 +118,7 @@ class Attending:
     def call(self, emitter: Emitter, node: Node) -> Any:
         """The value of an attention."""
         codes = coded(node, self.target)
-        parts = self._stored(node) if codes is None else [([self.value(c.fx)], None) for _, c in codes]
+        parts = self._codes(node) if codes else self._stored(node)
         operands = [x for given, _ in parts for x in given]
         dims = [_logical(given[0], form) for given, form in parts]
         mask, mask_dtype = node.operand(3), ""
@@ -138,13 +132,8 @@ class Attending:
             dims, mask_dtype, first, causal=node.argument(4), scale=node.argument(5), codes=(parts[1][1], parts[2][1]),
         )  # fmt: skip
         shape = replace(shape, limit=node.argument(_LIMIT, 0))
-        if codes is not None:
-            (query, _), (key, _), (value, _) = codes
-            function = attention_int8_function(CodedAttention(shape, query, key, value), self.target)
-        else:
-            make = attention_step_function if _step(node, self.target) else attention_function
-            function = make(shape, self.target)
-        added = emitter.builder.add_func(function, kernel_name(node, self.target))
+        name = kernel_name(node, self.target)
+        added = emitter.builder.add_func(_KERNELS[name](shape, self.target), name)
         sizes = operands[0].ty.shape
         outer, inner = (sizes[1], sizes[2]) if first[0] == first[3] else (sizes[2], sizes[1])
         output = relax.TensorType([sizes[0], outer, inner, shape.width], "float32")
@@ -152,11 +141,19 @@ class Attending:
 
     def stored_text(self, node: Node) -> str:
         """How what an attention reads is stored where it is no floats, for the report."""
-        if coded(node, self.target) is not None:
+        if coded(node, self.target):
             return "int8 queries, keys, values, probabilities"
         read = [x for x in (node.operand(i) for i in (1, 2)) if x is not None and x.op is ops.DEQUANTIZE_TOKENS]
         decodes = [x for x in read if x.fx in self.merged]
         return f"int{decodes[0].argument(2)} keys, values" if decodes else ""
+
+    def _codes(self, node: Node) -> list[tuple[list[Any], TokenCodes | None]]:
+        """Codes, scale and zero point of query, key and value."""
+        found: list[tuple[list[Any], TokenCodes | None]] = []
+        for source in (node.operand(i) for i in range(3)):
+            assert source is not None
+            found.append(([self.value(x.fx) for i in range(3) if (x := source.operand(i)) is not None], None))
+        return found
 
     def _stored(self, node: Node) -> list[tuple[list[Any], TokenCodes | None]]:
         """What the kernels read of query, key and value: floats, or of the last two codes and scales."""

@@ -9,7 +9,6 @@ ICLR 2025 (there with scales for blocks of rows, and values in float16).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import tvm.tirx.script.builder.ir as B
@@ -22,58 +21,55 @@ from mcc.backends.cpu.microkernel import Expression, Parameter, Vectors, flat, p
 from mcc.backends.cpu.vector_math import exp_to_codes
 
 if TYPE_CHECKING:
-    from mcc.backends.kernel import QuantizedInput
     from mcc.target import Target
 
-SIGN = -0x7F7F7F80  # of each byte of a word: what makes unsigned codes signed, 128 less
+SIGN = -0x7F7F7F80  # the highest bit of each byte of a word: what makes unsigned codes signed, 128 less
 MIDDLE = 128
 
 
-@dataclass(frozen=True)
-class CodedAttention:
-    """An attention whose operands are codes.
+def attention_int8_function(shape: AttentionShape, target: Target) -> tirx.PrimFunc:
+    """A kernel over query, keys and values, the mask if there is one, and the float32 output.
 
-    Attributes:
-        shape: its sizes; depth is a multiple of four, the largest code of a probability is up to 255.
-        query, key, value: what their codes stand for.
+    Scale and zero point follow their codes, so that attention of equal sizes shares a kernel. The depth is a multiple
+    of four, the largest code of a probability is up to 255.
     """
-
-    shape: AttentionShape
-    query: QuantizedInput
-    key: QuantizedInput
-    value: QuantizedInput
+    return _IntegerBody(shape, Vectors(target)).function()
 
 
-def attention_int8_function(attention: CodedAttention, target: Target) -> tirx.PrimFunc:
-    """A kernel over codes of query, keys and values, the mask if there is one, and the float32 output."""
-    return _IntegerBody(attention, Vectors(target)).function()
+def _word(byte: int) -> int:
+    """Four times a byte, as int32."""
+    return int.from_bytes(bytes([byte] * QUAD), "little", signed=True)
 
 
 class _IntegerBody(AttentionBody):
     name = "attention_int8"
     exponential = staticmethod(exp_to_codes)
 
-    def __init__(self, attention: CodedAttention, vectors: Vectors) -> None:
-        super().__init__(attention.shape, vectors)
-        self.attention = attention
-        self.quads = attention.shape.depth // QUAD
-        width, lanes = attention.shape.width, vectors.lanes
+    def __init__(self, shape: AttentionShape, vectors: Vectors) -> None:
+        super().__init__(shape, vectors)
+        self.quads = shape.depth // QUAD
+        width, lanes = shape.width, vectors.lanes
+        # bytes that count one each
+        self.ones = vectors.constant(_word(vectors.target.code_offset + 1), "int32")
         # the last vector of a width that is no multiple overlaps the one before
         self.starts = [min(j * lanes, width - lanes) for j in range(-(-width // lanes))]
 
     def parameters(self) -> list[Parameter]:
         """Query, key, value."""
         s = self.shape
-        return [
-            Parameter("Q", self.dims(0, s.heads, s.rows, s.depth), "uint8"),
-            Parameter("K", self.dims(1, s.key_heads, s.keys, s.depth), "uint8"),
-            Parameter("V", self.dims(2, s.key_heads, s.keys, s.width), "uint8"),
-        ]
+        sizes = (s.heads, s.rows, s.depth), (s.key_heads, s.keys, s.depth), (s.key_heads, s.keys, s.width)
+        found = []
+        for which, (name, size) in enumerate(zip("QKV", sizes, strict=True)):
+            found.append(Parameter(name, self.dims(which, *size), "uint8"))
+            found += [Parameter(f"{name}S", (), "float32"), Parameter(f"{name}Z", (), "int32")]
+        return found
 
     def bind(self, *buffers: Expression) -> None:
         """Queries and keys are read as words of four codes."""
         s = self.shape
-        query, key, value = buffers
+        query, key, value = buffers[::3]
+        self.scales = [flat(scale, 1) for scale in buffers[1::3]]
+        self.zeros = [flat(zero, 1) for zero in buffers[2::3]]
 
         def words(data: Expression, which: int, heads: int, tokens: Expression) -> Rows:
             read = flat(data, s.batch * (heads * self.quads) * tokens, "int32")
@@ -90,6 +86,7 @@ class _IntegerBody(AttentionBody):
 
         def head(i: Expression) -> None:
             b, h = batch_and_head(i, s.heads)
+            self.zero = [B.Bind(zero[0]) for zero in self.zeros]
             shared = tirx.floordiv(h, group)
             self.panels_room = B.alloc_buffer((self.padded * self.quads,), "int32", layout=None)
             self.starts_room = B.alloc_buffer((self.padded,), "int32", layout=None)
@@ -108,10 +105,11 @@ class _IntegerBody(AttentionBody):
 
         sum (q - zq) (k - zk) = sum (q - offset) k' - (zq - offset) sum k' - zk' sum q + depth zq zk', k' = k - 128.
         """
-        v, s, a = self.v, self.shape, self.attention
+        v, s = self.v, self.shape
         start, apart = key
-        offset, zero = v.target.code_offset, a.key.zero_point - MIDDLE
-        ones = v.constant(0x01010101 * (offset + 1) - (1 << 32 if offset else 0), "int32")
+        offset = v.target.code_offset
+        factor = B.Bind(v.splat(T.int32(offset) - self.zero[0]))
+        constant = B.Bind(v.splat(T.int32(s.depth) * self.zero[0] * (self.zero[1] - T.int32(MIDDLE))))
 
         def panel(p: Expression) -> None:
             tokens = [B.Bind(start + tirx.min(p * v.lanes + lane, s.keys - 1) * apart) for lane in range(v.lanes)]
@@ -120,12 +118,10 @@ class _IntegerBody(AttentionBody):
             total.set(v.constant(0, "int32"))
 
             def add(d: Expression) -> None:
-                total.set(v.dot4(total.get(), ones, v.load(self.panels_room, (p * self.quads + d) * v.lanes),
-                                 bounded=False))  # fmt: skip
+                keys = v.load(self.panels_room, (p * self.quads + d) * v.lanes)
+                total.set(v.dot4(total.get(), self.ones, keys, bounded=False))
 
             serial(self.quads, add)
-            factor = v.constant(offset - a.query.zero_point, "int32")
-            constant = v.constant(s.depth * a.query.zero_point * zero, "int32")
             v.store(self.starts_room, p * v.lanes, total.get() * factor + constant)
 
         serial(self.panels, panel)
@@ -176,18 +172,16 @@ class _IntegerBody(AttentionBody):
         self._integer_weigh(rows, seen, (B.Bind(out[0] + first * out[1]), out[1]), factors)
 
     def _integer_scores(self, rows: int, query: Expression, apart: int, count: Expression) -> None:
-        v, s, a = self.v, self.shape, self.attention
-        factor = v.constant(s.scale * a.query.scale * a.key.scale)
-        zero = a.key.zero_point - MIDDLE
-        terms = [self._sum_of_query(query + i * apart) * T.int32(-zero) if zero else None for i in range(rows)]
-        terms = [None if term is None else B.Bind(term) for term in terms]
+        v = self.v
+        factor = B.Bind(v.splat(T.float32(self.shape.scale) * self.scales[0][0] * self.scales[1][0]))
+        less = T.int32(MIDDLE) - self.zero[1]
+        terms = [B.Bind(v.splat(self._sum_of_query(query + i * apart) * less)) for i in range(rows)]
 
         def tile(p: Expression, vectors: int) -> None:
             sums = v.registers(rows, vectors, "int32")
             for row, term in zip(sums, terms, strict=True):
                 for j, register in enumerate(row):
-                    begin = v.load(self.starts_room, (p + j) * v.lanes)
-                    register.set(begin if term is None else begin + v.splat(term))
+                    register.set(v.load(self.starts_room, (p + j) * v.lanes) + term)
 
             def step(d: Expression) -> None:
                 keys = [B.Bind(v.load(self.panels_room, ((p + j) * self.quads + d) * v.lanes)) for j in range(vectors)]
@@ -205,20 +199,22 @@ class _IntegerBody(AttentionBody):
 
     def _sum_of_query(self, start: Expression) -> Expression:
         """The sum of a query's codes."""
-        total = B.alloc_buffer((1,), "int32", scope="local", layout=None)
-        B.buffer_store(total, T.int32(0), [0])
-
-        def word(d: Expression) -> None:
-            held = B.Bind(self.query.data[start + d])
-            parts = [T.bitwise_and(T.shift_right(held, T.int32(8 * i)), T.int32(255)) for i in range(QUAD)]
-            B.buffer_store(total, total[0] + parts[0] + parts[1] + parts[2] + parts[3], [0])
-
-        serial(self.quads, word)
-        return total[0]
+        v, vectors = self.v, self.quads // self.v.lanes
+        ((summed,),) = v.registers(1, 1, "int32")
+        summed.set(v.constant(0, "int32"))
+        for c in range(vectors):
+            words = v.load(self.query.data, start + c * v.lanes)
+            summed.set(v.dot4(summed.get(), words, v.constant(_word(1), "int32"), bounded=False))
+        total = v.across([summed.get()], lambda x, y: x + y) + T.int32(v.target.code_offset * QUAD * v.lanes * vectors)
+        for d in range(vectors * v.lanes, self.quads):
+            word = B.Bind(self.query.data[start + d])
+            for i in range(QUAD):
+                total = total + T.bitwise_and(T.shift_right(word, T.int32(8 * i)), T.int32(255))
+        return B.Bind(total)
 
     def _to_codes(self, i: int, count: Expression) -> tuple[Expression, Expression]:
         """Codes of a row's probabilities; returns what one stands for, and their sum."""
-        v, a = self.v, self.attention
+        v = self.v
         ((summed,),) = v.registers(1, 1, "int32")
         summed.set(v.constant(0, "int32"))
 
@@ -229,7 +225,7 @@ class _IntegerBody(AttentionBody):
 
         inverse = self.exponentials(self.scores, i, count, code)
         total = v.across([summed.get()], lambda x, y: x + y)
-        return B.Bind(inverse * T.float32(a.value.scale / self.shape.limit)), total
+        return B.Bind(inverse * (self.scales[2][0] / T.float32(self.shape.limit))), total
 
     def _integer_weigh(
         self, rows: int, seen: Expression, out: tuple[Expression, int], factors: list[tuple[Expression, Expression]]
@@ -238,8 +234,7 @@ class _IntegerBody(AttentionBody):
         v = self.v
         words = flat(self.codes, self.padded * self.block // QUAD, "int32")
         quads = tirx.floordiv(seen + QUAD - 1, QUAD)
-        zero, offset = self.attention.value.zero_point - MIDDLE, v.target.code_offset
-        ones = v.constant(0x01010101 * (offset + 1) - (1 << 32 if offset else 0), "int32")
+        zero, offset = self.zero[2] - T.int32(MIDDLE), v.target.code_offset
         for at in range(0, len(self.starts), self.columns):
             part = self.starts[at : at + self.columns]
             sums = v.registers(rows + bool(offset), len(part), "int32")
@@ -249,12 +244,12 @@ class _IntegerBody(AttentionBody):
                 place = (t * len(self.starts) + at) * v.lanes
                 loaded = [B.Bind(v.load(self.values_room, place + j * v.lanes)) for j in range(len(part))]
                 splats = [B.Bind(v.splat(words[i * (self.padded // QUAD) + t])) for i in range(rows)]
-                for row, splat in zip(sums, [*splats, ones], strict=False):
+                for row, splat in zip(sums, [*splats, self.ones], strict=False):
                     for register, value in zip(row, loaded, strict=True):
                         register.set(v.dot4(register.get(), splat, value, bounded=False))
             for i, (factor, total) in enumerate(factors):
                 for j, start in enumerate(part):
-                    value = sums[i][j].get() - v.splat(total * T.int32(zero))
+                    value = sums[i][j].get() - v.splat(total * zero)
                     if offset:
                         value = value + sums[rows][j].get() * v.constant(offset, "int32")
                     v.store(self.out.data, out[0] + i * out[1] + start, v.to_float(value) * v.splat(factor))

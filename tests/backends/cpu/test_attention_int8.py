@@ -17,8 +17,7 @@ from torch import nn
 
 import mcc
 from mcc.backends.cpu.kernels.attention import AttentionShape
-from mcc.backends.cpu.kernels.attention_int8 import CodedAttention, attention_int8_function
-from mcc.backends.kernel import QuantizedInput
+from mcc.backends.cpu.kernels.attention_int8 import attention_int8_function
 from mcc.target import parse_target
 
 QUICK = {"measure": "never", "tuning": "model"}
@@ -79,11 +78,15 @@ def run(case: Case, target: str, codes: list[np.ndarray]) -> np.ndarray:
         case.batch, case.heads, case.key_heads, case.rows, case.keys, case.depth, case.width, case.tokens_first,
         mask[0].shape if mask else None, case.mask, case.causal, case.depth**-0.5, limit=case.limit,
     )  # fmt: skip
-    operands = [QuantizedInput(scale, zero) for scale, zero in zip(SCALES, case.zeros, strict=True)]
-    function = attention_int8_function(CodedAttention(shape, *operands), parse_target(target))
+    function = attention_int8_function(shape, parse_target(target))
+    operands = [
+        array
+        for code, scale, zero in zip(codes, SCALES, case.zeros, strict=True)
+        for array in (code, np.array(scale, np.float32), np.array(zero, np.int32))
+    ]
     out = np.full(case.dims(3, case.heads, case.rows, case.width), 77, np.float32)
     named = function.with_attr("global_symbol", "attention_int8")
-    (found,) = run_function(named, parse_target(target), [[*codes, *mask, out]])
+    (found,) = run_function(named, parse_target(target), [[*operands, *mask, out]])
     return found
 
 
