@@ -92,7 +92,28 @@ class Add:
         return "add"
 
 
-EpilogueStep = Relu | Clamp | Activation | Add | Requantize
+@dataclass(frozen=True)
+class Multiply:
+    """x * another node's value of the same shape, stored as `Add` has it."""
+
+    operand: Node
+    activation: QuantizedInput | None = None
+
+    def __str__(self) -> str:
+        return "mul"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """x * a number."""
+
+    factor: float
+
+    def __str__(self) -> str:
+        return "scale"
+
+
+EpilogueStep = Relu | Clamp | Activation | Add | Multiply | Scale | Requantize
 
 
 def output_dtype(steps: Sequence[EpilogueStep]) -> str:
@@ -264,19 +285,19 @@ class Region:
     inner: tuple[Node, ...] = ()
 
     @property
-    def additions(self) -> tuple[Add, ...]:
+    def joins(self) -> tuple[Add | Multiply, ...]:
         """The steps that read another value, in order."""
-        return tuple(step for step in self.epilogue if isinstance(step, Add))
+        return tuple(step for step in self.epilogue if isinstance(step, Add | Multiply))
 
     @property
     def operands(self) -> tuple[Node, ...]:
         """What the epilogue reads besides the sums, in order."""
-        return tuple(step.operand for step in self.additions)
+        return tuple(step.operand for step in self.joins)
 
     @property
     def operand_dtypes(self) -> tuple[str, ...]:
         """Element types of `operands`."""
-        return tuple("float32" if step.activation is None else "uint8" for step in self.additions)
+        return tuple("float32" if step.activation is None else "uint8" for step in self.joins)
 
     @property
     def source_dtype(self) -> str:
@@ -346,12 +367,14 @@ def apply_epilogue(
         match step:
             case Activation(name):
                 values = _FUNCTIONS[name](values.astype(np.float64)).astype(np.float32)
-            case Add(_, activation):
+            case Scale(factor):
+                values = values * np.float32(factor)
+            case Add(_, activation) | Multiply(_, activation):
                 other = next(others)
                 if activation is not None:
                     codes = other.astype(np.float32) - np.float32(activation.zero_point)
                     other = codes * np.float32(activation.scale)
-                values = values + other
+                values = values + other if isinstance(step, Add) else values * other
             case Relu():
                 values = np.maximum(values, 0)
             case Clamp(low, high):

@@ -8,7 +8,7 @@ which order a model multiplies and adds.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -21,10 +21,10 @@ from mcc.ops import OPS
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import fx
+
     from mcc.graph import Graph
 
-Call: TypeAlias = tuple[str, tuple[Any, ...], dict[str, Any]]
-"""The name of an op, and its arguments."""
 Polynomial: TypeAlias = dict[int, float]
 """Coefficients by exponent."""
 DEEPEST = 6  # of the expressions that are looked into
@@ -37,15 +37,27 @@ _LAYER_NORM, _RMS_NORM = OPS["layer_norm"], OPS["rms_norm"]
 _TANH_SLOPE, _TANH_CUBE = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
 
 
+@dataclass(frozen=True)
+class Call:
+    """The name of an op, and its arguments, which may be calls."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, graph: Graph, before: Node) -> fx.Node:
+        """Put it in front of a node."""
+        args = [a.write(graph, before) if isinstance(a, Call) else a for a in self.args]
+        return write_call(graph.module, before.fx, OPS[self.name].target, *args, **self.kwargs)
+
+
 def unify_spellings(graph: Graph) -> Graph:
     """Replace what is spelled out; the graph is edited in place."""
     edited = False
     for node in graph.nodes:
         call = _named(node) if node.fx.users and _is_float(node) else None
         if call is not None:
-            name, args, kwargs = call
-            made = write_call(graph.module, node.fx, OPS[name].target, *args, **kwargs)
-            Node(made, graph).take_place_of(node)
+            Node(call.write(graph, node), graph).take_place_of(node)
             edited = True
     return graph.clean().repropagate() if edited else graph
 
@@ -193,17 +205,24 @@ def _gated(product: _Product) -> Call | None:
         return _gelu(product)
     inside = gate.operand(0)
     found = None if inside is None else _polynomial(inside, x)
-    if gate.op is OPS["sigmoid"] and _is(found, x1=1) and _close(factor, 1):
-        return "silu", (x.fx,), {}
+    if gate.op is OPS["sigmoid"] and found is not None and [*found] == [1] and found[1] > 0:
+        return _silu(x, found[1], factor)
     if gate.op is OPS["hardsigmoid"] and _is(found, x1=1) and _close(factor, 1):
-        return "hardswish", (x.fx,), {}
+        return Call("hardswish", (x.fx,))
     bounds = (0, 6) if gate.op is ops.RELU6 else (gate.argument(1), gate.argument(2))
     if gate.op in (ops.RELU6, ops.CLAMP, ops.HARDTANH) and (
         (bounds == (0, 6) and _is(found, x0=3, x1=1) and _close(factor, 1 / 6))
         or (bounds == (0, 1) and _is(found, x0=0.5, x1=1 / 6) and _close(factor, 1))
     ):
-        return "hardswish", (x.fx,), {}
+        return Call("hardswish", (x.fx,))
     return None
+
+
+def _silu(x: Node, slope: float, factor: float) -> Call | None:
+    """Factor * x * sigmoid(slope * x): with a slope of 1.702 the approximation of gelu that CLIP has."""
+    if _close(slope, 1) and _close(factor, 1):
+        return Call("silu", (x.fx,))
+    return Call("mul.Tensor", (Call("silu", (Call("mul.Tensor", (x.fx, slope)),)), factor / slope))
 
 
 def _gelu(product: _Product) -> Call | None:
@@ -220,9 +239,9 @@ def _gelu(product: _Product) -> Call | None:
         return None
     found = _polynomial(inside, x) if function.op in (OPS["erf"], OPS["tanh"]) else None
     if function.op is OPS["erf"] and _is(found, x1=math.sqrt(0.5)):
-        return "gelu", (x.fx,), {}
+        return Call("gelu", (x.fx,))
     if function.op is OPS["tanh"] and _is(found, x1=_TANH_SLOPE, x3=_TANH_CUBE):
-        return "gelu", (x.fx,), {"approximate": "tanh"}
+        return Call("gelu", (x.fx,), {"approximate": "tanh"})
     return None
 
 
@@ -244,13 +263,13 @@ def _normalized(product: _Product) -> Call | None:
         return None
     source = x.operand(0) if x.op is _SUB and not x.fx.kwargs and _is_mean(x.operand(1), x.operand(0)) else None
     if spread.op is _VAR and source is not None and spread.operand(0) == source and _is_variance(spread):
-        return "layer_norm", (source.fx, [width], None, None, eps), {}
+        return Call("layer_norm", (source.fx, [width], None, None, eps))
     squared = spread.operand(0)
     if squared is None or not _over_last(spread) or spread.op is not _MEAN or not _is(_polynomial(squared, x), x2=1):
         return None
     if source is not None:
-        return "layer_norm", (source.fx, [width], None, None, eps), {}
-    return "rms_norm", (x.fx, [width], None, eps), {}
+        return Call("layer_norm", (source.fx, [width], None, None, eps))
+    return Call("rms_norm", (x.fx, [width], None, eps))
 
 
 def _is_mean(node: Node | None, of: Node | None) -> bool:
@@ -284,7 +303,7 @@ def _affine_norm(node: Node) -> Call | None:
         source, shape, weight, *rest = (norm.argument(i) for i in range(5))
         layer = norm.op is _LAYER_NORM
         if node.op is ops.MUL and weight is None and (not layer or rest[0] is None):
-            return norm.op.name, (source, shape, vector.fx, *(rest if layer else rest[:1])), {}
+            return Call(norm.op.name, (source, shape, vector.fx, *(rest if layer else rest[:1])))
         if node.op is ops.ADD and layer and weight is not None and rest[0] is None:
-            return norm.op.name, (source, shape, weight, vector.fx, rest[1]), {}
+            return Call(norm.op.name, (source, shape, weight, vector.fx, rest[1]))
     return None

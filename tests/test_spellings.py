@@ -55,7 +55,12 @@ SPELLINGS = {
         lambda m, x: 0.5 * x * (1.0 + torch.tanh(ROOT * x + (ROOT * 0.044715) * x * x * x)),
         lambda m, x: 0.5 * x * (1.0 + torch.tanh(ROOT * (x + x.square() * x * 0.044715))),
     ),
-    "silu": (lambda m, x: x * torch.sigmoid(x), lambda m, x: torch.sigmoid(x) * x),
+    "silu": (
+        lambda m, x: x * torch.sigmoid(x),
+        lambda m, x: torch.sigmoid(x) * x,
+        lambda m, x: x * torch.sigmoid(1.702 * x),
+        lambda m, x: torch.sigmoid(x / 4) * x * 3,
+    ),
     "hardswish": (
         lambda m, x: x * F.hardsigmoid(x),
         lambda m, x: x * F.relu6(x + 3) / 6,
@@ -103,7 +108,7 @@ def test_a_norm_takes_in_its_vectors(golden):
     (lambda m, x: x * 0.5 * (1.0 - torch.erf(x / math.sqrt(2))), "another sign"),
     (lambda m, x: x.relu() * 0.5 * (1.0 + torch.erf(x / math.sqrt(2))), "of another value"),
     (lambda m, x: x * (1.0 + torch.erf(x / math.sqrt(2))), "twice as large"),
-    (lambda m, x: x * torch.sigmoid(1.702 * x), "another slope"),
+    (lambda m, x: x * torch.sigmoid(x + 1), "of another value"),
     (lambda m, x: x * torch.sigmoid(-x), "another sign"),
     (lambda m, x: x * F.relu6(x + 3) / 5, "another number"),
     (lambda m, x: x * torch.clamp(x + 3, 0, 5) / 6, "another bound"),

@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 from mcc.backends.cpu.integer_sums import largest_sum
 from mcc.backends.cpu.microkernel import lane
 from mcc.backends.cpu.vector_math import FUNCTIONS
-from mcc.backends.kernel import Activation, Add, Clamp, EpilogueStep, Relu, Requantize
+from mcc.backends.kernel import Activation, Add, Clamp, EpilogueStep, Multiply, Relu, Requantize, Scale
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,7 +90,7 @@ class Epilogue:
     Args:
         vectors: of the target.
         region: whose epilogue it is.
-        operands: the values its `Add` steps read, flat, laid out as the output is.
+        operands: the values its `Add` and `Multiply` steps read, flat, laid out as the output is.
         out: the output, flat.
     """
 
@@ -170,8 +170,12 @@ def emit_epilogue(
                 value = T.min(vectors.constant(high), T.max(vectors.constant(low), value))
             case Activation(name):
                 value = FUNCTIONS[name](vectors, vectors.hold(value))
+            case Scale(factor):
+                value = value * vectors.constant(factor)
             case Add(_, activation):
                 value = _added(vectors, value, next(others), activation)
+            case Multiply(_, activation):
+                value = value * _added(vectors, vectors.constant(0.0), next(others), activation)
             case Requantize(scale, zero_point, low, high):
                 value = _rounded(vectors, value * vectors.constant(1 / scale), zero_point, (low, high))
             case ToCodes(zero_point, low, high, fits):

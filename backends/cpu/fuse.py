@@ -10,7 +10,7 @@ import torch
 
 from mcc import ops
 from mcc.backends.cpu.integerize import quantized_source
-from mcc.backends.kernel import Activation, Add, Clamp, EpilogueStep, Region, Relu, Requantize
+from mcc.backends.kernel import Activation, Add, Clamp, EpilogueStep, Multiply, Region, Relu, Requantize, Scale
 from mcc.ops import OPS
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mcc.graph import Node
 
 _ACTIVATIONS = {OPS[name]: Activation(name) for name in ("sigmoid", "silu", "tanh", "hardsigmoid", "hardswish")}
+
+_JOINS, _DIV = (ops.ADD, ops.MUL), OPS["div.Tensor"]
 
 
 def fuse(lowering: Lowering) -> Lowering:
@@ -49,8 +51,8 @@ def _following(region: Region, taken: set[fx.Node]) -> tuple[Node, EpilogueStep]
 
 
 def _step(node: Node, region: Region) -> EpilogueStep | None:
-    if node.op is ops.ADD:
-        return _addition(node, region)
+    if node.op in _JOINS and (step := _joined(node, region)) is not None:
+        return step
     return own_step(node) if node.operand(0) == region.output else None
 
 
@@ -64,14 +66,18 @@ def own_step(node: Node) -> EpilogueStep | None:
         return Activation("gelu_tanh" if node.fx.kwargs.get("approximate") == "tanh" else "gelu")
     if node.op in _ACTIVATIONS:
         return _ACTIVATIONS[node.op]
+    if node.op in (ops.MUL, _DIV):
+        number = node.argument(1)
+        scales = isinstance(number, int | float) and node.dtype is torch.float32 and number != 0
+        return Scale(1 / number if node.op is _DIV else float(number)) if scales else None
     if node.op in (ops.CLAMP, ops.HARDTANH, ops.CLAMP_MIN):
         low, high = _bounds(node)
         return Clamp(low, high) if isinstance(low, int | float) and isinstance(high, int | float) else None
     return requantize_step(node) if node.op is ops.QUANTIZE else None
 
 
-def _addition(node: Node, region: Region) -> Add | None:
-    """An addition of another value of the same shape; a sparse linear layer's output is not laid out to take one."""
+def _joined(node: Node, region: Region) -> Add | Multiply | None:
+    """Another value of the same shape added or multiplied by; a sparse linear layer's output is not laid out for it."""
     first, second = node.operand(0), node.operand(1)
     sparse = region.weight.sparse is not None and region.anchor.op is ops.LINEAR
     if first is None or second is None or first == second or node.fx.kwargs or sparse:
@@ -81,7 +87,8 @@ def _addition(node: Node, region: Region) -> Add | None:
     if not alike or other.dtype is not torch.float32 or other.is_parameter:
         return None
     activation, codes = quantized_source(other)
-    return Add(other) if codes is None else Add(codes, activation)
+    kind = Add if node.op is ops.ADD else Multiply
+    return kind(other) if codes is None else kind(codes, activation)
 
 
 def requantize_step(node: Node) -> Requantize | None:

@@ -27,11 +27,13 @@ from mcc.backends.kernel import (
     Add,
     Clamp,
     Kernel,
+    Multiply,
     NofMArrays,
     QuantizedInput,
     Region,
     Relu,
     Requantize,
+    Scale,
 )
 from mcc.sparse_formats import AMONG, BLOCKS
 from mcc.target import Target
@@ -83,10 +85,12 @@ def epilogues(draw: Any, *, operands: bool = True) -> tuple[Any, ...]:
         st.just(Relu()),
         st.builds(Clamp, st.sampled_from([-1.0, 0.0]), st.sampled_from([0.5, 6.0])),
         st.builds(Activation, st.sampled_from(ACTIVATIONS)),
+        st.builds(Scale, st.sampled_from([-0.5, 1.702])),
     )
     if operands:
         codes = st.builds(QuantizedInput, st.just(0.03), st.integers(0, 255))
-        step = st.one_of(step, st.just(Add(OTHER)), codes.map(lambda c: Add(OTHER, c)))
+        kinds = st.sampled_from([Add, Multiply])
+        step = st.one_of(step, st.builds(lambda kind, c: kind(OTHER, c), kinds, st.one_of(st.none(), codes)))
     steps = draw(st.lists(step, max_size=3))
     if draw(st.booleans()):
         low, high = draw(st.sampled_from([(0, 255), (0, 255), (3, 200), (0, 127)]))

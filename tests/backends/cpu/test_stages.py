@@ -27,6 +27,8 @@ from mcc.passes import FoldBatchNorm, PruneWeights, Quantize
 from mcc.pipeline import Pipeline
 from mcc.target import parse_target
 
+QUICK = {"measure": "never", "tuning": "model"}
+
 
 def regions(model, x, *steps):
     graph = mcc.capture(model.eval(), (x,))
@@ -479,3 +481,46 @@ def test_a_quantizer_takes_in_the_norm_before_it_unless_the_floats_are_read(resi
     rows = cpu.profiler(encoded, parse_target("cpu"), "model", [x.numpy()]).measure(1)
     assert sum(row.kernel == "op library" and row.op.startswith("quantize") for row in rows) == calls
     compiled(model, x, Quantize())  # verified
+
+
+class Gated(nn.Module):
+    """What gates one layer by another, numbers on the way."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.up, self.gate, self.how = nn.Linear(20, 36), nn.Linear(20, 36), how
+
+    def forward(self, x):
+        return self.how(self.up(x), self.gate(x))
+
+
+@pytest.mark.parametrize(("how", "wanted"), [
+    (lambda up, gate: nn.functional.silu(gate) * up, {"linear", "linear + silu + mul"}),
+    (lambda up, gate: up * torch.sigmoid(gate) / 4 + up, {"linear", "linear + sigmoid + mul + scale + add"}),
+    (lambda up, gate: gate * torch.sigmoid(1.702 * gate) - up, {"linear", "linear + scale + silu + scale"}),
+    (lambda up, gate: up * up + gate * 2, {"linear", "linear + scale + add"}),
+    (lambda up, gate: up * gate[:, :1] + gate, {"linear"}),
+])  # fmt: skip
+def test_gates_and_numbers_are_taken_in_by_the_layer_before(how, wanted):
+    model, x = Gated(how).eval(), torch.randn(3, 5, 20)
+    artifact = mcc.compile(model, (x,), dynamic_shapes=({0: "batch"},), **QUICK)
+    assert {row.op for row in artifact.report.layers} == wanted
+    for batch in (3, 1, 0):
+        other = torch.randn(batch, 5, 20)
+        with torch.no_grad():
+            torch.testing.assert_close(artifact(other), model(other), rtol=1e-4, atol=1e-5)
+    coded = mcc.compile(model, (x,), passes="quantize", data=mcc.Data(calibration=[x]), **QUICK)
+    with torch.no_grad():
+        assert float((coded(x) - model(x)).norm()) <= 0.05 * float(model(x).norm())
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(4, 32), nn.GroupNorm(32, 32), nn.InstanceNorm1d(32, affine=True)], ids=str
+)
+def test_norms_of_sequences_run_between_convolutions_as_those_of_images(norm):
+    model, x = nn.Sequential(nn.Conv1d(5, 32, 3), norm, nn.GELU(), nn.Conv1d(32, 7, 3)).eval(), torch.randn(2, 5, 19)
+    artifact = mcc.compile(model, (x,), dynamic_shapes=({0: "batch"},), **QUICK)
+    for batch in (2, 1, 7):
+        other = torch.randn(batch, 5, 19)
+        with torch.no_grad():
+            torch.testing.assert_close(artifact(other), model(other), rtol=1e-4, atol=1e-4)
