@@ -9,16 +9,18 @@ from torch import Tensor
 
 from mcc.formats import fake_quantize_per_token
 
+LARGEST_CODE = 255  # of a probability, of which none is negative: a byte
 _LIBRARY: Any = torch.library.Library("mcc", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch has no types for it
 _LIBRARY.define(
     "rounded_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
-    "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, int limit=255) -> Tensor"
+    f"bool is_causal=False, *, float? scale=None, bool enable_gqa=False, int limit={LARGEST_CODE}) -> Tensor"
 )
 
 
 def rounded_attention(  # noqa: PLR0913 (an op's schema: that of scaled_dot_product_attention, and `limit`)
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False, limit: int = 255,  # noqa: FBT001, FBT002
+    is_causal: bool = False,  # noqa: FBT001, FBT002
+    *, scale: float | None = None, enable_gqa: bool = False, limit: int = LARGEST_CODE,
 ) -> Tensor:  # fmt: skip
     """Scaled dot-product attention whose probabilities are rounded, each query's with a scale of its own.
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import mcc.attention  # noqa: F401 (whose op is put into graphs here)
 from mcc import ops
+from mcc.attention import LARGEST_CODE
 from mcc.ops import OPS
 from mcc.rewrite import Rewriter
 
@@ -15,8 +15,19 @@ if TYPE_CHECKING:
     from mcc.graph import Graph, Node
 
 PRODUCTS = (OPS["matmul"], OPS["bmm"])
-LARGEST_CODE = 255  # of a probability, of which none is negative
 _SOFTMAX = OPS["softmax.int"]
+_VIEWS = tuple(
+    OPS[name]
+    for name in (
+        "reshape",
+        "permute",
+        "transpose.int",
+        "expand",
+        "unsqueeze",
+        "squeeze.dim",
+        "repeat_interleave.self_int",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -40,18 +51,29 @@ class Attention:
         """Who reads what."""
         return (self.scores, self.query), (self.scores, self.key), (self.node, self.value)
 
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether keys or values are what the graph returns, for the call after it."""
+        return any(_is_kept(x) for x in (self.key, self.value))
+
     def round_probabilities(self) -> None:
         """Let the values be weighed by codes, of which each query's largest probability has the largest."""
-        rewriter = Rewriter(self.node.graph, self.node)
         if self.node.op is ops.ATTENTION:
-            made = rewriter.call(ops.ROUNDED_ATTENTION, *self.node.fx.args, **self.node.fx.kwargs)
-            made.take_place_of(self.node)
+            round_probabilities(self.node)
             return
         probabilities = self.node.operand(0)
         assert probabilities is not None
+        rewriter = Rewriter(self.node.graph, self.node)
         rounded = rewriter.call(ops.FAKE_QUANTIZE_PER_TOKEN, probabilities, LARGEST_CODE)
         rounded.rename(f"{probabilities.name}_rounded")
         self.node.fx.replace_input_with(probabilities.fx, rounded.fx)
+
+
+def round_probabilities(attention: Node) -> None:
+    """Put the op that rounds its probabilities in the place of an attention."""
+    rewriter = Rewriter(attention.graph, attention)
+    made = rewriter.call(ops.ROUNDED_ATTENTION, *attention.fx.args, **attention.fx.kwargs)
+    made.take_place_of(attention)
 
 
 def attentions(graph: Graph) -> list[Attention]:
@@ -71,7 +93,7 @@ def attentions(graph: Graph) -> list[Attention]:
 
 def _spelled_out(node: Node) -> Attention | None:
     softmax, value = node.operand(0), node.operand(1)
-    while softmax is not None and softmax.op is ops.DROPOUT and _alone(softmax):
+    while softmax is not None and softmax.op is ops.DROPOUT and _alone(softmax) and not softmax.argument(2, False):
         softmax = softmax.operand(0)
     if softmax is None or value is None or softmax.op is not _SOFTMAX or not _alone(softmax):
         return None
@@ -98,6 +120,16 @@ def _product_below(node: Node | None) -> Node | None:
     if node.op is ops.ADD:
         return _product_below(first) or _product_below(node.operand(1))
     return None
+
+
+def _is_kept(node: Node) -> bool:
+    """Whether a value, or what it is a view of, is returned."""
+    source: Node | None = node
+    while source is not None:
+        if source.is_output:
+            return True
+        source = source.operand(0) if source.op in _VIEWS else None
+    return False
 
 
 def _alone(node: Node) -> bool:

@@ -85,11 +85,24 @@ def _corrected_deviation(call: recurrent.Call, arguments: Sequence[Any], **optio
     return call(_A.sqrt.default, call(_A.var.correction, *arguments, **options))
 
 
+def _turned(call: recurrent.Call, arguments: Sequence[Any]) -> Any:
+    """All dims the other way round."""
+    (source,) = arguments
+    return call(_A.permute.default, source, list(range(source.meta["val"].dim()))[::-1])
+
+
+def _turned_matrices(call: recurrent.Call, arguments: Sequence[Any]) -> Any:
+    (source,) = arguments
+    return call(_A.transpose.int, source, -2, -1)
+
+
 _COMPOSITES: dict[Any, Callable[..., Any]] = {
     _A.diff.default: _diff, _A.narrow.default: _narrow, _A.lstm.input: recurrent.layers, _A.gru.input: recurrent.layers,
     _A.addcmul.default: _added(_A.mul.Tensor), _A.addcdiv.default: _added(_A.div.Tensor),
     _A.var.default: _variance, _A.var.dim: _variance, _A.std.default: _deviation, _A.std.dim: _deviation,
-    _A.std.correction: _corrected_deviation, _A.lerp.Scalar: _lerp, _A.lerp.Tensor: _lerp, _A.einsum.default: einsum,
+
+    _A.std.correction: _corrected_deviation, _A.numpy_T.default: _turned, _A.mT.default: _turned_matrices,
+    _A.lerp.Scalar: _lerp, _A.lerp.Tensor: _lerp, _A.einsum.default: einsum,
 }  # fmt: skip
 
 

@@ -124,7 +124,8 @@ class OnnxModule(nn.Module):
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
         leaf = leaf if leaf and not hasattr(owner, leaf) else f"{leaf}_"
-        if tensor.is_floating_point() and not buffer:
+        # a single number is the file's way to write a constant
+        if tensor.is_floating_point() and tensor.dim() > 0 and not buffer:
             owner.register_parameter(leaf, nn.Parameter(tensor))
         else:
             owner.register_buffer(leaf, tensor)

@@ -86,7 +86,7 @@ def _between_views(graph: Graph, node: Node) -> bool:
     weight = node.operand(1)
     if rows is None or weight is None or node.is_output or not users or len(rows.shape) < 2:
         return False
-    if rows.shape[-1] != weight.shape[1]:
+    if len(weight.shape) != 2 or rows.shape[-1] != weight.shape[1]:
         return False
     wanted = [str(s) for s in (*rows.shape[:-1], node.shape[-1])]
     if any(user.op is not ops.RESHAPE or [str(s) for s in user.shape] != wanted for user in users):

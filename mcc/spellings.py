@@ -70,6 +70,9 @@ def _named(node: Node) -> Call | None:
     """The call that a node stands for, or None."""
     if node.op in (ops.MUL, _DIV):
         for product in _products(node):
+            x = product.x
+            if x.dtype is not torch.float32 or x.value.shape != node.value.shape:
+                continue  # the op would give another type or shape
             for rule in (_gated, _normalized):
                 if (call := rule(product)) is not None:
                     return call
@@ -124,7 +127,8 @@ def _number(node: Node, position: int) -> float | None:
         return float(argument)
     if operand is None or not operand.is_parameter or len(operand.shape) > 1 or operand.value.numel() != 1:
         return None
-    return float(operand.tensor.detach())
+    tensor = operand.tensor
+    return None if tensor.requires_grad else float(tensor)  # one that is trained is no number
 
 
 def _polynomial(node: Node, x: Node, depth: int = DEEPEST) -> Polynomial | None:
@@ -185,14 +189,11 @@ def _alike(a: Any, b: Any, depth: int = 2) -> bool:
     return len(pairs[0]) == len(pairs[1]) and all(_alike(p, q, depth - 1) for p, q in zip(*pairs, strict=True))
 
 
-def _is(found: Polynomial | None, **wanted: float) -> bool:
-    """Whether a polynomial has these coefficients, `x1=` that of x itself."""
-    if found is None:
-        return False
-    coefficients = {int(name[1:]): value for name, value in wanted.items()}
-    return all(
-        math.isclose(found.get(e, 0.0), coefficients.get(e, 0.0), rel_tol=TOLERANCE, abs_tol=TOLERANCE**2)
-        for e in found.keys() | coefficients.keys()
+def _is(found: Polynomial | None, wanted: Polynomial) -> bool:
+    """Whether a polynomial has these coefficients, as far as models write them."""
+    return found is not None and all(
+        math.isclose(found.get(e, 0.0), wanted.get(e, 0.0), rel_tol=TOLERANCE, abs_tol=TOLERANCE**2)
+        for e in found.keys() | wanted.keys()
     )
 
 
@@ -207,12 +208,12 @@ def _gated(product: _Product) -> Call | None:
     found = None if inside is None else _polynomial(inside, x)
     if gate.op is OPS["sigmoid"] and found is not None and [*found] == [1] and found[1] > 0:
         return _silu(x, found[1], factor)
-    if gate.op is OPS["hardsigmoid"] and _is(found, x1=1) and _close(factor, 1):
+    if gate.op is OPS["hardsigmoid"] and _is(found, {1: 1}) and _close(factor, 1):
         return Call("hardswish", (x.fx,))
     bounds = (0, 6) if gate.op is ops.RELU6 else (gate.argument(1), gate.argument(2))
     if gate.op in (ops.RELU6, ops.CLAMP, ops.HARDTANH) and (
-        (bounds == (0, 6) and _is(found, x0=3, x1=1) and _close(factor, 1 / 6))
-        or (bounds == (0, 1) and _is(found, x0=0.5, x1=1 / 6) and _close(factor, 1))
+        (bounds == (0, 6) and _is(found, {0: 3, 1: 1}) and _close(factor, 1 / 6))
+        or (bounds == (0, 1) and _is(found, {0: 0.5, 1: 1 / 6}) and _close(factor, 1))
     ):
         return Call("hardswish", (x.fx,))
     return None
@@ -238,9 +239,9 @@ def _gelu(product: _Product) -> Call | None:
     if not _close(product.factor * one, 0.5) or not _close(slope, one) or inside is None:
         return None
     found = _polynomial(inside, x) if function.op in (OPS["erf"], OPS["tanh"]) else None
-    if function.op is OPS["erf"] and _is(found, x1=math.sqrt(0.5)):
+    if function.op is OPS["erf"] and _is(found, {1: math.sqrt(0.5)}):
         return Call("gelu", (x.fx,))
-    if function.op is OPS["tanh"] and _is(found, x1=_TANH_SLOPE, x3=_TANH_CUBE):
+    if function.op is OPS["tanh"] and _is(found, {1: _TANH_SLOPE, 3: _TANH_CUBE}):
         return Call("gelu", (x.fx,), {"approximate": "tanh"})
     return None
 
@@ -265,7 +266,7 @@ def _normalized(product: _Product) -> Call | None:
     if spread.op is _VAR and source is not None and spread.operand(0) == source and _is_variance(spread):
         return Call("layer_norm", (source.fx, [width], None, None, eps))
     squared = spread.operand(0)
-    if squared is None or not _over_last(spread) or spread.op is not _MEAN or not _is(_polynomial(squared, x), x2=1):
+    if squared is None or not _over_last(spread) or spread.op is not _MEAN or not _is(_polynomial(squared, x), {2: 1}):
         return None
     if source is not None:
         return Call("layer_norm", (source.fx, [width], None, None, eps))
@@ -298,7 +299,8 @@ def _affine_norm(node: Node) -> Call | None:
     for norm, vector in ((node.operand(0), node.operand(1)), (node.operand(1), node.operand(0))):
         if norm is None or vector is None or norm.op not in (_LAYER_NORM, _RMS_NORM) or norm.is_output:
             continue
-        if len(norm.users) != 1 or not vector.is_parameter or [*vector.shape] != [norm.argument(1)[-1]]:
+        plain = vector.is_parameter and vector.dtype is torch.float32 and norm.dtype is torch.float32
+        if len(norm.users) != 1 or not plain or [*vector.shape] != [*norm.argument(1)]:
             continue
         source, shape, weight, *rest = (norm.argument(i) for i in range(5))
         layer = norm.op is _LAYER_NORM

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mcc import ops
 from mcc.activation_quantizers import ActivationCodes, quantize_activations, round_activation, round_tokens
-from mcc.attention_products import Attention, attentions
+from mcc.attention_products import Attention, attentions, round_probabilities
+from mcc.constants import varying
 from mcc.cost import weight_expression
 from mcc.errors import PassError, SpecError
 from mcc.pairs import LARGEST, LARGEST_SUM, fit_pairs, reads_pairs
@@ -36,6 +37,8 @@ from mcc.sensitivity import choose, damages
 from mcc.statistics import OBSERVERS, Observer
 
 if TYPE_CHECKING:
+    from torch import fx
+
     from mcc.graph import Graph, Node
     from mcc.sensitivity import Formats
     from mcc.target import Target
@@ -168,7 +171,8 @@ class Quantize(Pass):
         if self.activations == "dynamic":
             _quantize_tokens(graph, layers)
         elif self.activations is not None and layers:
-            reads = [(node, x) for node in layers if (x := node.operand(0)) is not None]
+            inputs = varying(graph)
+            reads = [(node, x) for node in layers if (x := node.operand(0)) is not None and x.fx in inputs]
             reads += [read for attention in found for read in attention.reads]
             quantize_activations(graph, reads, self._activation_codes, context.data.calibration or ())
             for attention in found:
@@ -180,10 +184,11 @@ class Quantize(Pass):
         """Attention with the reason why it stays in float, or None where its products are to be of codes."""
         if self.activations != "int8":
             return {}
-        refused = {attention: self._attention_refusal(attention, target) for attention in attentions(graph)}
+        inputs = varying(graph)
+        refused = {a: self._attention_refusal(a, inputs, target) for a in attentions(graph)}
         return {a: None if reason is None else f"attention stays in float: {reason}" for a, reason in refused.items()}
 
-    def _attention_refusal(self, attention: Attention, target: Target) -> str | None:
+    def _attention_refusal(self, attention: Attention, inputs: set[fx.Node], target: Target) -> str | None:
         """Why products of queries and keys, and of probabilities and values, are not to be of codes, or None."""
         query, key, value = attention.query, attention.key, attention.value
         if (excluded := self._excluded(attention.node)) is not None:
@@ -194,6 +199,10 @@ class Quantize(Pass):
             return "it does not compute in float32"
         if any(x.op in (*QUANTIZERS, ops.DEQUANTIZE_TOKENS) for x in (query, key, value)):
             return "its operands are quantized already"
+        if any(x.fx not in inputs for x in (query, key, value)):
+            return "one of its operands is stored"
+        if attention.keeps_cache:
+            return "its keys and values are kept, quantize-kv-cache stores them in codes"
         if not isinstance(query.shape[-1], int) or query.shape[-1] % 4 or value.shape[-1] < target.vector_lanes:
             return f"no kernel reads codes of {query.shape[-1]} by {value.shape[-1]} elements"
         if isinstance(query.shape[-2], int) and query.shape[-2] == 1:
@@ -389,7 +398,7 @@ class Quantize(Pass):
                 round_activation(rounded, node)
         for node in after.nodes:
             if node.op is ops.ROUNDED_ATTENTION and (plain := rounded.node(node.name)).op is ops.ATTENTION:
-                _round_probabilities(plain)
+                round_probabilities(plain)
         return rounded.clean()
 
     def _refusal(self, node: Node) -> str | None:
@@ -474,10 +483,3 @@ def _quantize_tokens(graph: Graph, layers: list[Node]) -> None:
             made[x.name] = Rewriter(graph, node).call(ops.FAKE_QUANTIZE_PER_TOKEN, x, TOKEN_LIMIT)
             made[x.name].rename(f"{x.name}_quantized")
         node.fx.replace_input_with(x.fx, made[x.name].fx)
-
-
-def _round_probabilities(attention: Node) -> None:
-    """Let attention round its probabilities."""
-    args, kwargs = attention.fx.args, attention.fx.kwargs
-    made = Rewriter(attention.graph, attention).call(ops.ROUNDED_ATTENTION, *args, **kwargs)
-    made.take_place_of(attention)

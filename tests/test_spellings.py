@@ -125,6 +125,50 @@ def test_what_computes_something_else_is_left(how, why):
     assert str(unify_spellings(graph)) == before, why
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.float64], ids=str)
+def test_other_types_stay_spelled_out(kind):
+    class Plain(nn.Module):
+        def forward(self, x):
+            return x * torch.sigmoid(x)
+
+    x = torch.arange(12).reshape(3, 4).to(kind)
+    graph = load_graph(Plain(), (x,), {}, None)
+    assert [n.op.name for n in graph.nodes] == ["sigmoid", "mul.Tensor"]
+    torch.testing.assert_close(graph(x), Plain()(x))
+
+
+@pytest.mark.parametrize("how", [
+    lambda m, x: F.layer_norm(x, [5, 12]) * m.gain + m.shift, lambda m, x: F.rms_norm(x, [5, 12]) * m.gain,
+    lambda m, x: F.layer_norm(x, [12]) * m.gain.double(), lambda m, x: F.layer_norm(x, [12]) + torch.arange(12),
+])  # fmt: skip
+def test_vectors_that_a_norm_cannot_have_stay_apart(how):
+    model, x = Written(how).eval(), torch.randn(3, 5, 12)
+    graph = load_graph(model, (x,), {}, None)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_slope_that_is_trained_is_no_number():
+    class Swish(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slope = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return x * torch.sigmoid(self.slope * x)
+
+    graph = load_graph(Swish(), (torch.randn(3, 4),), {}, None)
+    graph(torch.randn(3, 4)).sum().backward()
+    assert dict(graph.named_parameters())["slope"].grad is not None
+
+
+def test_transposes_are_written_in_any_way():
+    model, x = Written(lambda m, x: x @ m.layer.weight.T + x @ (x.mT @ x)).eval(), torch.randn(3, 5, 12)
+    graph = load_graph(model, (x,), {}, None)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-4)
+
+
 def test_a_norm_that_something_else_reads_keeps_its_vectors_apart():
     def how(model, x):
         y = root_mean_square(x)

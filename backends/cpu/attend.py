@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tvm import relax
 
 from mcc import ops
+from mcc.attention import LARGEST_CODE
 from mcc.backends.cpu.integerize import quantized_source
 from mcc.backends.cpu.kernels.attention import TokenCodes, attention_function, attention_shape
 from mcc.backends.cpu.kernels.attention_int8 import attention_int8_function
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
     from mcc.target import Target
 
 ATTENTION = OPS["mcc.attention"]
-LARGEST_CODE = 255
 _KERNELS = {
     "attention": attention_function, "attention_step": attention_step_function,
     "attention_int8": attention_int8_function,
 }  # fmt: skip
-MOST_KEYS = (2**31 - 1) // (LARGEST_CODE * 128)  # whose products with codes int32 holds, whatever they are
-_LIMIT = 7  # position of the argument
+# whose products with differences of codes int32 holds, whatever these are; more keys of a size that varies are taken,
+# which exceeds int32 only where values lie at the end of their range on average
+MOST_KEYS = (2**31 - 1) // (LARGEST_CODE * 255)
+_CAUSAL, _SCALE, _TOKENS_FIRST, _LIMIT = 4, 5, 6, 7  # positions of arguments
 
 
 def decodes_before_attention(graph: Graph, target: Target) -> set[fx.Node]:
@@ -70,7 +72,7 @@ def _refusal(node: Node, target: Target) -> str | None:
     query, key = node.operand(0), node.operand(1)
     assert query is not None
     assert key is not None
-    keys = key.shape[1 if node.argument(6)[1] else 2]
+    keys = key.shape[1 if node.argument(_TOKENS_FIRST)[1] else 2]
     if not target.exact_dot4:
         return f"{target} has no instruction that adds products of codes exactly"
     if int(query.shape[3]) % QUAD:
@@ -83,7 +85,7 @@ def _refusal(node: Node, target: Target) -> str | None:
 def _one_row(node: Node) -> bool:
     query = node.operand(0)
     assert query is not None
-    rows = query.shape[1 if node.argument(6)[0] else 2]
+    rows = query.shape[1 if node.argument(_TOKENS_FIRST)[0] else 2]
     return isinstance(rows, int) and rows == 1
 
 
@@ -98,7 +100,7 @@ def _step(node: Node, target: Target) -> bool:
     """Whether one query of each head sees all keys, in whole vectors."""
     query = node.operand(0)
     assert query is not None
-    return _one_row(node) and not node.argument(4) and int(query.shape[3]) % target.vector_lanes == 0
+    return _one_row(node) and not node.argument(_CAUSAL) and int(query.shape[3]) % target.vector_lanes == 0
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,10 @@ class Attending:
             operands.append(emitter(relax.op.reshape(given, [*[1] * (4 - rank(given)), *given.ty.shape])))
             dims.append(known_dims(operands[-1]))
             mask_dtype = str(given.ty.dtype)
-        first = node.argument(6)
+        first = node.argument(_TOKENS_FIRST)
         shape = attention_shape(
-            dims, mask_dtype, first, causal=node.argument(4), scale=node.argument(5), codes=(parts[1][1], parts[2][1]),
+            dims, mask_dtype, first, causal=node.argument(_CAUSAL), scale=node.argument(_SCALE),
+            codes=(parts[1][1], parts[2][1]),
         )  # fmt: skip
         shape = replace(shape, limit=node.argument(_LIMIT, 0))
         name = kernel_name(node, self.target)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, fx
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 View: TypeAlias = Callable[[Node, fx.Node], fx.Node]
 """Makes a view of a value in front of a node."""
+MOST_PARTS = 8
 SMALLEST = 16  # outputs of a part, one vector
 _PARTED = tuple(OPS[name] for name in ("split.Tensor", "split_with_sizes", "chunk"))
 _SLICE, _SELECT, _UNBIND = OPS["slice.Tensor"], OPS["select.int"], OPS["unbind.int"]
@@ -73,17 +75,25 @@ def split_layers(graph: Graph) -> None:
             continue
         found = [part for user in node.users if not _is_size(user) for part in _parts(node, user)]
         parts = [part for part in found if part is not None and part.stop - part.start >= SMALLEST]
-        if found and len(parts) == len(found):
+        if parts and len(parts) == len(found) and _are_apart(parts):
             _split(node, parts)
             split = True
     if split:
         graph.clean().repropagate()
 
 
+def _are_apart(parts: list[_Part]) -> bool:
+    """Whether there are few parts, and none computes what another does."""
+    bounds = sorted({(part.start, part.stop) for part in parts})
+    return len(bounds) <= MOST_PARTS and all(a[1] <= b[0] for a, b in pairwise(bounds))
+
+
 def _may_split(node: Node) -> bool:
     weight, bias = node.operand(1), node.operand(2)
     root = None if weight is None else stored_root(weight)
-    if weight is None or root is None or not root.is_parameter or (bias is not None and not bias.is_parameter):
+    if weight is None or root is None or not root.is_parameter:
+        return False
+    if bias is not None and not (bias.is_parameter and [*bias.shape] == [*weight.shape[:1]]):
         return False
     names = [n.target for n in node.graph.module.graph.nodes if n.op == "get_attr"]
     return names.count(root.fx.target) == 1 and len(root.users) == len(weight.users) == 1

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mcc import ops
+from mcc.attention import LARGEST_CODE
 from mcc.backends.cpu.permutes import order_of
 from mcc.graph import Node
 from mcc.ops import OPS
@@ -78,6 +79,23 @@ def _shared_heads(node: Node) -> Node:
     return source if all([*map(str, found)] == [*map(str, wanted)] for found, wanted in shapes) else node
 
 
+def _decoded_last(operand: Node) -> Node:
+    """An operand that is a view of what codes stand for, as what a view of the codes stands for.
+
+    Of a single head the layout cut turns codes to channels last and back, which moves nothing.
+    """
+    decoded = operand.operand(0) if operand.op is ops.RESHAPE else None
+    codes = decoded.operand(0) if decoded is not None and decoded.op is ops.DEQUANTIZE else None
+    if decoded is None or codes is None or decoded.argument(3) is not None:
+        return operand
+    graph = operand.graph
+    viewed = graph.call(operand, ops.RESHAPE.target, codes.fx, *operand.fx.args[1:])
+    viewed.meta["val"] = operand.value.to(codes.dtype)
+    made = graph.call(operand, ops.DEQUANTIZE.target, viewed, *decoded.fx.args[1:])
+    made.meta["val"] = operand.value
+    return Node(made, graph)
+
+
 def _before_swap(operand: Node) -> Node | None:
     """What tokens and heads of an operand were swapped of, itself or the codes that it stands for; or None."""
     if order_of(operand) == _SWAP:
@@ -102,8 +120,9 @@ def _replace(node: Node) -> None:
     shared = [_shared_heads(keys), _shared_heads(values)]
     if shared[0].shape[1] != shared[1].shape[1]:
         shared = [keys, values]
-    for operand in (node.operand(0), *shared):
-        assert operand is not None
+    for given in (node.operand(0), *shared):
+        assert given is not None
+        operand = _decoded_last(given)
         source = _before_swap(operand)
         sources.append((operand if source is None else source).fx)
         flags.append(source is not None)
@@ -114,7 +133,7 @@ def _replace(node: Node) -> None:
     args = (
         *sources, node.argument(3), bool(node.argument(5, default=False)),
         1 / math.sqrt(depth) if scale is None else float(scale), [*flags, after is not None],
-        node.argument(8, 255) if node.op is ops.ROUNDED_ATTENTION else 0,
+        node.argument(8, LARGEST_CODE) if node.op is ops.ROUNDED_ATTENTION else 0,
     )  # fmt: skip
     with graph.module.graph.inserting_before(node.fx):
         made = graph.module.graph.call_function(OPS["mcc.attention"].target, args)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tvm import relax, te, tirx, topi
 
+from mcc.attention import LARGEST_CODE
 from mcc.backends.relax.emitter import (
     DTYPES,
     Emitter,
@@ -165,6 +166,9 @@ def attention(
     elif mask is not None:
         scores = e(R.add(scores, e.cast(mask, kind)))
     probabilities = softmax(e, scores, -1)
+    if mask is not None and dtype(mask) == "bool" and not is_causal:
+        # a query that sees no key gives zeros
+        probabilities = e(R.where(mask, probabilities, e.constant(0.0, kind)))
     return e(R.matmul(fake_quantize_per_token(e, probabilities, limit) if limit else probabilities, value))
 
 
@@ -363,7 +367,7 @@ RULES: dict[str, Rule] = {
     "conv1d": _convolution(1, NN.conv1d), "conv2d": _convolution(2, NN.conv2d),
     "conv3d": conv3d, "conv_transpose2d.input": conv_transpose2d,
     "embedding": lambda e, weight, index, *rest: e(R.take(weight, index, axis=0, mode="clip")),
-    "scaled_dot_product_attention": attention, "mcc.rounded_attention": partial(attention, limit=255),
+    "scaled_dot_product_attention": attention, "mcc.rounded_attention": partial(attention, limit=LARGEST_CODE),
     "mcc.conv2d_nhwc": conv2d_nhwc,
     "batch_norm": batch_norm, "layer_norm": layer_norm, "group_norm": group_norm, "instance_norm": _instance_norm,
     "mcc.group_norm_nhwc": group_norm_nhwc,

@@ -365,3 +365,39 @@ def test_a_single_query_stays_in_float():
     )
     assert [d.reason for d in report[-1].declined] == ["attention stays in float: its single query reads each key once"]
     assert "mcc.rounded_attention" not in [n.op.name for n in graph.nodes]
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_keys_and_values_that_are_returned_are_left_to_the_pass_for_caches(rows):
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.projection = nn.Linear(32, 96)
+
+        def forward(self, x, keys, values):
+            q, k, v = (t.view(1, rows, 2, 16).transpose(1, 2) for t in self.projection(x).chunk(3, -1))
+            keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+            return nn.functional.scaled_dot_product_attention(q, keys, values), keys, values
+
+    inputs = torch.randn(1, rows, 32), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
+    artifact = mcc.compile(
+        Cached().eval(), inputs, passes="quantize; quantize-kv-cache", data=Data(calibration=[inputs]), measure="never",
+        tuning="model",
+    )  # fmt: skip
+    assert "int8 keys, values" in [row.stored for row in artifact.report.layers]
+
+
+def test_what_a_layer_reads_that_is_stored_gets_no_quantizer():
+    class Learned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.queries = nn.Linear(12, 8), nn.Parameter(torch.randn(5, 12))
+
+        def forward(self, x):
+            return self.layer(x) @ self.layer(self.queries).transpose(0, 1)
+
+    x = torch.randn(3, 12)
+    model = Learned().eval()
+    artifact = mcc.compile(model, (x,), passes="quantize", data=Data(calibration=[x]), measure="never", tuning="model")
+    with torch.no_grad():
+        assert float((artifact(x) - model(x)).norm()) <= 0.05 * float(model(x).norm())

@@ -242,6 +242,59 @@ def test_two_threads_attend_at_once():
         assert all(torch.equal(wanted, y) for y in pool.map(lambda _: artifact(x), range(20)))
 
 
+class OneHead(nn.Module):
+    """A stage of SegFormer: one head, keys of an image made smaller by a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.smaller = nn.Conv2d(32, 32, 2, 2)
+        self.query, self.key, self.value, self.out = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x):
+        batch = x.shape[0]
+        image = self.smaller(x.permute(0, 2, 1).reshape(batch, 32, 8, 8))
+        y = image.reshape(batch, 32, -1).permute(0, 2, 1)
+        q, k, v = (t.view(batch, -1, 1, 32).transpose(1, 2) for t in (self.query(x), self.key(y), self.value(y)))
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, -1, 32))
+
+
+@VNNI
+def test_one_head_between_convolutions_multiplies_codes():
+    torch.manual_seed(0)
+    model, x = OneHead().eval(), torch.randn(2, 64, 32)
+    artifact = compiled(model, x, "cpu:avx512vnni")
+    assert "attention_int8" in [row.kernel for row in artifact.report.layers]
+    with torch.no_grad():
+        assert float((artifact(x) - model(x)).norm()) <= 0.05 * float(model(x).norm())
+
+
+class Latent(nn.Module):
+    """Queries that are stored, as they are or as a view, or values that are."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.stored, self.out = what, nn.Parameter(torch.randn(2, 7, 16)), nn.Linear(16, 16)
+
+    def forward(self, x):
+        stored = self.stored.expand(3, 2, 7, 16) if self.what == "view" else self.stored[None]
+        if self.what == "value":
+            seen = nn.functional.scaled_dot_product_attention(x, x, stored.expand(3, 2, 7, 16))
+        else:
+            seen = nn.functional.scaled_dot_product_attention(stored.expand(3, 2, 7, 16), x, x)
+        return self.out(seen)
+
+
+@VNNI
+@pytest.mark.parametrize("what", ["view", "tensor", "value"])
+def test_attention_of_stored_tensors_stays_in_float(what):
+    model, x = Latent(what).eval(), torch.randn(3, 2, 7, 16)
+    artifact = compiled(model, x, "cpu:avx512vnni")
+    assert "attention" in [row.kernel for row in artifact.report.layers]
+    assert "one of its operands is stored" in str([d.reason for p in artifact.report.passes for d in p.declined])
+    with torch.no_grad():
+        assert float((artifact(x) - model(x)).norm()) <= 0.05 * float(model(x).norm())
+
+
 def test_a_target_without_exact_sums_of_codes_keeps_attention_in_float():
     artifact = compiled(Attend("op").eval(), torch.randn(2, 9, 64), "cpu:avx2")
     (reason,) = [d.reason for p in artifact.report.passes for d in p.declined]

@@ -50,7 +50,6 @@ WAYS = {
     "split": split_then_heads,
     "split in sizes": lambda y: torch.cat([part.relu() * i for i, part in enumerate(y.split([16, 48, 32], -1))], -1),
     "chunk": lambda y: y.chunk(2, -1)[0] * torch.sigmoid(y.chunk(2, -1)[1]),
-    "slices that overlap": lambda y: y[..., :64] * y[..., 32:] + y[..., 10:74],
     "one part": lambda y: y[..., 16:48].tanh(),
     "the same part twice": lambda y: y[..., :48] * torch.tanh(y[..., :48]) + y[..., 48:],
 }
@@ -77,6 +76,8 @@ def test_parts_are_layers_with_the_same_values(way, bias):
     (lambda y: (y[..., :48], y), 96, "the whole is returned"),
     (lambda y: y[..., :48] + y.sum(-1, keepdim=True), 96, "something else reads the whole"),
     (lambda y: y[..., ::2] * 2, 96, "a part has steps"),
+    (lambda y: y[..., 1:] - y[..., :-1], 96, "parts overlap"),
+    (lambda y: sum(part * i for i, part in enumerate(y.split(16, -1))), 160, "there are too many parts"),
     (lambda y: y.reshape(3, 5, 12, 8).unbind(2)[0], 96, "parts are smaller than a vector"),
     (lambda y: y[:2] * 2, 96, "a part of rows"),
     (lambda y: y.view(15, 3, 32)[:, 0], 96, "the dims before the last are joined"),
