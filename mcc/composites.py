@@ -69,20 +69,21 @@ def _lerp(call: recurrent.Call, arguments: Sequence[Any]) -> Any:
     return call(_A.where.self, near, from_start(), from_end(call(_A.rsub.Scalar, weight, 1)))
 
 
-def _variance(call: recurrent.Call, arguments: Sequence[Any], **options: Any) -> Any:
-    """The variance over dims or over all, less one in what it divides by unless `unbiased` is false."""
+def _spread(name: str, overload: str, call: recurrent.Call, arguments: Sequence[Any], **options: Any) -> Any:
+    """A variance or deviation ("std") over dims or over all, some with the mean.
+
+    In what it divides by one is left out, unless `unbiased` is false, or as many as `correction` says.
+    """
     source, *rest = arguments
-    dims = None if not rest or isinstance(rest[0], bool) else rest.pop(0)
+    dims = options.get("dim") if not rest or isinstance(rest[0], bool) else rest.pop(0)
     unbiased, keepdim = [*rest, *(options.get("unbiased", True), options.get("keepdim", False))[len(rest) :]]
-    return call(_A.var.correction, source, dims, correction=int(unbiased), keepdim=keepdim)
-
-
-def _deviation(call: recurrent.Call, arguments: Sequence[Any], **options: Any) -> Any:
-    return call(_A.sqrt.default, _variance(call, arguments, **options))
-
-
-def _corrected_deviation(call: recurrent.Call, arguments: Sequence[Any], **options: Any) -> Any:
-    return call(_A.sqrt.default, call(_A.var.correction, *arguments, **options))
+    given = options.get("correction") if overload == "correction" else int(unbiased)
+    less = 1 if given is None else given
+    found = call(_A.var.correction, source, dims, correction=less, keepdim=keepdim)
+    found = call(_A.sqrt.default, found) if name.startswith("std") else found
+    if not name.endswith("mean"):
+        return found
+    return found, call(_A.mean.dim, source, dims or list(range(source.meta["val"].dim())), keepdim)
 
 
 def _turned(call: recurrent.Call, arguments: Sequence[Any]) -> Any:
@@ -99,11 +100,15 @@ def _turned_matrices(call: recurrent.Call, arguments: Sequence[Any]) -> Any:
 _COMPOSITES: dict[Any, Callable[..., Any]] = {
     _A.diff.default: _diff, _A.narrow.default: _narrow, _A.lstm.input: recurrent.layers, _A.gru.input: recurrent.layers,
     _A.addcmul.default: _added(_A.mul.Tensor), _A.addcdiv.default: _added(_A.div.Tensor),
-    _A.var.default: _variance, _A.var.dim: _variance, _A.std.default: _deviation, _A.std.dim: _deviation,
-
-    _A.std.correction: _corrected_deviation, _A.numpy_T.default: _turned, _A.mT.default: _turned_matrices,
+    _A.numpy_T.default: _turned, _A.mT.default: _turned_matrices,
     _A.lerp.Scalar: _lerp, _A.lerp.Tensor: _lerp, _A.einsum.default: einsum,
 }  # fmt: skip
+_COMPOSITES |= {
+    getattr(getattr(_A, name), overload): partial(_spread, name, overload)
+    for name in ("var", "std", "var_mean", "std_mean")
+    for overload in ("default", "dim", "correction")
+    if (name, overload) != ("var", "correction")
+}
 
 
 def spell_out(module: fx.GraphModule) -> None:

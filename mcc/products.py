@@ -28,8 +28,9 @@ def products_as_layers(graph: Graph) -> bool:
     layer of rows that were joined to one dim, and are taken apart behind it, reads them as they were.
     """
     inputs = varying(graph)
+    biases = [_uncommon_bias(graph, node) for node in graph.nodes if node.op is ops.LINEAR]
     layers = [_product(graph, node, inputs) for node in graph.nodes if node.op in (OPS["matmul"], _ADDMM)]
-    biases = [_addition(graph, node) for node in graph.nodes if node.op is ops.ADD]
+    biases += [_addition(graph, node) for node in graph.nodes if node.op is ops.ADD]
     views = [_between_views(graph, node) for node in graph.nodes if node.op is ops.LINEAR]
     return any(layers) or any(biases) or any(views)
 
@@ -77,6 +78,16 @@ def _addition(graph: Graph, node: Node) -> bool:
     if rows is None or weight is None or not _is_vector(vector, layer.shape[-1]):
         return False
     _put_layer(graph, node, rows, weight, vector)
+    return True
+
+
+def _uncommon_bias(graph: Graph, node: Node) -> bool:
+    """Let a bias that is no vector of the outputs be added behind the layer."""
+    bias, weight = node.operand(2), node.operand(1)
+    if bias is None or weight is None or [*bias.shape] == [*weight.shape[:1]]:
+        return False
+    made = write_call(graph.module, node.fx, ops.LINEAR.target, *node.fx.args[:2])
+    Node(write_call(graph.module, node.fx, ops.ADD.target, made, bias.fx), graph).take_place_of(node)
     return True
 
 

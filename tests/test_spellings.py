@@ -223,6 +223,7 @@ def test_rows_that_are_joined_before_a_layer_and_parted_behind_it_stay_as_they_a
 @pytest.mark.parametrize("how", [
     lambda m, x: x.var(-1, unbiased=False), lambda m, x: x.var(1, True, keepdim=True), lambda m, x: x.var(),
     lambda m, x: x.var(unbiased=False), lambda m, x: x.std(), lambda m, x: x.std(-1), lambda m, x: x.std(dim=(1, 2)),
+    lambda m, x: sum(torch.var_mean(x, -1, unbiased=False, keepdim=True)), lambda m, x: sum(torch.std_mean(x, 1)),
     lambda m, x: torch.std(x, -1, unbiased=False, keepdim=True), lambda m, x: torch.std(x, dim=1, correction=2),
 ])  # fmt: skip
 def test_variances_and_deviations_are_written_in_any_way(how):

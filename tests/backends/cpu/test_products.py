@@ -186,3 +186,19 @@ def test_only_what_swaps_rows_and_columns_is_a_transpose(dims):
     artifact = mcc.compile(model, (x,), **QUICK)
     torch.testing.assert_close(artifact(x), model(x).detach(), rtol=1e-4, atol=1e-4)
     assert {row.op for row in artifact.report.layers} <= {"linear", "linear + add"}
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 8), (5, 8), (3, 5, 8)], ids=str)
+def test_a_bias_that_is_no_vector_of_outputs_is_added(shape):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(8, 12)), nn.Parameter(torch.randn(shape))
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight, self.bias).tanh()
+
+    model, x = Odd().eval(), torch.randn(3, 5, 12)
+    artifact = mcc.compile(model, (x,), measure="never", tuning="model")
+    with torch.no_grad():
+        torch.testing.assert_close(artifact(x), model(x), rtol=1e-4, atol=1e-5)
