@@ -2,7 +2,7 @@
 
     python tests/bench/suite.py [--models ResNet-50,BERT-base] [--threads 1,2] [--precision fp32,int8] [--runs 15]
 
-`--models torchvision:NAME` takes any classifier of torchvision. `--precision int4` quantizes the weights of linear layers, in groups of 32, and activations per token, as the peers do.
+`--models torchvision:NAME` takes any classifier of torchvision, `transformers:NAME` two layers of that kind of network. `--precision int4` quantizes the weights of linear layers, in groups of 32, and activations per token, as the peers do.
 Prints a Markdown table; `--json FILE` and `--plot FILE` keep the figures and draw them. An engine that cannot run a model
 is named with the reason. Beside each int8 time stands how far the engine's output is from eager float32.
 """

@@ -234,6 +234,34 @@ class Recurrent(nn.Module):
         return self.head(self.layers(x)[0][:, -1])
 
 
+class Pretrainable(nn.Module):
+    """The hidden states of a network of Hugging Face's transformers, of its usual width and two layers deep.
+
+    Args:
+        name: of the kind, as AutoConfig has it: bert, gpt2, llama, clip_vision_model, …
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        transformers = importlib.import_module("transformers")
+        config = transformers.AutoConfig.for_model(name)
+        for depth in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers"):
+            if hasattr(config, depth):
+                setattr(config, depth, 2)
+        self.model = transformers.AutoModel.from_config(config)
+        self.model = self.model.encoder if config.is_encoder_decoder else self.model
+        self.reads = self.model.main_input_name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(**{self.reads: x}).last_hidden_state
+
+
+def _transformers(name: str) -> Case:
+    model = Pretrainable(name)
+    make = {"input_ids": _ids, "pixel_values": _images(224)}.get(model.reads)
+    return Case(lambda: model, make or (lambda batch: (torch.randn(batch, 80, 3000),)))
+
+
 _LIBRARIES: list[torch.library.Library] = []
 
 
@@ -300,6 +328,8 @@ CASES: dict[str, Case] = {
 
 
 def case_of(name: str) -> Case:
-    """A network of the list, or any classifier of torchvision: torchvision:NAME."""
+    """A network of the list, any classifier of torchvision, torchvision:NAME, or kind of transformers:NAME."""
     library, _, model = name.rpartition(":")
+    if library == "transformers":
+        return _transformers(model)
     return Case(_torchvision(model), _images(224), _CNN) if library == "torchvision" else CASES[name]
