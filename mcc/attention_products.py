@@ -16,18 +16,10 @@ if TYPE_CHECKING:
 
 PRODUCTS = (OPS["matmul"], OPS["bmm"])
 _SOFTMAX = OPS["softmax.int"]
-_VIEWS = tuple(
-    OPS[name]
-    for name in (
-        "reshape",
-        "permute",
-        "transpose.int",
-        "expand",
-        "unsqueeze",
-        "squeeze.dim",
-        "repeat_interleave.self_int",
-    )
-)
+_VIEWS = {
+    OPS["permute"], OPS["transpose.int"], OPS["expand"], OPS["unsqueeze"], OPS["squeeze.dim"], ops.RESHAPE,
+    OPS["repeat_interleave.self_int"],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

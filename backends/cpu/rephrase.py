@@ -1,4 +1,7 @@
-"""Stage 1: what has a kernel in another form takes that form: sequences and volumes become images."""
+"""Stage 1: what has a kernel in another form takes that form.
+
+Sequences and volumes become images, layers that are taken apart a layer for each part, attention the op of that name.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ HEIGHT = 2  # the dim of an image that a sequence lacks
 
 
 def rephrase(lowering: Lowering) -> Lowering:
-    """Change every conv1d, and what is elementwise between them, in a copy of the graph; store computed weights."""
+    """Rephrase a copy of the graph; of sequences what is elementwise between convolutions too."""
     graph = lowering.graph.copy()
     store_computed_weights(graph)
     _fill_alone(graph)

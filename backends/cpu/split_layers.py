@@ -9,6 +9,7 @@ own scale in the layer that makes it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -70,8 +71,9 @@ class _Whole:
 def split_layers(graph: Graph) -> None:
     """Split every linear layer with a stored weight of which parts alone are read; the graph is edited in place."""
     split = False
+    reads = Counter(str(n.target) for n in graph.module.graph.nodes if n.op == "get_attr")
     for node in graph.nodes:
-        if node.op is not ops.LINEAR or node.is_output or not _may_split(node):
+        if node.op is not ops.LINEAR or node.is_output or not _may_split(node, reads):
             continue
         found = [part for user in node.users if not _is_size(user) for part in _parts(node, user)]
         parts = [part for part in found if part is not None and part.stop - part.start >= SMALLEST]
@@ -88,15 +90,15 @@ def _are_apart(parts: list[_Part]) -> bool:
     return len(bounds) <= MOST_PARTS and all(a[1] <= b[0] for a, b in pairwise(bounds))
 
 
-def _may_split(node: Node) -> bool:
+def _may_split(node: Node, reads: Counter[str]) -> bool:
+    """Whether a layer's weight and bias are stored, and nothing else reads the weight; `reads` counts readers."""
     weight, bias = node.operand(1), node.operand(2)
     root = None if weight is None else stored_root(weight)
     if weight is None or root is None or not root.is_parameter:
         return False
     if bias is not None and not (bias.is_parameter and [*bias.shape] == [*weight.shape[:1]]):
         return False
-    names = [n.target for n in node.graph.module.graph.nodes if n.op == "get_attr"]
-    return names.count(root.fx.target) == 1 and len(root.users) == len(weight.users) == 1
+    return reads[str(root.fx.target)] == len(root.users) == len(weight.users) == 1
 
 
 def _is_size(user: Node) -> bool:
@@ -153,7 +155,7 @@ def _follow(whole: _Whole) -> list[_Part | None]:
 
 def _follow_user(whole: _Whole, user: Node) -> list[_Part | None]:
     dim, rank, size = whole.dim, len(whole.node.shape), whole.size
-    if user.op is _SELECT and user.argument(1) % rank == dim:
+    if user.op is _SELECT and user.argument(1) % rank == dim and isinstance(user.argument(2), int):
         i = user.argument(2) % int(whole.node.shape[dim])
         return [_Part(user, i * size, (i + 1) * size, whole.views)]
     if user.op is _UNBIND and user.argument(1, 0) % rank == dim:
