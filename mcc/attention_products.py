@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,8 @@ if TYPE_CHECKING:
     from mcc.graph import Graph, Node
 
 PRODUCTS = (OPS["matmul"], OPS["bmm"])
-_SOFTMAX = OPS["softmax.int"]
+NEGLIGIBLE = -1e30  # what takes in any score that is added to it
+_SOFTMAX, _MASKED_FILL = OPS["softmax.int"], OPS["masked_fill.Scalar"]
 _VIEWS = {
     OPS["permute"], OPS["transpose.int"], OPS["expand"], OPS["unsqueeze"], OPS["squeeze.dim"], ops.RESHAPE,
     OPS["repeat_interleave.self_int"],
@@ -59,6 +59,23 @@ class Attention:
         rounded = rewriter.call(ops.FAKE_QUANTIZE_PER_TOKEN, probabilities, LARGEST_CODE)
         rounded.rename(f"{probabilities.name}_rounded")
         self.node.fx.replace_input_with(probabilities.fx, rounded.fx)
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Scores of hidden keys that are set to a number.
+
+    Attributes:
+        scores: before.
+        where: bool.
+        hides: whether it is true where keys are hidden, else where they are seen.
+        number: minus infinity, or so small that it takes in any score that is added to it.
+    """
+
+    scores: Node
+    where: Node
+    hides: bool
+    number: float
 
 
 def round_probabilities(attention: Node) -> None:
@@ -106,12 +123,28 @@ def _product_below(node: Node | None) -> Node | None:
         return node
     first, second = node.operand(0), node.argument(1)
     scaled = node.op in (ops.MUL, OPS["div.Tensor"]) and isinstance(second, int | float)
-    hidden = node.op is OPS["masked_fill.Scalar"] and node.argument(2) == -math.inf
-    if scaled or hidden or node.op is ops.RESHAPE:
+    if scaled or node.op is ops.RESHAPE:
         return _product_below(first)
+    if (fill := fill_of(node)) is not None:
+        return _product_below(fill.scores)
     if node.op is ops.ADD:
         return _product_below(first) or _product_below(node.operand(1))
     return None
+
+
+def fill_of(node: Node) -> Fill | None:
+    """How a node hides scores, or None where it does something else."""
+    masked = node.op is _MASKED_FILL
+    if not masked and node.op not in (OPS["where.self"], OPS["where.ScalarOther"]):
+        return None
+    scores, where = node.operand(0 if masked else 1), node.operand(1 if masked else 0)
+    number, stored = node.argument(2), node.operand(2)
+    if stored is not None and stored.value.numel() == 1:
+        made = stored.argument(1) if stored.op is OPS["full"] else None
+        number = float(stored.tensor) if stored.is_parameter else made
+    if scores is None or where is None or not isinstance(number, int | float) or number > NEGLIGIBLE:
+        return None
+    return Fill(scores, where, masked, float(number))
 
 
 def _is_kept(node: Node) -> bool:

@@ -1,8 +1,8 @@
 """Attention that a model spells out, softmax(a query times keys, plus masks) times values, as the op that has a kernel.
 
 The scores may be scaled by a number or, with one for each head, by a tensor; masks and position biases may be added,
-also in a view that splits the batch, as shifted windows do; or a mask sets some to minus infinity. Where all keys of a
-query are hidden the op gives zeros, and the softmax gave NaN.
+also in a view that splits the batch, as shifted windows do; or a mask sets some to minus infinity or nearly so. Where
+all keys of a query are hidden by infinity the op gives zeros, and the softmax gave NaN.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from mcc import ops
+from mcc.attention_products import Fill, fill_of
 from mcc.backends.cpu.permutes import order_of
 from mcc.backends.cpu.tokens import refusal
 from mcc.composites import write_call
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 _MATMULS = (OPS["matmul"], OPS["bmm"])
 _SOFTMAX, _ADD, _DIV = OPS["softmax.int"], OPS["add.Tensor"], OPS["div.Tensor"]
-_MASKED_FILL = OPS["masked_fill.Scalar"]
 
 
 @dataclass(frozen=True)
@@ -178,12 +178,8 @@ def _walk(write: _Writer, node: Node, scores: _Scores) -> tuple[Node, _Scores] |
     if node.op in (ops.MUL, _DIV):
         return _walk_scaled(write, node, scores)
     inner = node.operand(0)
-    if node.op is _MASKED_FILL and inner is not None and _shape(inner) == _shape(node):
-        hidden = node.operand(1)
-        fits = hidden is not None and len(hidden.shape) >= 2 and not scores.masks and scores.hidden is None
-        if hidden is None or not fits or node.argument(2) != -math.inf or scores.scale <= 0:
-            return None
-        return _walk(write, inner, replace(scores, hidden=hidden.fx))
+    if (fill := fill_of(node)) is not None:
+        return _walk_filled(write, node, scores, fill)
     if scores.by_head or scores.hidden is not None:
         return None  # a mask would have to be multiplied too, or joined
     if node.op is _ADD and not node.fx.kwargs:
@@ -191,6 +187,22 @@ def _walk(write: _Writer, node: Node, scores: _Scores) -> tuple[Node, _Scores] |
     if node.op is ops.RESHAPE and inner is not None and inner.op is _ADD and not inner.fx.kwargs:
         return _walk_split_sum(write, node, inner, scores)
     return None
+
+
+def _walk_filled(write: _Writer, node: Node, scores: _Scores, fill: Fill) -> tuple[Node, _Scores] | None:
+    """Scores of hidden keys set to minus infinity, or to a number that takes in any score: a mask that is added."""
+    inner, where = fill.scores, fill.where
+    if _shape(inner) != _shape(node) or not 2 <= len(where.shape) <= len(node.shape):
+        return None
+    if scores.hidden is not None or scores.scale <= 0:
+        return None
+    hidden = where.fx if fill.hides else write("logical_not", where.fx)
+    if fill.number == -math.inf:
+        return None if scores.masks else _walk(write, inner, replace(scores, hidden=hidden))
+    if scores.by_head or scores.scale != 1:
+        return None
+    added = write("mul.Tensor", write("to.dtype", hidden, torch.float32), fill.number)
+    return _walk(write, inner, replace(scores, masks=(*scores.masks, (added, 1.0))))
 
 
 def _walk_sum(write: _Writer, node: Node, scores: _Scores) -> tuple[Node, _Scores] | None:

@@ -206,6 +206,9 @@ class Attend(nn.Module):
             seen = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + self.bias
+            if self.how == "filled":
+                later = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+                scores = scores.masked_fill(later, torch.finfo(torch.float32).min)
             seen = nn.functional.dropout(scores.softmax(-1), 0.1, self.training) @ v
         return self.out(seen.transpose(1, 2).reshape(batch, tokens, size))
 
@@ -218,7 +221,7 @@ def compiled(model: nn.Module, x: torch.Tensor, target: str, **options: object) 
 
 
 @VNNI
-@pytest.mark.parametrize("how", ["op", "causal", "spelled out"])
+@pytest.mark.parametrize("how", ["op", "causal", "spelled out", "filled"])
 def test_quantized_attention_multiplies_codes(how):
     torch.manual_seed(0)
     model, x = Attend(how).eval(), torch.randn(3, 21, 64)

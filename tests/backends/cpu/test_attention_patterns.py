@@ -37,6 +37,7 @@ def windowed(model, q, k):
     return split.view(-1, heads, rows, columns).softmax(-1)
 
 
+LOWEST = torch.finfo(torch.float32).min
 WAYS = {
     "scaled": lambda m, q, k: (q @ k.transpose(-2, -1) / math.sqrt(32)).softmax(-1),
     "scaled before": lambda m, q, k: ((q * 0.25) @ k.transpose(-2, -1)).softmax(-1),
@@ -48,6 +49,16 @@ WAYS = {
     "two masks": lambda m, q, k: (q @ k.transpose(-2, -1) + m.bias + m.windows[0]).softmax(-1),
     "temperature": lambda m, q, k: (q @ k.transpose(-2, -1) * m.temperature + m.bias).softmax(-1),
     "windows": windowed,
+    "filled": lambda m, q, k: (q @ k.transpose(-2, -1) * 0.2).masked_fill(m.windows[0] > 1, LOWEST).softmax(-1),
+    "filled by choice": lambda m, q, k: torch.where(m.windows[0] < 1, q @ k.transpose(-2, -1) * 0.2, LOWEST).softmax(
+        -1
+    ),
+    "chosen": lambda m, q, k: torch.where(
+        m.windows[0] < 1, q @ k.transpose(-2, -1) * 0.2, torch.full((), -math.inf)
+    ).softmax(-1),
+    "biased and filled": lambda m, q, k: (
+        (q @ k.transpose(-2, -1) + m.bias).masked_fill(m.windows[0] > 1, LOWEST) + m.bias
+    ).softmax(-1),
     "hidden": lambda m, q, k: (q @ k.transpose(-2, -1) * 0.2).masked_fill(m.windows[0] > 1, -math.inf).softmax(-1),
 }
 
