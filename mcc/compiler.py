@@ -321,6 +321,8 @@ def _lower(graph: Graph, options: Options) -> tuple[Artifact, Graph, PassRow]:
     encoded, dense = _encoded(graph, options)
     lowering = cpu.lower(encoded, target, options.tuning)
     notes = tuple(f"{row.layer} ({row.op}): {row.reason}" for row in lowering.layers if row.reason)
+    if (memory := lowering.memory) is not None and memory.alive:
+        notes += (f"activations between kernels: {memory.planned:,} bytes; {memory.alive:,} are in use at once",)
     size = replace(graph_size(encoded), stored_bytes=sum(stored_bytes(w) for w in lowering.weights.values()))
     row = PassRow(
         "encode and lower", len(lowering.choices), tuple(dense), size,

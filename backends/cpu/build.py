@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tvm
 from tvm import relax, s_tir, tirx
 
+from mcc.backends.cpu.memory_plan import MemoryPlan, plan_memory
 from mcc.backends.cpu.microkernel import NOT_FOR_KERNELS, OPAQUE, tvm_target
 from mcc.backends.relax.schedule import schedule_module
 from mcc.errors import BackendError
@@ -27,9 +28,11 @@ _BEFORE_SCHEDULE = (
     relax.backend.DispatchSampling, relax.backend.DispatchSortScan, _R.LegalizeOps, _R.AnnotateTIROpPattern,
     _R.FoldConstant, _R.FuseOps, _R.FuseTIR,
 )  # fmt: skip
-_AFTER_SCHEDULE = (
-    _R.RewriteDataflowReshape, _R.ToNonDataflow, _R.RemovePurityChecking, _R.CallTIRRewrite,
-    _R.StaticPlanBlockMemory, _R.LowerAllocTensor, _R.KillAfterLastUse, _R.LowerRuntimeBuiltin, _R.ComputePrimValue,
+_BEFORE_PLAN = (
+    _R.RewriteDataflowReshape, _R.ToNonDataflow, _R.RemovePurityChecking, _R.CallTIRRewrite, _R.StaticPlanBlockMemory,
+)  # fmt: skip
+_AFTER_PLAN = (
+    _R.LowerAllocTensor, _R.KillAfterLastUse, _R.LowerRuntimeBuiltin, _R.ComputePrimValue,
     _R.VMShapeLower,
 )  # fmt: skip
 _BEFORE_COMPACTION = (
@@ -51,23 +54,24 @@ def build(lowering: Lowering) -> Lowering:
         BackendError: TVM or the linker refuses.
     """
     calls = sum(len(block.bindings) for block in lowering.module["main"].body.blocks)
-    executable = compile_module(lowering, "compiled" if calls <= MOST_COMPILED else "bytecode")
+    executable, memory = compile_module(lowering, "compiled" if calls <= MOST_COMPILED else "bytecode")
     try:
         with tempfile.TemporaryDirectory(prefix="mcc-") as folder:
             path = Path(folder) / "library.so"
             executable.export_library(str(path), fcompile=partial(_link, lowering.target.machine))
-            return replace(lowering, library=path.read_bytes())
+            return replace(lowering, library=path.read_bytes(), memory=memory)
     except (RuntimeError, OSError) as error:
         raise _failure(error) from error
 
 
-def compile_module(lowering: Lowering, mode: Literal["compiled", "bytecode"]) -> Any:
-    """The relax executable, its main function as machine code or as bytecode, which can be profiled.
+def compile_module(lowering: Lowering, mode: Literal["compiled", "bytecode"]) -> tuple[Any, MemoryPlan]:
+    """The relax executable, its main function as machine code or as bytecode, which can be profiled; and its memory.
 
     Raises:
         BackendError: TVM refuses.
     """
     target = tvm_target(lowering.target)
+    plans: list[MemoryPlan] = []
 
     @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]  # TVM has no types
     def lower(module: Any, context: object) -> Any:
@@ -76,13 +80,17 @@ def compile_module(lowering: Lowering, mode: Literal["compiled", "bytecode"]) ->
             for stage in _BEFORE_SCHEDULE:
                 module = stage()(module)
             module = _compacted(schedule_module(module))
-            for stage in _AFTER_SCHEDULE:
+            for stage in _BEFORE_PLAN:
+                module = stage()(module)
+            module, plan = plan_memory(module)
+            plans.append(plan)
+            for stage in _AFTER_PLAN:
                 module = stage()(module)
             return _R.AttachGlobalSymbol()(_mend_shape_functions(module))
 
     try:
         with tvm.transform.PassContext(config=_CONFIG, disabled_pass=NOT_FOR_KERNELS):
-            return relax.build(lowering.module, target, relax_pipeline=lower, exec_mode=mode)
+            return relax.build(lowering.module, target, relax_pipeline=lower, exec_mode=mode), plans[-1]
     except (RuntimeError, ValueError, TypeError) as error:
         raise _failure(error) from error
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from mcc.artifact import TensorSpec
+    from mcc.backends.cpu.memory_plan import MemoryPlan
     from mcc.backends.kernel import Kernel, Lowered, Region
     from mcc.backends.tune import Tuner
     from mcc.graph import Graph
@@ -55,6 +56,7 @@ class Lowering:
         inputs, outputs: filled by emit.
         layers: rows of the report; filled by emit.
         library: the shared object; filled by build.
+        memory: of activations; filled by build.
         sorts: whether it calls TVM's sort; filled by emit.
     """
 
@@ -70,4 +72,5 @@ class Lowering:
     outputs: tuple[TensorSpec, ...] = ()
     layers: tuple[LayerRow, ...] = ()
     library: bytes = b""
+    memory: MemoryPlan | None = None
     sorts: bool = False

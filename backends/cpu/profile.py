@@ -71,7 +71,7 @@ class Profiler:
 
     def __init__(self, lowering: Lowering, inputs: Sequence[NDArray[Any]]) -> None:
         self._lowering = lowering
-        self._machine = relax.VirtualMachine(compile_module(lowering, "bytecode"), tvm.cpu())
+        self._machine = relax.VirtualMachine(compile_module(lowering, "bytecode")[0], tvm.cpu())
         weights = [tvm.runtime.tensor(np.ascontiguousarray(w)) for w in lowering.weights.values()]
         self._arguments = [*(tvm.runtime.tensor(x) for x in inputs), tvm.runtime.convert(weights)]
         self._peaks = {kind: peak(lowering.target, kind) for kind in ("float32", "int8")}
