@@ -82,22 +82,24 @@ class Activation:
 
 
 @dataclass(frozen=True)
-class Add:
-    """x + another node's value of the same shape: float32, or uint8 codes where `activation` says how to read them."""
+class Join:
+    """Another node's value of the same shape: float32, or uint8 codes where `activation` says how to read them."""
 
     operand: Node
     activation: QuantizedInput | None = None
+
+
+@dataclass(frozen=True)
+class Add(Join):
+    """x + the other value."""
 
     def __str__(self) -> str:
         return "add"
 
 
 @dataclass(frozen=True)
-class Multiply:
-    """x * another node's value of the same shape, stored as `Add` has it."""
-
-    operand: Node
-    activation: QuantizedInput | None = None
+class Multiply(Join):
+    """x * the other value."""
 
     def __str__(self) -> str:
         return "mul"
@@ -285,9 +287,9 @@ class Region:
     inner: tuple[Node, ...] = ()
 
     @property
-    def joins(self) -> tuple[Add | Multiply, ...]:
+    def joins(self) -> tuple[Join, ...]:
         """The steps that read another value, in order."""
-        return tuple(step for step in self.epilogue if isinstance(step, Add | Multiply))
+        return tuple(step for step in self.epilogue if isinstance(step, Join))
 
     @property
     def operands(self) -> tuple[Node, ...]:
@@ -369,7 +371,7 @@ def apply_epilogue(
                 values = _FUNCTIONS[name](values.astype(np.float64)).astype(np.float32)
             case Scale(factor):
                 values = values * np.float32(factor)
-            case Add(_, activation) | Multiply(_, activation):
+            case Join(_, activation):
                 other = next(others)
                 if activation is not None:
                     codes = other.astype(np.float32) - np.float32(activation.zero_point)

@@ -100,13 +100,18 @@ def attentions(graph: Graph) -> list[Attention]:
     return found
 
 
-def _spelled_out(node: Node) -> Attention | None:
-    softmax, value = node.operand(0), node.operand(1)
-    while softmax is not None and softmax.op is ops.DROPOUT and _alone(softmax) and not softmax.argument(2, False):
-        softmax = softmax.operand(0)
-    if softmax is None or value is None or softmax.op is not _SOFTMAX or not _alone(softmax):
+def softmax_of(weights: Node | None) -> Node | None:
+    """The softmax over keys that gives what values are weighed by alone, through dropout; or None."""
+    while weights is not None and weights.op is ops.DROPOUT and _alone(weights) and not weights.argument(2, False):
+        weights = weights.operand(0)
+    if weights is None or weights.op is not _SOFTMAX or not _alone(weights):
         return None
-    if softmax.argument(1) % len(softmax.shape) != len(softmax.shape) - 1:
+    return weights if weights.argument(1) % len(weights.shape) == len(weights.shape) - 1 else None
+
+
+def _spelled_out(node: Node) -> Attention | None:
+    softmax, value = softmax_of(node.operand(0)), node.operand(1)
+    if softmax is None or value is None:
         return None
     scores = _product_below(softmax.operand(0))
     query, key = (None, None) if scores is None else (scores.operand(0), scores.operand(1))

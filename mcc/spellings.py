@@ -109,9 +109,7 @@ def _without_numbers(node: Node) -> list[tuple[float, Node]]:
     """A node as numbers times what they multiply: itself, and what is left as more and more numbers are taken out."""
     found, factor = [(1.0, node)], 1.0
     while node.op in (ops.MUL, _DIV):
-        number, other = _number(node, 1), node.operand(0)
-        if number is None and node.op is ops.MUL:
-            number, other = _number(node, 0), node.operand(1)
+        number, other = _number_beside(node)
         if number is None or other is None or number == 0:
             break
         factor = factor * number if node.op is ops.MUL else factor / number
@@ -129,6 +127,12 @@ def _number(node: Node, position: int) -> float | None:
         return None
     tensor = operand.tensor
     return None if tensor.requires_grad else float(tensor)  # one that is trained is no number
+
+
+def _number_beside(node: Node) -> tuple[float | None, Node | None]:
+    """The number among a node's two operands, and the other one; only the second divides."""
+    number, other = _number(node, 1), node.operand(0)
+    return (number, other) if number is not None or node.op is _DIV else (_number(node, 0), node.operand(1))
 
 
 def _polynomial(node: Node, x: Node, depth: int = DEEPEST) -> Polynomial | None:
@@ -229,9 +233,7 @@ def _silu(x: Node, slope: float, factor: float) -> Call | None:
 def _gelu(product: _Product) -> Call | None:
     """Factor * x * (one + slope * f(polynomial of x)), where f is erf or tanh."""
     x, gate = product.x, product.gate
-    one, term = _number(gate, 1), gate.operand(0)
-    if one is None:
-        one, term = _number(gate, 0), gate.operand(1)
+    one, term = _number_beside(gate)
     if one is None or term is None or gate.fx.kwargs:
         return None
     slope, function = _without_numbers(term)[-1]
@@ -256,9 +258,7 @@ def _normalized(product: _Product) -> Call | None:
     inside = root.operand(0) if root.op is (_SQRT if product.divided else _RSQRT) else None
     if inside is None or inside.op is not ops.ADD or inside.fx.kwargs or not _close(product.factor, 1):
         return None
-    eps, spread = _number(inside, 1), inside.operand(0)
-    if eps is None:
-        eps, spread = _number(inside, 0), inside.operand(1)
+    eps, spread = _number_beside(inside)
     width = x.shape[-1] if x.shape else None
     if eps is None or spread is None or not isinstance(width, int):
         return None
@@ -277,19 +277,17 @@ def _is_mean(node: Node | None, of: Node | None) -> bool:
     return node is not None and of is not None and node.op is _MEAN and node.operand(0) == of and _over_last(node)
 
 
-def _over_last(node: Node) -> bool:
-    """Whether a reduction keeps its dims and goes over the last one alone."""
+def _over_last(node: Node, keeps: int = 2) -> bool:
+    """Whether a reduction keeps its dims, as argument `keeps` says, and goes over the last one alone."""
     dims, source = node.argument(1), node.operand(0)
-    if source is None or not isinstance(dims, list | tuple) or len(dims) != 1 or node.argument(2) is not True:
+    if source is None or not isinstance(dims, list | tuple) or len(dims) != 1 or node.argument(keeps) is not True:
         return False
     return int(dims[0]) % len(source.shape) == len(source.shape) - 1
 
 
 def _is_variance(node: Node) -> bool:
-    dims, source = node.argument(1), node.operand(0)
-    last = source is not None and isinstance(dims, list | tuple) and [d % len(source.shape) for d in dims]
-    whole = source is not None and last == [len(source.shape) - 1]
-    return whole and node.argument(2, 1) == 0 and node.argument(3) is True
+    """Whether it divides by the number of elements."""
+    return _over_last(node, keeps=3) and node.argument(2, 1) == 0
 
 
 def _affine_norm(node: Node) -> Call | None:

@@ -159,7 +159,8 @@ class Quantize(Pass):
     def run(self, graph: Graph, context: Context) -> Graph:
         """Quantize weights, then observe the graph with quantized weights and quantize activations."""
         self._check_patterns(graph)
-        attended = self._attended(graph, context.target)
+        inputs = varying(graph)
+        attended = self._attended(graph, inputs, context.target)
         found = [attention for attention, reason in attended.items() if reason is None]
         reasons = {n.fx: reason for attention, reason in attended.items() for n in (attention.scores, attention.node)}
         products = [n for n in multiplying(graph) if reasons.get(n.fx, "") is not None]
@@ -171,7 +172,6 @@ class Quantize(Pass):
         if self.activations == "dynamic":
             _quantize_tokens(graph, layers)
         elif self.activations is not None and layers:
-            inputs = varying(graph)
             reads = [(node, x) for node in layers if (x := node.operand(0)) is not None and x.fx in inputs]
             reads += [read for attention in found for read in attention.reads]
             quantize_activations(graph, reads, self._activation_codes, context.data.calibration or ())
@@ -180,11 +180,10 @@ class Quantize(Pass):
                 context.edited()
         return graph
 
-    def _attended(self, graph: Graph, target: Target) -> dict[Attention, str | None]:
+    def _attended(self, graph: Graph, inputs: set[fx.Node], target: Target) -> dict[Attention, str | None]:
         """Attention with the reason why it stays in float, or None where its products are to be of codes."""
         if self.activations != "int8":
             return {}
-        inputs = varying(graph)
         refused = {a: self._attention_refusal(a, inputs, target) for a in attentions(graph)}
         return {a: None if reason is None else f"attention stays in float: {reason}" for a, reason in refused.items()}
 

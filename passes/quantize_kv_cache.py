@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mcc import ops
+from mcc.attention_products import PRODUCTS
 from mcc.errors import DataError, PassError, SpecError
 from mcc.formats import SMALLEST_ROW
 from mcc.graph import Graph, Node
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from torch import fx
 
 CAT, _REPEAT = OPS["cat"], OPS["repeat_interleave.self_int"]
-_PRODUCTS = tuple(OPS[name] for name in ("matmul", "bmm", "baddbmm"))  # of attention that is spelled out
+_PRODUCTS = (*PRODUCTS, OPS["baddbmm"])  # of attention that is spelled out
 _ATTENDING = (ops.ATTENTION, *_PRODUCTS)
 
 Codes = Callable[[Rewriter, Node], tuple[Node, Node]]

@@ -120,7 +120,7 @@ class Attending:
     def call(self, emitter: Emitter, node: Node) -> Any:
         """The value of an attention."""
         codes = coded(node, self.target)
-        parts = self._codes(node) if codes else self._stored(node)
+        parts = [self._read(x, codes=codes) for x in map(node.operand, range(3)) if x is not None]
         operands = [x for given, _ in parts for x in given]
         dims = [_logical(given[0], form) for given, form in parts]
         mask, mask_dtype = node.operand(3), ""
@@ -150,28 +150,13 @@ class Attending:
         decodes = [x for x in read if x.fx in self.merged]
         return f"int{decodes[0].argument(2)} keys, values" if decodes else ""
 
-    def _codes(self, node: Node) -> list[tuple[list[Any], TokenCodes | None]]:
-        """Codes, scale and zero point of query, key and value."""
-        found: list[tuple[list[Any], TokenCodes | None]] = []
-        for source in (node.operand(i) for i in range(3)):
-            assert source is not None
-            found.append(([self.value(x.fx) for i in range(3) if (x := source.operand(i)) is not None], None))
-        return found
-
-    def _stored(self, node: Node) -> list[tuple[list[Any], TokenCodes | None]]:
-        """What the kernels read of query, key and value: floats, or of the last two codes and scales."""
-        found: list[tuple[list[Any], TokenCodes | None]] = []
-        for source in (node.operand(i) for i in range(3)):
-            assert source is not None
-            if source.fx not in self.merged:
-                found.append(([self.value(source.fx)], None))
-                continue
-            codes, scale = (source.operand(i) for i in range(2))
-            assert codes is not None
-            assert scale is not None
-            form = TokenCodes(source.argument(2), int(scale.shape[-1]))
-            found.append(([self.value(codes.fx), self.value(scale.fx)], form))
-        return found
+    def _read(self, source: Node, *, codes: bool) -> tuple[list[Any], TokenCodes | None]:
+        """What a kernel reads of an operand: codes, scale and zero point, floats, or codes and scales of tokens."""
+        if not codes and source.fx not in self.merged:
+            return [self.value(source.fx)], None
+        stored = [x for x in map(source.operand, range(3)) if x is not None]
+        form = None if codes else TokenCodes(source.argument(2), int(stored[1].shape[-1]))
+        return [self.value(x.fx) for x in stored], form
 
 
 def _logical(data: Any, codes: TokenCodes | None) -> tuple[Any, ...]:

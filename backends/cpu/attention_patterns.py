@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from mcc import ops
-from mcc.attention_products import Fill, fill_of
+from mcc.attention_products import PRODUCTS, Fill, fill_of, softmax_of
 from mcc.backends.cpu.permutes import order_of
 from mcc.backends.cpu.tokens import refusal
 from mcc.composites import write_call
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from mcc.graph import Graph
     from mcc.target import Target
 
-_MATMULS = (OPS["matmul"], OPS["bmm"])
-_SOFTMAX, _ADD, _DIV = OPS["softmax.int"], OPS["add.Tensor"], OPS["div.Tensor"]
+_ADD, _DIV = OPS["add.Tensor"], OPS["div.Tensor"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class _Scores:
 def gather_attention(graph: Graph, target: Target) -> None:
     """Replace attention that is spelled out, where the kernel takes it; the graph is edited in place."""
     for node in graph.nodes:
-        if node.op in _MATMULS:
+        if node.op in PRODUCTS:
             _gather(_Writer(graph, node), target)
         elif node.op in ops.ATTENTIONS and len(node.shape) != 4:
             _with_four_dims(_Writer(graph, node))
@@ -74,12 +73,11 @@ def _gather(write: _Writer, target: Target) -> None:
     limit = 0
     if weights is not None and weights.op is ops.FAKE_QUANTIZE_PER_TOKEN and len(weights.users) == 1:
         limit, weights = weights.argument(1), weights.operand(0)
-    softmax = _through_dropout(weights)
-    if softmax is None or value is None or softmax.op is not _SOFTMAX or len(softmax.users) != 1 or softmax.is_output:
+    softmax = softmax_of(weights)
+    if softmax is None or value is None or softmax.dtype is not torch.float32:
         return
-    dims = len(softmax.shape)
-    top = softmax.operand(0)
-    if softmax.argument(1) % dims != dims - 1 or softmax.dtype is not torch.float32 or dims < 3 or top is None:
+    dims, top = len(softmax.shape), softmax.operand(0)
+    if dims < 3 or top is None:
         return
     found = _walk(write, top, _Scores())
     if found is None:
@@ -163,17 +161,11 @@ def _attention(write: _Writer, operands: tuple[Node, Node, Node], scores: _Score
     return Node(made, write.graph)
 
 
-def _through_dropout(node: Node | None) -> Node | None:
-    while node is not None and node.op is ops.DROPOUT and not node.argument(2, False) and len(node.users) == 1:
-        node = node.operand(0)
-    return node
-
-
 def _walk(write: _Writer, node: Node, scores: _Scores) -> tuple[Node, _Scores] | None:
     """The product of queries and keys below `node`, and `scores` with what stands between, or None."""
     if len(node.users) != 1 or node.is_output or node.dtype is not torch.float32:
         return None
-    if node.op in _MATMULS:
+    if node.op in PRODUCTS:
         return node, scores
     if node.op in (ops.MUL, _DIV):
         return _walk_scaled(write, node, scores)

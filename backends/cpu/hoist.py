@@ -44,9 +44,8 @@ def hoist(lowering: Lowering) -> Lowering:
             queue += _move(quantizer, source)
             moved = True
     for node in graph.nodes:
-        if (node.op in _MOVES or node.op in _PARTS) and node.op not in PADS and _read_codes(node):
-            _dequantize_behind(node)
-            moved = True
+        if (node.op in _MOVES or node.op in _PARTS) and node.op not in PADS:
+            moved = dequantize_behind(node) or moved
     return replace(lowering, graph=graph.clean().repropagate()) if moved else lowering
 
 
@@ -102,8 +101,10 @@ def _read_codes(node: Node) -> bool:
     return not node.is_output
 
 
-def _dequantize_behind(node: Node) -> None:
-    """Move the codes, and dequantize what that gives."""
+def dequantize_behind(node: Node) -> bool:
+    """Move codes, and dequantize what that gives, if codes are all that the op moves; returns whether they are."""
+    if not _read_codes(node):
+        return False
     values = [n for n in node.fx.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
     scale_and_zero = values[0].args[1:]
     for value in values:
@@ -116,3 +117,4 @@ def _dequantize_behind(node: Node) -> None:
     behind.meta = dict(node.fx.meta)
     node.fx.meta["val"] = node.value.to(torch.uint8)
     node.fx.replace_all_uses_with(behind, delete_user_cb=lambda user: user is not behind)
+    return True

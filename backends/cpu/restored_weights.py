@@ -22,6 +22,13 @@ def stored_root(weight: Node) -> Node | None:
     return root if root is not None and (root.is_parameter or packed) else None
 
 
+def restored_tensor(graph: Graph, node: Node, stored: Node, change: Callable[[Tensor], Tensor]) -> Node:
+    """A stored tensor in another form, for a layer; it gets a name of its own."""
+    name = graph.free_name(f"{stored.fx.target}_{node.name}")
+    graph.set_tensor(name, change(stored.tensor.detach()).contiguous())
+    return graph.read(name, node)
+
+
 def restored_weight(
     graph: Graph,
     node: Node,
@@ -42,16 +49,14 @@ def restored_weight(
     assert root is not None
 
     def changed(old: Node, change: Callable[[Tensor], Tensor]) -> fx.Node:
-        read = old.operand(0) if old.op is ops.UNPACK else old
-        assert read is not None
-        name = graph.free_name(f"{read.fx.target}_{node.name}")
         if old.op is not ops.UNPACK:
-            graph.set_tensor(name, change(read.tensor.detach()).contiguous())
-            return graph.read(name, node).fx
+            return restored_tensor(graph, node, old, change).fx
+        packed = old.operand(0)
+        assert packed is not None
         bits, low, shape = (old.argument(i) for i in (1, 2, 3))
-        codes = change(unpack(read.tensor, bits, low, shape)).contiguous()
-        graph.set_tensor(name, pack(codes, bits, low))
-        return graph.call(node, ops.UNPACK.target, graph.read(name, node).fx, bits, low, list(codes.shape))
+        codes = change(unpack(packed.tensor, bits, low, shape)).contiguous()
+        read = restored_tensor(graph, node, packed, lambda _: pack(codes, bits, low))
+        return graph.call(node, ops.UNPACK.target, read.fx, bits, low, list(codes.shape))
 
     values = changed(root, stored)
     if root.fx is top.fx:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from mcc import ops
 from mcc.backends.cpu.permutes import order_of
-from mcc.backends.cpu.restored_weights import restored_weight, stored_root
+from mcc.backends.cpu.restored_weights import restored_tensor, restored_weight, stored_root
 from mcc.graph import Node
 from mcc.ops import OPS
 
@@ -194,16 +194,10 @@ def _split(layer: Node, parts: list[_Part]) -> None:
 
         if (part.start, part.stop) not in made:
             weight = restored_weight(graph, layer, cut, cut)
-            own = None if bias is None else _stored(layer, bias, cut)
+            own = None if bias is None else restored_tensor(graph, layer, bias, cut).fx
             made[part.start, part.stop] = graph.call(layer, ops.LINEAR.target, layer.fx.args[0], weight, own)
         value = made[part.start, part.stop]
         for view in part.views:
             value = view(part.node, value)
         value.meta["val"] = part.node.value
         Node(value, graph).take_place_of(part.node)
-
-
-def _stored(layer: Node, tensor: Node, change: Callable[[Tensor], Tensor]) -> fx.Node:
-    name = layer.graph.free_name(f"{tensor.fx.target}_{layer.name}")
-    layer.graph.set_tensor(name, change(tensor.tensor.detach()).contiguous())
-    return layer.graph.read(name, layer).fx

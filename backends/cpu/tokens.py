@@ -9,6 +9,7 @@ import torch
 
 from mcc import ops
 from mcc.attention import LARGEST_CODE
+from mcc.backends.cpu.hoist import dequantize_behind
 from mcc.backends.cpu.permutes import order_of
 from mcc.graph import Node
 from mcc.ops import OPS
@@ -79,23 +80,6 @@ def _shared_heads(node: Node) -> Node:
     return source if all([*map(str, found)] == [*map(str, wanted)] for found, wanted in shapes) else node
 
 
-def _decoded_last(operand: Node) -> Node:
-    """An operand that is a view of what codes stand for, as what a view of the codes stands for.
-
-    Of a single head the layout cut turns codes to channels last and back, which moves nothing.
-    """
-    decoded = operand.operand(0) if operand.op is ops.RESHAPE else None
-    codes = decoded.operand(0) if decoded is not None and decoded.op is ops.DEQUANTIZE else None
-    if decoded is None or codes is None or decoded.argument(3) is not None:
-        return operand
-    graph = operand.graph
-    viewed = graph.call(operand, ops.RESHAPE.target, codes.fx, *operand.fx.args[1:])
-    viewed.meta["val"] = operand.value.to(codes.dtype)
-    made = graph.call(operand, ops.DEQUANTIZE.target, viewed, *decoded.fx.args[1:])
-    made.meta["val"] = operand.value
-    return Node(made, graph)
-
-
 def _before_swap(operand: Node) -> Node | None:
     """What tokens and heads of an operand were swapped of, itself or the codes that it stands for; or None."""
     if order_of(operand) == _SWAP:
@@ -104,15 +88,17 @@ def _before_swap(operand: Node) -> Node | None:
     before = codes.operand(0) if codes is not None and order_of(codes) == _SWAP else None
     if codes is None or before is None or operand.argument(3) is not None:
         return None
-    graph = operand.graph.module.graph
-    with graph.inserting_before(operand.fx):
-        made = graph.call_function(ops.DEQUANTIZE.target, (before.fx, *operand.fx.args[1:]))
-    made.meta = dict(operand.fx.meta) | {"val": operand.value.transpose(1, 2)}
+    made = operand.graph.call(operand, ops.DEQUANTIZE.target, before.fx, *operand.fx.args[1:])
+    made.meta["val"] = operand.value.transpose(1, 2)
     return Node(made, operand.graph)
 
 
 def _replace(node: Node) -> None:
     graph = node.graph
+    for view in map(node.operand, range(3)):
+        # of a single head the layout cut turns codes to channels last and back, which moves nothing
+        if view is not None and view.op is ops.RESHAPE:
+            dequantize_behind(view)
     sources, flags = [], []
     keys, values = (node.operand(i) for i in (1, 2))
     assert keys is not None
@@ -120,9 +106,8 @@ def _replace(node: Node) -> None:
     shared = [_shared_heads(keys), _shared_heads(values)]
     if shared[0].shape[1] != shared[1].shape[1]:
         shared = [keys, values]
-    for given in (node.operand(0), *shared):
-        assert given is not None
-        operand = _decoded_last(given)
+    for operand in (node.operand(0), *shared):
+        assert operand is not None
         source = _before_swap(operand)
         sources.append((operand if source is None else source).fx)
         flags.append(source is not None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tvm import relax
 
 from mcc import ops
+from mcc.attention_products import PRODUCTS
 from mcc.backends.cpu.attend import ATTENTION, Attending, kernel_name, refusal
 from mcc.backends.cpu.fuse import own_step, requantize_step
 from mcc.backends.cpu.kernels.concatenate import SHORTEST_RUN, Part, concatenate_function, run_of
@@ -39,7 +40,6 @@ RECURRENT = (OPS["mcc.lstm"], OPS["mcc.gru"])
 NORMS = (OPS["layer_norm"], OPS["rms_norm"])
 GROUP_NORM = OPS["mcc.group_norm_nhwc"]
 SOFTMAXES = (OPS["softmax.int"], OPS["log_softmax.int"])
-MATMULS = (OPS["matmul"], OPS["bmm"])
 FEWEST_ROWS = 4  # of a product, for which a copy of its right matrix pays
 
 
@@ -104,7 +104,7 @@ def turned_before_products(graph: Graph) -> set[fx.Node]:
 
 def takes_matmul(node: Node) -> bool:
     """Whether the kernel of products takes this node: float32 matrices of a few rows and more."""
-    operands = [node.operand(i) for i in (0, 1)] if node.op in MATMULS else []
+    operands = [node.operand(i) for i in (0, 1)] if node.op in PRODUCTS else []
     if not operands or any(x is None or str(x.dtype) != "torch.float32" or len(x.shape) < 2 for x in operands):
         return False
     rows = node.shape[-2]

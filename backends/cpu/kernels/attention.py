@@ -213,6 +213,7 @@ class AttentionBody:
     """Emits the kernel for one attention."""
 
     name = "attention"
+    kind = "float32"  # of sums
     exponential: Callable[[Vectors, Expression], Expression] = staticmethod(exp_to_zero)
 
     def __init__(self, shape: AttentionShape, vectors: Vectors) -> None:
@@ -221,6 +222,7 @@ class AttentionBody:
         self.columns = 4 if vectors.target.vector_registers == 32 else 2  # vectors of keys or values in a tile
         self.panels = tirx.floordiv(shape.keys + vectors.lanes - 1, vectors.lanes)
         self.padded = self.panels * vectors.lanes
+        self.steps = shape.depth  # of a product of a query and a key
 
     def function(self) -> tirx.PrimFunc:
         """The whole function."""
@@ -344,31 +346,43 @@ class AttentionBody:
         self, rows: int, query: Expression, apart: int, room: tuple[Expression, Expression, Expression]
     ) -> None:
         """Products of a few queries with all keys, times the scale."""
-        v, s = self.v, self.shape
+        v = self.v
         panels, scores, count = room
 
         def tile(p: Expression, vectors: int) -> None:
-            sums = v.registers(rows, vectors, "float32")
-            for row in sums:
-                for register in row:
-                    register.set(v.constant(0.0))
+            sums = v.registers(rows, vectors, self.kind)
+            for i, row in enumerate(sums):
+                for j, register in enumerate(row):
+                    register.set(self.start(i, p + j))
 
             def step(d: Expression) -> None:
-                keys = [B.Bind(v.load(panels, ((p + j) * s.depth + d) * v.lanes)) for j in range(vectors)]
+                keys = [B.Bind(v.load(panels, ((p + j) * self.steps + d) * v.lanes)) for j in range(vectors)]
                 for i, row in enumerate(sums):
                     element = B.Bind(v.splat(self.query.data[query + i * apart + d]))
                     for register, key in zip(row, keys, strict=True):
-                        register.set(v.fma(element, key, register.get()))
+                        register.set(self.multiply(element, key, register.get()))
 
-            serial(s.depth, step)
+            serial(self.steps, step)
             for i, row in enumerate(sums):
                 for j, register in enumerate(row):
-                    value = register.get() * v.constant(s.scale)
-                    v.store(scores, i * self.padded + (p + j) * v.lanes, value)
+                    v.store(scores, i * self.padded + (p + j) * v.lanes, self.score(register.get()))
 
-        self.in_vectors(count, tile)
+        self._in_vectors(count, tile)
 
-    def in_vectors(self, count: Expression, tile: Callable[[Expression, int], None]) -> None:
+    def start(self, row: int, panel: Expression) -> Expression:
+        """What the sums of a row and a panel of keys begin at."""
+        del row, panel
+        return self.v.constant(0.0)
+
+    def multiply(self, element: Expression, key: Expression, total: Expression) -> Expression:
+        """A total with the product of an element of a query and those of keys."""
+        return self.v.fma(element, key, total)
+
+    def score(self, total: Expression) -> Expression:
+        """The scores of a whole sum."""
+        return total * self.v.constant(self.shape.scale)
+
+    def _in_vectors(self, count: Expression, tile: Callable[[Expression, int], None]) -> None:
         """Cover `count` vectors by tiles of `columns` and what is left by single ones."""
         whole = tirx.floordiv(count, self.columns)
         serial(whole, lambda p: tile(p * self.columns, self.columns))

@@ -43,11 +43,12 @@ def _word(byte: int) -> int:
 
 class _IntegerBody(AttentionBody):
     name = "attention_int8"
+    kind = "int32"
     exponential = staticmethod(exp_to_codes)
 
     def __init__(self, shape: AttentionShape, vectors: Vectors) -> None:
         super().__init__(shape, vectors)
-        self.quads = shape.depth // QUAD
+        self.steps = shape.depth // QUAD  # a word of codes each
         width, lanes = shape.width, vectors.lanes
         # bytes that count one each
         self.ones = vectors.constant(_word(vectors.target.code_offset + 1), "int32")
@@ -72,8 +73,8 @@ class _IntegerBody(AttentionBody):
         self.zeros = [flat(zero, 1) for zero in buffers[2::3]]
 
         def words(data: Expression, which: int, heads: int, tokens: Expression) -> Rows:
-            read = flat(data, s.batch * (heads * self.quads) * tokens, "int32")
-            return Rows(self.v, read, None, None, heads, tokens, self.quads, s.tokens_first[which])
+            read = flat(data, s.batch * (heads * self.steps) * tokens, "int32")
+            return Rows(self.v, read, None, None, heads, tokens, self.steps, s.tokens_first[which])
 
         self.query, self.keys = words(query, 0, s.heads, s.rows), words(key, 1, s.key_heads, s.keys)
         data = flat(value, s.batch * (s.key_heads * s.width) * s.keys)
@@ -88,7 +89,7 @@ class _IntegerBody(AttentionBody):
             b, h = batch_and_head(i, s.heads)
             self.zero = [B.Bind(zero[0]) for zero in self.zeros]
             shared = tirx.floordiv(h, group)
-            self.panels_room = B.alloc_buffer((self.padded * self.quads,), "int32", layout=None)
+            self.panels_room = B.alloc_buffer((self.padded * self.steps,), "int32", layout=None)
             self.starts_room = B.alloc_buffer((self.padded,), "int32", layout=None)
             values = self.padded // QUAD * (len(self.starts) * lanes)
             self.values_room = B.alloc_buffer((values,), "int32", layout=None)
@@ -118,10 +119,10 @@ class _IntegerBody(AttentionBody):
             total.set(v.constant(0, "int32"))
 
             def add(d: Expression) -> None:
-                keys = v.load(self.panels_room, (p * self.quads + d) * v.lanes)
+                keys = v.load(self.panels_room, (p * self.steps + d) * v.lanes)
                 total.set(v.dot4(total.get(), self.ones, keys, bounded=False))
 
-            serial(self.quads, add)
+            serial(self.steps, add)
             v.store(self.starts_room, p * v.lanes, total.get() * factor + constant)
 
         serial(self.panels, panel)
@@ -130,19 +131,19 @@ class _IntegerBody(AttentionBody):
         """Transpose a panel, squares of words at a time, as large as what is left of the depth allows."""
         v, words = self.v, self.keys.data
         at, sizes = 0, [n for n in (v.lanes, 8, 4) if n <= v.lanes]
-        while at < self.quads:
-            size = next((n for n in sizes if n <= self.quads - at), 0)
+        while at < self.steps:
+            size = next((n for n in sizes if n <= self.steps - at), 0)
             if not size:
                 for lane, token in enumerate(tokens):
                     signed = tirx.bitwise_xor(words[token + at], T.int32(SIGN))
-                    B.buffer_store(self.panels_room, signed, [(p * self.quads + at) * v.lanes + lane])
+                    B.buffer_store(self.panels_room, signed, [(p * self.steps + at) * v.lanes + lane])
                 at += 1
                 continue
             for first in range(0, v.lanes, size):
                 rows = [B.Bind(v.load(words, t + at, size)) for t in tokens[first : first + size]]
                 for d, column in enumerate(Vectors(v.target, size).transpose(rows)):
                     signed = tirx.bitwise_xor(column, T.broadcast(T.int32(SIGN), size))
-                    v.store(self.panels_room, (p * self.quads + at + d) * v.lanes + first, signed, size)
+                    v.store(self.panels_room, (p * self.steps + at + d) * v.lanes + first, signed, size)
             at += size
 
     def _pack_values(self, value: tuple[Expression, int]) -> None:
@@ -165,48 +166,37 @@ class _IntegerBody(AttentionBody):
         b, h, first = place
         query, out = self.query.place(b, h), self.out.place(b, h)
         seen, count = self.seen(first, rows)
-        self._integer_scores(rows, B.Bind(query[0] + first * query[1]), query[1], count)
+        start, less = B.Bind(query[0] + first * query[1]), T.int32(MIDDLE) - self.zero[1]
+        self.factor = B.Bind(self.v.splat(T.float32(self.shape.scale) * self.scales[0][0] * self.scales[1][0]))
+        self.terms = [B.Bind(self.v.splat(self._sum_of_query(start + i * query[1]) * less)) for i in range(rows)]
+        self._scores(rows, start, query[1], (self.panels_room, self.scores, count))
         for i in range(rows):
             self.mask_row((b, h, first + i), self.scores, i, seen, count)
         factors = [self._to_codes(i, count) for i in range(rows)]
         self._integer_weigh(rows, seen, (B.Bind(out[0] + first * out[1]), out[1]), factors)
 
-    def _integer_scores(self, rows: int, query: Expression, apart: int, count: Expression) -> None:
-        v = self.v
-        factor = B.Bind(v.splat(T.float32(self.shape.scale) * self.scales[0][0] * self.scales[1][0]))
-        less = T.int32(MIDDLE) - self.zero[1]
-        terms = [B.Bind(v.splat(self._sum_of_query(query + i * apart) * less)) for i in range(rows)]
+    def start(self, row: int, panel: Expression) -> Expression:
+        """What the zero points add to a sum."""
+        return self.v.load(self.starts_room, panel * self.v.lanes) + self.terms[row]
 
-        def tile(p: Expression, vectors: int) -> None:
-            sums = v.registers(rows, vectors, "int32")
-            for row, term in zip(sums, terms, strict=True):
-                for j, register in enumerate(row):
-                    register.set(v.load(self.starts_room, (p + j) * v.lanes) + term)
+    def multiply(self, element: Expression, key: Expression, total: Expression) -> Expression:
+        """Of words of four codes."""
+        return self.v.dot4(total, element, key, bounded=False)
 
-            def step(d: Expression) -> None:
-                keys = [B.Bind(v.load(self.panels_room, ((p + j) * self.quads + d) * v.lanes)) for j in range(vectors)]
-                for i, row in enumerate(sums):
-                    word = B.Bind(v.splat(self.query.data[query + i * apart + d]))
-                    for register, key in zip(row, keys, strict=True):
-                        register.set(v.dot4(register.get(), word, key, bounded=False))
-
-            serial(self.quads, step)
-            for i, row in enumerate(sums):
-                for j, register in enumerate(row):
-                    v.store(self.scores, i * self.padded + (p + j) * v.lanes, v.to_float(register.get()) * factor)
-
-        self.in_vectors(count, tile)
+    def score(self, total: Expression) -> Expression:
+        """What a sum of codes stands for."""
+        return self.v.to_float(total) * self.factor
 
     def _sum_of_query(self, start: Expression) -> Expression:
         """The sum of a query's codes."""
-        v, vectors = self.v, self.quads // self.v.lanes
+        v, vectors = self.v, self.steps // self.v.lanes
         ((summed,),) = v.registers(1, 1, "int32")
         summed.set(v.constant(0, "int32"))
         for c in range(vectors):
             words = v.load(self.query.data, start + c * v.lanes)
             summed.set(v.dot4(summed.get(), words, v.constant(_word(1), "int32"), bounded=False))
         total = v.across([summed.get()], lambda x, y: x + y) + T.int32(v.target.code_offset * QUAD * v.lanes * vectors)
-        for d in range(vectors * v.lanes, self.quads):
+        for d in range(vectors * v.lanes, self.steps):
             word = B.Bind(self.query.data[start + d])
             for i in range(QUAD):
                 total = total + T.bitwise_and(T.shift_right(word, T.int32(8 * i)), T.int32(255))
