@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    Call = Callable[..., Any]
+    from mcc.writing import Writer
 
 _A = torch.ops.aten
 _LETTERS = [chr(c) for c in range(0x100, 0x200)]  # for dims under an ellipsis, which no equation names
 
 
-def einsum(call: Call, arguments: Sequence[Any], path: Sequence[int] | None = None) -> Any | None:
+def einsum(call: Writer, arguments: Sequence[Any], path: Sequence[int] | None = None) -> Any | None:
     """Write out an einsum, or give None for what is not written out.
 
     That is a letter repeated within an operand, which takes a diagonal, and a dim of one that meets a longer one.
@@ -70,7 +70,7 @@ def _alike(operands: Sequence[Any], inputs: list[list[str]]) -> bool:
     return all(sizes.setdefault(letter, size) == size for letter, size in pairs)
 
 
-def _summed(call: Call, value: Any, letters: list[str], needed: set[str]) -> tuple[Any, list[str]]:
+def _summed(call: Writer, value: Any, letters: list[str], needed: set[str]) -> tuple[Any, list[str]]:
     """Without the dims that nothing needs."""
     gone = [i for i, letter in enumerate(letters) if letter not in needed]
     if gone:
@@ -78,12 +78,12 @@ def _summed(call: Call, value: Any, letters: list[str], needed: set[str]) -> tup
     return value, [letter for letter in letters if letter in needed]
 
 
-def _ordered(call: Call, value: Any, letters: list[str], wanted: list[str]) -> Any:
+def _ordered(call: Writer, value: Any, letters: list[str], wanted: list[str]) -> Any:
     return value if letters == wanted else call(_A.permute.default, value, [letters.index(w) for w in wanted])
 
 
 def _product(
-    call: Call, left: tuple[Any, list[str]], right: tuple[Any, list[str]], needed: set[str]
+    call: Writer, left: tuple[Any, list[str]], right: tuple[Any, list[str]], needed: set[str]
 ) -> tuple[Any, list[str]]:
     """The product of two operands, summed over what both have and nothing later needs."""
     a, a_letters = _summed(call, *left, needed | set(right[1]))
@@ -107,7 +107,7 @@ def _product(
     return made, out
 
 
-def _merged(call: Call, value: Any, groups: tuple[list[str], list[str], list[str]], sizes: dict[str, Any]) -> Any:
+def _merged(call: Writer, value: Any, groups: tuple[list[str], list[str], list[str]], sizes: dict[str, Any]) -> Any:
     """[batch…, first…, second…] as [batch…, first, second]."""
     batch, first, second = groups
     if len(first) == 1 == len(second):
@@ -116,7 +116,7 @@ def _merged(call: Call, value: Any, groups: tuple[list[str], list[str], list[str
     return call(_A.reshape.default, value, [*(sizes[letter] for letter in batch), *merged])
 
 
-def _total(call: Call, sizes: list[Any]) -> Any:
+def _total(call: Writer, sizes: list[Any]) -> Any:
     """The product of sizes, of which some may be nodes."""
     known = math.prod(s for s in sizes if isinstance(s, int))
     total: Any = None
@@ -125,6 +125,6 @@ def _total(call: Call, sizes: list[Any]) -> Any:
     return known if total is None else total if known == 1 else call(operator.mul, total, known)
 
 
-def _size(call: Call, value: Any, dim: int) -> Any:
+def _size(call: Writer, value: Any, dim: int) -> Any:
     size = value.meta["val"].shape[dim]
     return size if isinstance(size, int) else call(_A.sym_size.int, value, dim)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from mcc import composites
+from mcc import complex_numbers, composites, decompositions
 from mcc.errors import CaptureError
 from mcc.graph import source_line
 
@@ -28,6 +28,11 @@ _SPELLINGS = {
     _A.swapaxes.default: _A.transpose.int, _A.view.default: _A.reshape.default,
     _A._unsafe_view.default: _A.reshape.default, _A.mm.default: _A.matmul.default, _A.mv.default: _A.matmul.default,
     _A.dot.default: _A.matmul.default, _A.vdot.default: _A.matmul.default,
+    _A.add.Scalar: _A.add.Tensor, _A.sub.Scalar: _A.sub.Tensor, _A.mul.Scalar: _A.mul.Tensor,
+    _A.div.Scalar: _A.div.Tensor,
+    _A.unsafe_split.Tensor: _A.split.Tensor, _A.unsafe_chunk.default: _A.chunk.default,
+    _A.__lshift__.Scalar: _A.bitwise_left_shift.Tensor_Scalar,
+    _A.__rshift__.Scalar: _A.bitwise_right_shift.Tensor_Scalar,
 }  # fmt: skip
 _SCATTER = {_A.slice.Tensor: _A.slice_scatter.default, _A.select.int: _A.select_scatter.default}
 
@@ -49,14 +54,17 @@ def plain_module(exported: fx.GraphModule | torch.nn.Module) -> fx.GraphModule:
 def normalize(module: fx.GraphModule) -> None:
     """Bring an exported module into the form the op table describes."""
     _inline_wrappers(module)
-    composites.spell_out(module)
+    module.graph.eliminate_dead_code()  # results that are not read, such as the places of a pool's maxima
+    _spell_out(module)
     for node in _calls(module):
         if node.target in _DROP:
             module.graph.erase_node(node)
         elif node.target in _ALIAS or (node.target in _CASTS and _casts_nothing(node)):
             _skip(module, node)
     _make_functional(module)  # before copies go: `y = x.clone(); y.mul_(2)` must not touch x
-    composites.spell_out(module)  # what wrote in place
+    _spell_out(module)  # what wrote in place
+    _make_functional(module)  # what PyTorch writes that out as
+    complex_numbers.spell_out_complex(module)
     for node in _calls(module):
         if node.target in _COPY and node.kwargs.get("memory_format") in _PLAIN_FORMATS:
             _skip(module, node)
@@ -70,6 +78,13 @@ def normalize(module: fx.GraphModule) -> None:
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
+
+
+def _spell_out(module: fx.GraphModule) -> None:
+    """Write out what the op table lacks, by ways of ours where there are, else by PyTorch's own."""
+    composites.spell_out(module)
+    decompositions.decompose(module, _SPELLED)
+    composites.spell_out(module)
 
 
 _PLAIN_FORMATS = (None, torch.preserve_format, torch.contiguous_format)
@@ -339,6 +354,20 @@ def _padded_value(value: Tensor, beyond: list[int]) -> Tensor:
 _NAMED_PADDING = {
     _A.conv1d.padding: _A.conv1d.default, _A.conv2d.padding: _A.conv2d.default, _A.conv3d.padding: _A.conv3d.default,
 }  # fmt: skip
+
+
+_SPELLED = frozenset(
+    {
+        *_SPELLINGS,
+        *_DROP,
+        *_ALIAS,
+        *_COPY,
+        *_NAMED_PADDING,
+        *composites.COMPOSITES,
+        _A.flatten.using_ints,
+        _A.unflatten.int,
+    }
+)
 
 
 def _size(module: fx.GraphModule, node: fx.Node, axis: int) -> int | fx.Node:

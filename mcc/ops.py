@@ -163,7 +163,9 @@ _TABLE = (
         "pointwise",
         "relu relu6 gelu silu mish neg abs exp log log1p sqrt rsqrt reciprocal sin cos tanh sigmoid hardsigmoid "
         "hardswish hardtanh leaky_relu elu selu celu softplus log_sigmoid erf sign ceil floor round square clamp "
-        "clamp_min clamp_max pow.Tensor_Scalar pow.Scalar pow.Tensor_Tensor bitwise_not logical_not isnan "
+        "clamp_min clamp_max pow.Tensor_Scalar pow.Scalar pow.Tensor_Tensor bitwise_not logical_not isnan trunc tan "
+        "asin acos atan asinh acosh atanh atan2 fmod.Tensor fmod.Scalar bitwise_xor.Scalar bitwise_left_shift.Tensor "
+        "bitwise_left_shift.Tensor_Scalar bitwise_right_shift.Tensor bitwise_right_shift.Tensor_Scalar "
         "sub.Tensor rsub.Scalar div.Tensor div.Tensor_mode floor_divide remainder.Scalar remainder.Tensor "
         "copy masked_fill.Scalar where.self where.ScalarOther where.ScalarSelf prelu "
         "le.Tensor le.Scalar lt.Tensor lt.Scalar ge.Tensor ge.Scalar gt.Tensor gt.Scalar eq.Scalar ne.Scalar",
@@ -171,13 +173,13 @@ _TABLE = (
     *_commuting(
         "pointwise",
         "add.Tensor mul.Tensor maximum minimum max.other min.other __and__.Tensor __or__.Tensor bitwise_and.Tensor "
-        "bitwise_or.Tensor logical_and logical_or eq.Tensor ne.Tensor",
+        "bitwise_or.Tensor bitwise_xor.Tensor logical_and logical_or logical_xor eq.Tensor ne.Tensor",
     ),
     Op("glu", "cut"),
     # reduced dims end, others pass
-    *_rows("reduction", "mean.dim mean sum.dim_IntList sum max.dim amax amin argmax var.correction"),
+    *_rows("reduction", "mean.dim mean sum.dim_IntList sum max.dim amax amin argmax var.correction prod.dim_int prod"),
     # dims pass, the worked dim is closed
-    *_rows("along", "softmax.int log_softmax.int cumsum roll topk sort flip"),
+    *_rows("along", "softmax.int log_softmax.int cumsum cumprod roll topk sort flip"),
     # channels pass, space is closed
     *_rows(
         "window",
@@ -190,7 +192,7 @@ _TABLE = (
         "slice.Tensor cat select.int chunk unbind.int pad constant_pad_nd stack split_with_sizes split.Tensor repeat "
         "tril triu slice_scatter select_scatter repeat_interleave.self_int",
     ),
-    *_rows("index", "index.Tensor index_select gather"),
+    *_rows("index", "index.Tensor index_select gather index_put scatter.src scatter.value scatter_add"),
     *_rows(
         "make",
         "arange arange.start arange.start_step zeros ones full eye zeros_like ones_like full_like empty_like new_zeros "

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from mcc import ops
-from mcc.composites import write_call
 from mcc.constants import varying
 from mcc.graph import Node
 from mcc.ops import OPS
+from mcc.writing import Writer
 
 if TYPE_CHECKING:
     from torch import fx
@@ -62,7 +62,7 @@ def _product(graph: Graph, node: Node, inputs: set[fx.Node]) -> bool:
         return False
     weight = turned(matrix)
     if weight is None:
-        weight = Node(write_call(graph.module, node.fx, OPS["t"].target, matrix.fx), graph)
+        weight = Node(Writer(graph.module, node.fx)(OPS["t"].target, matrix.fx), graph)
     _put_layer(graph, node, rows, weight, bias)
     return True
 
@@ -86,8 +86,8 @@ def _uncommon_bias(graph: Graph, node: Node) -> bool:
     bias, weight = node.operand(2), node.operand(1)
     if bias is None or weight is None or [*bias.shape] == [*weight.shape[:1]]:
         return False
-    made = write_call(graph.module, node.fx, ops.LINEAR.target, *node.fx.args[:2])
-    Node(write_call(graph.module, node.fx, ops.ADD.target, made, bias.fx), graph).take_place_of(node)
+    made = Writer(graph.module, node.fx)(ops.LINEAR.target, *node.fx.args[:2])
+    Node(Writer(graph.module, node.fx)(ops.ADD.target, made, bias.fx), graph).take_place_of(node)
     return True
 
 
@@ -102,7 +102,7 @@ def _between_views(graph: Graph, node: Node) -> bool:
     wanted = [str(s) for s in (*rows.shape[:-1], node.shape[-1])]
     if any(user.op is not ops.RESHAPE or [str(s) for s in user.shape] != wanted for user in users):
         return False
-    made = write_call(graph.module, node.fx, ops.LINEAR.target, rows.fx, *node.fx.args[1:], **node.fx.kwargs)
+    made = Writer(graph.module, node.fx)(ops.LINEAR.target, rows.fx, *node.fx.args[1:], **node.fx.kwargs)
     for user in users:
         Node(made, graph).take_place_of(user)
     return True
@@ -115,5 +115,5 @@ def _is_vector(node: Node, size: int | torch.SymInt) -> bool:
 
 def _put_layer(graph: Graph, node: Node, rows: Node, weight: Node, bias: Node | None) -> None:
     operands = rows.fx, weight.fx, None if bias is None else bias.fx
-    made = write_call(graph.module, node.fx, ops.LINEAR.target, *operands)
+    made = Writer(graph.module, node.fx)(ops.LINEAR.target, *operands)
     Node(made, graph).take_place_of(node)

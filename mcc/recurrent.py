@@ -7,16 +7,18 @@ like any other. Gates are in PyTorch's order.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mcc.errors import CaptureError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
 _A = torch.ops.aten
 
@@ -127,11 +129,10 @@ _differentiable(gru, _gru, 4)
 
 _EXPORTING = RLock()
 
-Call = Callable[..., Any]
 """Calls an op on tensors, or writes the call into a graph and gives its node."""
 
 
-def layers(call: Call, arguments: Sequence[Any]) -> list[Any]:
+def layers(call: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
     """The sequence and the last states of an lstm or gru call, from its arguments as ATen has them.
 
     Raises:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from mcc import ops
-from mcc.composites import write_call
 from mcc.graph import Node
 from mcc.ops import OPS
+from mcc.writing import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +48,7 @@ class Call:
     def write(self, graph: Graph, before: Node) -> fx.Node:
         """Put it in front of a node."""
         args = [a.write(graph, before) if isinstance(a, Call) else a for a in self.args]
-        return write_call(graph.module, before.fx, OPS[self.name].target, *args, **self.kwargs)
+        return Writer(graph.module, before.fx)(OPS[self.name].target, *args, **self.kwargs)
 
 
 def unify_spellings(graph: Graph) -> Graph:

@@ -18,9 +18,9 @@ from mcc import ops
 from mcc.attention_products import PRODUCTS, Fill, fill_of, softmax_of
 from mcc.backends.cpu.permutes import order_of
 from mcc.backends.cpu.tokens import refusal
-from mcc.composites import write_call
 from mcc.graph import Node
 from mcc.ops import OPS
+from mcc.writing import Writer
 
 if TYPE_CHECKING:
     from mcc.graph import Graph
@@ -64,7 +64,7 @@ class _Writer:
     before: Node
 
     def __call__(self, op: str, *args: Any, **kwargs: Any) -> fx.Node:
-        return write_call(self.graph.module, self.before.fx, OPS[op].target, *args, **kwargs)
+        return Writer(self.graph.module, self.before.fx)(OPS[op].target, *args, **kwargs)
 
 
 def _gather(write: _Writer, target: Target) -> None:

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from mcc.backends.relax import codebooks, contraction, index, layout, pointwise, tokens, window
+from mcc.backends.relax import codebooks, contraction, index, layout, pointwise, scatter, tokens, window
 
 RULES: dict[str, Callable[..., Any]] = {
-    **pointwise.RULES, **contraction.RULES, **window.RULES, **layout.RULES, **index.RULES,
+    **pointwise.RULES, **contraction.RULES, **window.RULES, **layout.RULES, **index.RULES, **scatter.RULES,
     **tokens.RULES, **codebooks.RULES,
 }  # fmt: skip

@@ -348,6 +348,16 @@ def _cumsum(e: Emitter, x: Expression, dim: int, dtype: torch.dtype | None = Non
     return e(R.cumsum(_summable(e, x, dtype), axis(x, dim)))
 
 
+def _cumprod(e: Emitter, x: Expression, dim: int, dtype: torch.dtype | None = None) -> Expression:
+    return e(R.cumprod(_summable(e, x, dtype), axis(x, dim)))
+
+
+def _product(
+    e: Emitter, x: Expression, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None
+) -> Expression:
+    return e(R.prod(_summable(e, x, dtype), _dims(dim), keepdim))
+
+
 def _topk(
     e: Emitter, x: Expression, k: int, dim: int = -1, largest: bool = True, ordered: object = None
 ) -> list[Expression]:
@@ -376,5 +386,7 @@ RULES: dict[str, Rule] = {
     "sum.dim_IntList": total, "sum": lambda e, x, dtype=None: total(e, x, None, False, dtype),
     "amax": _extreme(R.max), "amin": _extreme(R.min), "max.dim": _max_with_index,
     "argmax": lambda e, x, dim=None, keepdim=False: e(R.argmax(x, dim, keepdim)), "var.correction": variance,
-    "softmax.int": softmax, "log_softmax.int": _log_softmax, "cumsum": _cumsum, "topk": _topk, "sort": _sort,
+    "softmax.int": softmax, "log_softmax.int": _log_softmax, "cumsum": _cumsum, "cumprod": _cumprod,
+    "prod.dim_int": _product, "prod": lambda e, x, dtype=None: _product(e, x, None, False, dtype),
+    "topk": _topk, "sort": _sort,
 }  # fmt: skip

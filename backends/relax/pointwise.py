@@ -245,10 +245,12 @@ _COMPARISONS = {
 RULES: dict[str, Rule] = {
     **{n: _unary(f) for n, f in {
         "relu": NN.relu, "neg": R.negative, "abs": R.abs, "ceil": R.ceil, "floor": R.floor, "round": R.round,
-        "sign": R.sign, "square": R.square, "isnan": R.isnan,
+        "sign": R.sign, "square": R.square, "isnan": R.isnan, "trunc": R.trunc,
     }.items()},
     **{n: _float_unary(f) for n, f in {
-        "cos": R.cos, "sin": R.sin, "rsqrt": R.rsqrt, "exp": R.exp, "log": R.log, "sqrt": R.sqrt,
+        "cos": R.cos, "sin": R.sin, "rsqrt": R.rsqrt, "exp": R.exp, "log": R.log, "sqrt": R.sqrt, "tan": R.tan,
+        "asin": R.asin, "acos": R.acos, "atan": R.atan, "asinh": R.asinh,
+        "acosh": R.acosh, "atanh": R.atanh,
     }.items()},
     **{f"{n}.{kind}": _comparison(f) for n, f in _COMPARISONS.items() for kind in ("Tensor", "Scalar")},
     "add.Tensor": _binary(R.add), "sub.Tensor": _binary(R.subtract), "mul.Tensor": _binary(R.multiply),
@@ -275,6 +277,12 @@ RULES: dict[str, Rule] = {
     "__and__.Tensor": _logical(R.logical_and, R.bitwise_and),
     "bitwise_and.Tensor": _logical(R.logical_and, R.bitwise_and),
     "__or__.Tensor": _logical(R.logical_or, R.bitwise_or), "bitwise_or.Tensor": _logical(R.logical_or, R.bitwise_or),
+    "bitwise_xor.Tensor": _logical(R.logical_xor, R.bitwise_xor),
+    "bitwise_xor.Scalar": _logical(R.logical_xor, R.bitwise_xor), "logical_xor": _truth(R.logical_xor),
+    **{f"bitwise_{side}_shift.{kind}": _binary(f) for side, f in (("left", R.left_shift), ("right", R.right_shift))
+       for kind in ("Tensor", "Tensor_Scalar")},
+    "fmod.Tensor": _binary(R.mod), "fmod.Scalar": _binary(R.mod),
+    "atan2": lambda e, a, b: e(R.atan2(*map(e.floating, e.pair(a, b)))),
     "logical_and": _truth(R.logical_and), "logical_or": _truth(R.logical_or),
     "copy": lambda e, x, source, *rest: e(R.broadcast_to(e.cast(source, dtype(x)), shape(x))),
     "masked_fill.Scalar": masked_fill, "where.self": where, "where.ScalarOther": where, "where.ScalarSelf": where,

@@ -1,0 +1,152 @@
+"""Writing at computed places: index_put and scatter in relax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from tvm import relax, te, tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from mcc.backends.relax.emitter import (
+    Emitter,
+    Expression,
+    axis,
+    broadcast,
+    dtype,
+    is_tensor,
+    rank,
+    read_broadcast,
+    shape,
+    wrap_index,
+)  # fmt: skip
+from mcc.errors import BackendError
+
+R = relax.op
+Rule = Callable[..., Any]
+
+
+def index_put(
+    e: Emitter, x: Expression, indices: list[Expression | None], values: Expression, accumulate: bool = False
+) -> Expression:
+    """X with x[i, :, j, …] = values, or += values; of several values for one place the last one stays."""
+    padded = list(indices) + [None] * (rank(x) - len(indices))
+    places = [k for k, v in enumerate(padded) if v is not None]
+    tensors = [padded[k] for k in places]
+    if any(dtype(t) == "bool" for t in tensors):
+        return _masked_put(e, x, tensors, values, accumulate)
+    rest = [k for k in range(rank(x)) if k not in places]
+    order = [*places, *rest]
+    turned = x if order == sorted(order) else e(R.permute_dims(x, order))
+    extents, others = shape(turned)[: len(places)], shape(turned)[len(places) :]
+    joint = broadcast(*[list(shape(t)) for t in tensors])
+    written = _values(e, values, (places, rest), (joint, others), dtype(x))
+    rows = e.compute(lambda *given: _row_numbers(given, extents, joint), *tensors, name="row_numbers")
+    flat = _scatter_rows(e, turned, rows, written, others=others, accumulate=accumulate)
+    if turned is x:
+        return flat
+    return e(R.permute_dims(flat, [order.index(k) for k in range(rank(x))]))
+
+
+def _values(
+    e: Emitter, values: Expression, dims: tuple[list[int], list[int]], shapes: tuple[list[Any], list[Any]], kind: str
+) -> Expression:
+    """The values with a dim for each of the indices' and each of the others; PyTorch may put the others first."""
+    (places, rest), (joint, others) = dims, shapes
+    adjacent = places == list(range(places[0], places[-1] + 1))
+    before = [k for k in rest if adjacent and k < places[0]]
+    lead = len(before)
+    sizes = [*others[:lead], *joint, *others[lead:]]
+    whole = e(R.broadcast_to(e.cast(values, kind), sizes))
+    if not lead:
+        return whole
+    inner = list(range(lead, lead + len(joint)))
+    return e(R.permute_dims(whole, [*inner, *range(lead), *range(lead + len(joint), len(sizes))]))
+
+
+def _row_numbers(given: tuple[Expression, ...], extents: list[Any], joint: list[Any]) -> Expression:
+    def row(*at: Expression) -> Expression:
+        number = tirx.const(0, "int64")
+        for index, extent in zip(given, extents, strict=True):
+            number = number * extent + wrap_index(read_broadcast(index, at), extent, str(index.dtype))
+        return number
+
+    return te.compute(joint, row)
+
+
+def _masked_put(
+    e: Emitter, x: Expression, tensors: list[Expression], values: Expression, accumulate: bool
+) -> Expression:
+    (mask,) = tensors if len(tensors) == 1 else (None,)
+    if mask is None or rank(mask) > rank(x) or (is_tensor(values) and math.prod(_static(values)) != 1) or accumulate:
+        raise BackendError("a boolean index takes as many values as it has true elements", remedy="use torch.where")
+    spread = e(R.reshape(mask, [*shape(mask), *[1] * (rank(x) - rank(mask))]))
+    return e(R.where(spread, e(R.reshape(e.cast(values, dtype(x)), [1] * rank(x))), x))
+
+
+def _static(values: Expression) -> list[int]:
+    return [int(s) if isinstance(s, tirx.IntImm) else 0 for s in shape(values)]
+
+
+def scatter(accumulate: bool) -> Rule:
+    """X with, along a dim, a value (or the elements of a tensor) written or added where an index says."""
+
+    def rule(e: Emitter, x: Expression, dim: int, index: Expression, source: Any) -> Expression:
+        if not rank(x):
+            x, index = e(R.reshape(x, [1])), e(R.reshape(index, [1]))
+        d, extents = axis(x, dim), shape(x)
+        values = source if is_tensor(source) else e(R.full_like(e.cast(index, dtype(x)), e.scalar(source, dtype(x))))
+        if is_tensor(source):
+            cuts = [k for k in range(rank(index)) if not _alike(shape(values)[k], shape(index)[k])]
+            for k in cuts:  # values may be more than indices
+                values = e.cut(values, k, 0, shape(index)[k])
+
+        def body(where: Expression) -> Expression:
+            def element(*at: Expression) -> Expression:
+                number = tirx.const(0, "int64")
+                for k, extent in enumerate(extents):
+                    place = wrap_index(where(*at), extent, str(where.dtype)) if k == d else at[k]
+                    number = number * extent + place
+                return number
+
+            return te.compute(where.shape, element)
+
+        rows = e.compute(body, index, name="row_numbers")
+        return _scatter_rows(e, x, rows, e.cast(values, dtype(x)), others=[], accumulate=accumulate)
+
+    return rule
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return bool(tirx.analysis.expr_deep_equal(a, b)) if hasattr(tirx.analysis, "expr_deep_equal") else a is b
+
+
+def _scatter_rows(
+    e: Emitter, x: Expression, rows: Expression, values: Expression, *, others: list[Any], accumulate: bool
+) -> Expression:
+    """X with rows of its last dims, `others`, written or added one after another where `rows` says."""
+    width = math.prod(others) if others else 1
+
+    def body(data: Expression, where: Expression, written: Expression) -> Expression:
+        def generate(ins: list[Any], outs: list[Any]) -> Any:
+            source, places, given, out = (T.buffer_proxy(b) for b in (*ins, *outs))
+            with IRBuilder() as builder, T.seq_scope():
+                with T.serial(0, math.prod(data.shape)) as i:
+                    out[i] = source[i]
+                with T.serial(0, math.prod(where.shape)) as k, T.serial(0, width) as j:
+                    place = places[k] * width + j
+                    value = given[k * width + j]
+                    out[place] = out[place] + value if accumulate else value
+            return builder.get()
+
+        return te.extern([data.shape], [data, where, written], generate, dtype=[str(data.dtype)], name="scatter_rows")
+
+    return e.compute(body, x, rows, values, name="scatter_rows")
+
+
+RULES: dict[str, Rule] = {
+    "index_put": index_put, "scatter.src": scatter(False), "scatter.value": scatter(False),
+    "scatter_add": scatter(True),
+}  # fmt: skip

@@ -1,0 +1,254 @@
+"""Complex numbers as two real values each, and Fourier transforms as products with stored cosines and sines.
+
+Rotary embeddings and spectral layers compute with complex tensors, which no kernel does: each becomes its real and its
+imaginary part. A transform of n elements is a product with an n x n matrix, as fast as a linear layer of that size.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from mcc.writing import Writer, replace_call
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_A = torch.ops.aten
+Pair = tuple[Any, Any]
+"""The real and the imaginary part, as nodes or numbers."""
+
+
+def spell_out_complex(module: fx.GraphModule) -> None:
+    """Replace what computes with complex tensors; what is not known of here stays, for the op table to name.
+
+    Args:
+        module: an exported module of functional calls with fake values; edited.
+    """
+    parts: dict[fx.Node, Any] = {}
+    for node in list(module.graph.nodes):
+        write = Writer(module, node)
+        if node.op == "get_attr" and _is_complex(node):
+            stored: Tensor = operator.attrgetter(str(node.target))(module)
+            value = torch.view_as_real(stored.detach())
+            parts[node] = tuple(write.constant(value[..., i].contiguous()) for i in range(2))
+        elif node.op == "call_function" and (_is_complex(node) or any(n in parts for n in node.all_input_nodes)):
+            made = _written(write, node, parts)
+            if made is None:
+                continue
+            if _is_complex(node):
+                parts[node] = made
+            else:
+                replace_call(module, node, made)
+    for node in reversed(list(parts)):
+        if not node.users:
+            module.graph.erase_node(node)
+
+
+def _is_complex(node: fx.Node) -> bool:
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves)
+
+
+def _written(write: Writer, node: fx.Node, parts: dict[fx.Node, Any]) -> Any:
+    """What a call gives: two parts where that is complex, a node where it is real; None where it is not known."""
+
+    def operand(value: Any) -> Any:
+        return parts.get(value, value) if isinstance(value, fx.Node) else value
+
+    rule = _RULES.get(node.target)
+    if rule is not None:
+        return rule(write, *(operand(a) for a in node.args), **{k: operand(v) for k, v in node.kwargs.items()})
+    if node.target in _PARTWISE:
+        return tuple(write(node.target, *_parts_of(write, node.args, parts, i), **node.kwargs) for i in range(2))
+    return None
+
+
+def _parts_of(write: Writer, arguments: Any, parts: dict[fx.Node, Any], which: int) -> Any:
+    """Arguments with one part of each complex value; a real one beside them has no imaginary part."""
+
+    def part(node: fx.Node) -> Any:
+        if node in parts:
+            return parts[node][which]
+        value = node.meta["val"]
+        real = isinstance(value, Tensor) and value.is_floating_point()
+        return write(_A.zeros_like.default, node) if which and real else node
+
+    return fx.node.map_arg(arguments, part)
+
+
+def _pair(value: Any) -> Pair:
+    if isinstance(value, tuple):
+        return value
+    return (value.real, value.imag) if isinstance(value, complex) else (value, 0)
+
+
+def _product(write: Writer, a: Any, b: Any) -> Any:
+    """One product of numbers or tensors; those with nothing are nothing."""
+    if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+        return write(_A.mul.Tensor, a, b)
+    number, value = (b, a) if isinstance(a, fx.Node) else (a, b)
+    if not isinstance(value, fx.Node):
+        return number * value
+    return 0 if number == 0 else value if number == 1 else write(_A.mul.Tensor, value, number)
+
+
+def _sum(write: Writer, a: Any, b: Any, sign: int = 1) -> Any:
+    if not isinstance(b, fx.Node) and b == 0:
+        return a
+    if isinstance(a, fx.Node):
+        return write(_A.add.Tensor if sign > 0 else _A.sub.Tensor, a, b)
+    return a + sign * b if not isinstance(b, fx.Node) else write(_A.add.Tensor, _product(write, b, sign), a)
+
+
+def _tensors(write: Writer, pair: Pair) -> Pair:
+    """Two parts of one shape, as nodes: a number becomes a tensor of it."""
+    real, imaginary = pair
+    like = real if isinstance(real, fx.Node) else imaginary
+    whole = (p if isinstance(p, fx.Node) else write(_A.full_like.default, like, float(p)) for p in pair)
+    real, imaginary = whole
+    shape = max((real, imaginary), key=lambda n: n.meta["val"].dim()).meta["val"].shape
+    return tuple(p if p.meta["val"].shape == shape else write(_A.expand_as.default, p, like) for p in (real, imaginary))  # type: ignore[return-value]  # two
+
+
+def _multiply(write: Writer, a: Any, b: Any) -> Pair:
+    (ar, ai), (br, bi) = _pair(a), _pair(b)
+    real = _sum(write, _product(write, ar, br), _product(write, ai, bi), -1)
+    return _tensors(write, (real, _sum(write, _product(write, ar, bi), _product(write, ai, br))))
+
+
+def _divide(write: Writer, a: Any, b: Any) -> Pair | None:
+    if isinstance(b, tuple | complex):
+        br, bi = _pair(b)
+        size = _sum(write, _product(write, br, br), _product(write, bi, bi))
+        a, b = _multiply(write, a, (br, _product(write, bi, -1))), size
+    return tuple(write(_A.div.Tensor, part, b) for part in _tensors(write, _pair(a)))  # type: ignore[return-value]  # two
+
+
+def _added(sign: int) -> Callable[..., Pair]:
+    def rule(write: Writer, a: Any, b: Any) -> Pair:
+        (ar, ai), (br, bi) = _pair(a), _pair(b)
+        return _tensors(write, (_sum(write, ar, br, sign), _sum(write, ai, bi, sign)))
+
+    return rule
+
+
+def _as_complex(write: Writer, pairs: Any) -> Pair:
+    return write(_A.select.int, pairs, -1, 0), write(_A.select.int, pairs, -1, 1)
+
+
+def _polar(write: Writer, size: Any, angle: Any) -> Pair:
+    return write(_A.mul.Tensor, size, write(_A.cos.default, angle)), write(
+        _A.mul.Tensor, size, write(_A.sin.default, angle)
+    )
+
+
+def _size(write: Writer, z: Pair) -> Any:
+    squares = (write(_A.square.default, part) for part in z)
+    return write(_A.sqrt.default, write(_A.add.Tensor, *squares))
+
+
+def _cast(write: Writer, value: Any, *rest: Any, **options: Any) -> Any:
+    """To complex from real: nothing is imaginary. To real from complex the real part stays, as PyTorch does."""
+    kind = next((a for a in (*rest, *options.values()) if isinstance(a, torch.dtype)), None)
+    if kind is None or (kind.is_complex and isinstance(value, tuple)):
+        return value
+    real, _ = _pair(value)
+    if not kind.is_complex:
+        return write(_A.to.dtype, real, kind)
+    real = write(_A.to.dtype, real, kind.to_real())
+    return real, write(_A.zeros_like.default, real)
+
+
+def _matrices(write: Writer, rows: int, columns: int, period: int, scale: float, value: Any) -> Pair:
+    """Cosines and sines of 2 pi jk / period, [rows, columns], in the element type of a value."""
+    places = torch.outer(torch.arange(rows), torch.arange(columns)) % period
+    angles = places.double() * (2 * math.pi / period)
+    kind = value.meta["val"].dtype
+    return tuple(write.constant((f(angles) * scale).to(kind)) for f in (torch.cos, torch.sin))  # type: ignore[return-value]  # two
+
+
+def _along(write: Writer, value: Any, dim: int, matrix: Any) -> Any:
+    """A dim of a value times a matrix."""
+    last = write(_A.transpose.int, value, dim, -1)
+    return write(_A.transpose.int, write(_A.matmul.default, last, matrix), dim, -1)
+
+
+def _extent(value: Any, dim: int) -> int | None:
+    size = value.meta["val"].shape[dim]
+    return size if isinstance(size, int) else None
+
+
+def _scale(count: int, normalization: int) -> float:
+    return (1.0, 1 / math.sqrt(count), 1 / count)[normalization]
+
+
+def _transform(write: Writer, z: Any, dims: Sequence[int], normalization: int, forward: bool) -> Pair | None:  # noqa: FBT001 (an op's schema)
+    """A complex transform over dims, one after another: exp(-+ 2 pi i jk / n) summed over k."""
+    real, imaginary = _tensors(write, _pair(z))
+    for dim in dims:
+        n = _extent(real, dim)
+        if n is None:
+            return None
+        cosines, sines = _matrices(write, n, n, n, _scale(n, normalization), real)
+        turned = [_along(write, part, dim, m) for part in (real, imaginary) for m in (cosines, sines)]
+        sign = 1 if forward else -1
+        real, imaginary = _sum(write, turned[0], turned[3], sign), _sum(write, turned[2], turned[1], -sign)
+    return real, imaginary
+
+
+def _of_real(write: Writer, x: Any, dims: Sequence[int], normalization: int, onesided: bool) -> Pair | None:  # noqa: FBT001 (an op's schema)
+    """A transform of real values: of the last dim the first half is enough, the other one mirrors it."""
+    *others, last = dims
+    n = _extent(x, last)
+    if n is None:
+        return None
+    cosines, sines = _matrices(write, n, n // 2 + 1 if onesided else n, n, _scale(n, normalization), x)
+    imaginary = write(_A.neg.default, _along(write, x, last, sines))
+    return _transform(write, (_along(write, x, last, cosines), imaginary), others, normalization, forward=True)
+
+
+def _to_real(write: Writer, z: Pair, dims: Sequence[int], normalization: int, size: int) -> Any:
+    """The inverse of a one-sided transform: elements that have a mirror image count twice."""
+    *others, last = dims
+    turned = _transform(write, z, others, normalization, forward=False)
+    if turned is None or not isinstance(size, int):
+        return None
+    half = size // 2 + 1
+    cosines, sines = _matrices(write, half, size, size, _scale(size, normalization), turned[0])
+    twice = torch.full((half, 1), 2.0, dtype=turned[0].meta["val"].dtype)
+    twice[0] = 1
+    twice[-1] = 1 if size % 2 == 0 else 2
+    weighted = [write(_A.mul.Tensor, m, write.constant(twice)) for m in (cosines, sines)]
+    known = [write(_A.slice.Tensor, part, last, 0, half) for part in turned]
+    return write(_A.sub.Tensor, *(_along(write, part, last, m) for part, m in zip(known, weighted, strict=True)))
+
+
+_PARTWISE = {
+    _A.view.default, _A.reshape.default, _A._unsafe_view.default, _A.transpose.int, _A.permute.default,
+    _A.unsqueeze.default, _A.squeeze.dim, _A.squeeze.dims, _A.slice.Tensor, _A.select.int, _A.expand.default,
+    _A.cat.default, _A.stack.default, _A.index.Tensor, _A.flip.default, _A.roll.default, _A.clone.default,
+    _A.contiguous.default, _A.neg.default, _A.sum.dim_IntList, _A.mean.dim, _A.flatten.using_ints,
+    _A.unflatten.int, _A.constant_pad_nd.default, _A.alias.default, _A.detach.default, _A.repeat.default,
+}  # fmt: skip
+"""Ops of complex tensors that treat both parts alike."""
+
+_RULES: dict[Any, Callable[..., Any]] = {
+    _A.view_as_complex.default: _as_complex,
+    _A.view_as_real.default: lambda write, z: write(_A.stack.default, list(z), -1),
+    _A.real.default: lambda write, z: _pair(z)[0], _A.imag.default: lambda write, z: _pair(z)[1],
+    _A.complex.default: lambda write, real, imaginary: (real, imaginary), _A.polar.default: _polar,
+    _A.mul.Tensor: _multiply, _A.div.Tensor: _divide, _A.add.Tensor: _added(1), _A.sub.Tensor: _added(-1),
+    **dict.fromkeys((_A.conj.default, _A._conj.default, _A.conj_physical.default, _A._conj_physical.default),
+                    lambda write, z: (z[0], write(_A.neg.default, z[1]))),
+    **dict.fromkeys((_A.resolve_conj.default, _A.resolve_neg.default), lambda write, z: z),
+    _A.abs.default: _size, _A.angle.default: lambda write, z: write(_A.atan2.default, z[1], z[0]),
+    _A.exp.default: lambda write, z: _polar(write, write(_A.exp.default, z[0]), z[1]),
+    **dict.fromkeys((_A.to.dtype, _A._to_copy.default), _cast),
+    _A._fft_c2c.default: _transform, _A._fft_r2c.default: _of_real, _A._fft_c2r.default: _to_real,
+}  # fmt: skip
