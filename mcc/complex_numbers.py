@@ -48,6 +48,9 @@ def spell_out_complex(module: fx.GraphModule) -> None:
     for node in reversed(list(parts)):
         if not node.users:
             module.graph.erase_node(node)
+            if node.op == "get_attr":
+                owner, _, name = str(node.target).rpartition(".")
+                delattr(module.get_submodule(owner), name)
 
 
 def _is_complex(node: fx.Node) -> bool:

@@ -158,10 +158,9 @@ def smooth_resize(op: Any) -> Callable[..., Any]:
 
 def bags(call: Writer, arguments: Sequence[Any]) -> Any:
     """embedding_bag of bags of one size: an embedding whose vectors are summed, averaged or compared."""
-    weight, indices, offsets, scale, mode, _sparse, factors, _last, padding = [
-        *arguments,
-        *[None] * (9 - len(arguments)),
-    ]
+    given: list[Any] = list(arguments)
+    given += [None] * (9 - len(given))
+    (weight, indices, offsets, scale, mode), factors, padding = given[:5], given[6], given[8]
     size = offsets.args[2] if offsets.target is _A.arange.start_step and offsets.args[0] == 0 else None
     if not isinstance(size, int) or scale or (padding is not None and padding >= 0):
         return None

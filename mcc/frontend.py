@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from mcc import normalize, ops
 from mcc.errors import CaptureError, UnsupportedOpError
@@ -161,7 +162,7 @@ def _check_asserts(program: ExportedProgram, asked: Mapping[tuple[int, int], str
     for condition in sorted(conditions, key=str):
         symbols = sorted(condition.free_symbols, key=str)
         ranges = [program.range_constraints.get(symbol) for symbol in symbols]
-        if None in ranges:
+        if None in ranges or any(symbol_is_type(s, SymT.UNBACKED_INT) for s in symbols):
             continue  # about a value that is known when the graph runs
         marks = {int(n) + i for n in condition.atoms(sympy.Integer) for i in (-1, 0, 1)}
         tried = [

@@ -30,7 +30,8 @@ _SPELLINGS = {
     _A.dot.default: _A.matmul.default, _A.vdot.default: _A.matmul.default,
     _A.add.Scalar: _A.add.Tensor, _A.sub.Scalar: _A.sub.Tensor, _A.mul.Scalar: _A.mul.Tensor,
     _A.div.Scalar: _A.div.Tensor,
-    _A.unsafe_split.Tensor: _A.split.Tensor, _A.unsafe_chunk.default: _A.chunk.default,
+    _A._neg_view.default: _A.neg.default, _A.unsafe_split.Tensor: _A.split.Tensor,
+    _A.unsafe_chunk.default: _A.chunk.default,
     _A.__lshift__.Scalar: _A.bitwise_left_shift.Tensor_Scalar,
     _A.__rshift__.Scalar: _A.bitwise_right_shift.Tensor_Scalar,
 }  # fmt: skip

@@ -255,10 +255,12 @@ def _values_text(expected: Tensor | None, found: Tensor | None) -> str:
 
 
 def _perturbed(graph: Graph, by: float = PERTURBATION) -> Graph:
-    """A copy of the graph, its float parameters changed in their last digits."""
+    """A copy of the graph, its float parameters and the scales of its weights changed in their last digits."""
     generator = torch.Generator().manual_seed(0)
     changed = graph.copy()
-    for _, parameter in changed.named_parameters():
+    kept = (e.quantizer.operand(1) for n in changed.nodes if (e := weight_expression(n)) and e.quantizer)
+    scales = {id(scale.tensor): scale.tensor for scale in kept if scale is not None and scale.fx.op == "get_attr"}
+    for parameter in (*(p for _, p in changed.named_parameters()), *scales.values()):
         if parameter.is_floating_point():
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter.data = parameter.data * (1 + by * noise)

@@ -316,6 +316,16 @@ def test_differences_of_differences():
     assert torch.equal(capture(Twice(), (x,))(x), torch.diff(x, n=2, dim=0))
 
 
+def test_a_condition_on_values_is_left_to_the_model():
+    class Checked(nn.Module):
+        def forward(self, x, lengths):
+            assert lengths.max().item() <= x.shape[1]  # as XLM has it
+            return x.cumsum(1)
+
+    x = torch.randn(2, 6)
+    assert torch.equal(capture(Checked(), (x, torch.tensor([3, 6])))(x, torch.tensor([3, 6])), x.cumsum(1))
+
+
 def test_a_condition_on_dims_that_torch_cannot_prove_is_tried():
     class Checked(nn.Module):
         def __init__(self, factor):

@@ -1,0 +1,213 @@
+"""Ops outside the table: written out in ops that it has, as graphs and as artifacts that equal eager."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import mcc
+from mcc.errors import UnsupportedOpError
+from mcc.frontend import capture
+
+
+class Applied(nn.Module):
+    """A function of tensors as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *given):
+        return self.function(*given)
+
+
+class Several(nn.Module):
+    """Several functions of the same tensors."""
+
+    def __init__(self, functions):
+        super().__init__()
+        self.functions = functions
+
+    def forward(self, *given):
+        return tuple(function(*given) for function in self.functions)
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(1)
+    image, rows = torch.randn(2, 6, 8, 8, generator=generator), torch.randn(2, 5, 12, generator=generator)
+    return image, rows, rows.flip(0) + 0.3, torch.randint(0, 5, (2, 7), generator=generator)
+
+
+def rotated(rows, angles):
+    pairs = torch.view_as_complex(rows.reshape(2, 5, 6, 2))
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(2)
+
+
+def written_by_mask(rows):
+    rows = rows.clone()
+    rows[rows < 0] = 0.5
+    return rows
+
+
+def written_in_columns(rows, other):
+    rows = rows.clone()
+    rows[:, :, torch.tensor([0, 3])] = other[:, :, :2]
+    return rows
+
+
+# of an image, two tensors of rows, and indices
+FUNCTIONS = {
+    "windows": [
+        lambda i, a, b, k: F.unfold(i, (2, 3), dilation=2, padding=(1, 0), stride=2),
+        lambda i, a, b, k: F.fold(i.reshape(2, 96, 4), (4, 4), 4, padding=2, stride=4),
+        lambda i, a, b, k: F.fold(a.repeat(1, 12, 3).reshape(2, 54, 40)[..., :36], (6, 6), 3, padding=1),
+        lambda i, a, b, k: i.unfold(2, 3, 2), lambda i, a, b, k: F.adaptive_max_pool2d(i, (3, 1)),
+        lambda i, a, b, k: F.max_pool2d(i, 2, return_indices=True)[0], lambda i, a, b, k: F.pixel_unshuffle(i, 2),
+        lambda i, a, b, k: F.channel_shuffle(i, 3), lambda i, a, b, k: i.as_strided((2, 3, 4), (5, 1, 3), 2),
+        lambda i, a, b, k: torch.diagonal(i, 1, -2, -1), lambda i, a, b, k: F.local_response_norm(i, 3),
+    ],
+    "resizing": [
+        lambda i, a, b, k: F.interpolate(a, scale_factor=2, mode="linear"),
+        lambda i, a, b, k: F.interpolate(a, size=23, mode="linear", align_corners=True),
+        lambda i, a, b, k: F.interpolate(i, size=(11, 13), mode="nearest-exact"),
+        lambda i, a, b, k: F.interpolate(i, size=(5, 3), mode="bilinear", antialias=True),
+        lambda i, a, b, k: F.interpolate(i, scale_factor=0.5, mode="bicubic", antialias=True),
+        lambda i, a, b, k: F.grid_sample(i, a[:, :4, :8].reshape(2, 4, 4, 2).tanh(), align_corners=False),
+        lambda i, a, b, k: F.interpolate(i[:, None], scale_factor=2, mode="trilinear"),
+    ],
+    "functions of numbers": [
+        lambda i, a, b, k: a.trunc() + a.frac(), lambda i, a, b, k: a.tanh().asin() + b.tanh().acos() * a.tan(),
+        lambda i, a, b, k: torch.atan2(a, b), lambda i, a, b, k: a.sinh() + b.cosh() - a.asinh(),
+        lambda i, a, b, k: torch.fmod(a * 5, 1.5) + torch.fmod(b, a.abs() + 1),
+        lambda i, a, b, k: a.exp2() + (b.abs() + 0.1).log2() + (a.abs() + 0.1).log10() + a.expm1() + b.erfc(),
+        lambda i, a, b, k: torch.hypot(a, b) + torch.copysign(a, b), lambda i, a, b, k: torch.fmax(a, (b - 0.5).log()),
+        lambda i, a, b, k: ((k ^ 3) << 2) >> 1, lambda i, a, b, k: torch.logical_xor(a > 0, b > 0),
+        lambda i, a, b, k: (a / torch.zeros_like(a)).isinf(), lambda i, a, b, k: F.softshrink(a) + F.hardshrink(b),
+        lambda i, a, b, k: F.threshold(a, 0.1, 0.5), lambda i, a, b, k: torch.nan_to_num((a - 0.5).log()),
+        lambda i, a, b, k: F.huber_loss(a, b), lambda i, a, b, k: F.cosine_similarity(a, b, dim=-1),
+        lambda i, a, b, k: torch.cdist(a, b), lambda i, a, b, k: torch.clamp(a, b - 1, b),
+    ],
+    "orderings": [
+        lambda i, a, b, k: a.min(1), lambda i, a, b, k: a.argmin(-1, keepdim=True), lambda i, a, b, k: k.min(1)[0],
+        lambda i, a, b, k: (a.max(), a.min()), lambda i, a, b, k: (a > 2).any(1), lambda i, a, b, k: (a > -2).all((1, 2)),
+        lambda i, a, b, k: a.kthvalue(3, 1), lambda i, a, b, k: a.median(1, keepdim=True)[0],
+        lambda i, a, b, k: torch.bucketize(a, torch.linspace(-1, 1, 9), right=True), lambda i, a, b, k: a.argsort(-1),
+        lambda i, a, b, k: torch.histc(a, 8, -1, 1), lambda i, a, b, k: a.prod(1) + a.cumprod(1)[:, -1],
+        lambda i, a, b, k: a.logsumexp(1), lambda i, a, b, k: F.one_hot(k, 5),
+    ],
+    "products": [
+        lambda i, a, b, k: torch.tensordot(a, b, dims=([2], [2])), lambda i, a, b, k: torch.inner(a, b),
+        lambda i, a, b, k: torch.kron(a[0, :2, :2], b[1]), lambda i, a, b, k: torch.addmv(a[0, :, 0], a[1], b[0, 0]),
+        lambda i, a, b, k: torch.addbmm(a[0, :, :5], a, b.mT, alpha=2), lambda i, a, b, k: torch.outer(a[0, 0], b[0, 1]),
+        lambda i, a, b, k: torch.linalg.cross(a[..., :3], b[..., :3]),
+    ],
+    "writes": [
+        lambda i, a, b, k: torch.zeros(2, 7).scatter(1, k, 2.0), lambda i, a, b, k: a[0].index_add(0, k[0] % 5, b[1].repeat(2, 1)[:7]),
+        lambda i, a, b, k: torch.zeros(5, 12).scatter_add(0, k[:, :5].T.repeat(1, 6), b[0]),
+        lambda i, a, b, k: written_by_mask(a), lambda i, a, b, k: written_in_columns(a, b),
+        lambda i, a, b, k: a.index_fill(1, torch.tensor([0, 3]), 2.0),
+        lambda i, a, b, k: a.index_put((torch.tensor([0, 1, 1]), torch.tensor([2, -1, 2])), b[0, 0]),
+        lambda i, a, b, k: a.scatter(2, a.argsort(2), b),
+    ],
+    "moves": [
+        lambda i, a, b, k: i.movedim(1, -1), lambda i, a, b, k: a.tile(2, 1, 1, 1), lambda i, a, b, k: torch.rot90(i, 1, (2, 3)),
+        lambda i, a, b, k: torch.meshgrid(a[0, 0], b[0, :, 0], indexing="ij"), lambda i, a, b, k: torch.diag_embed(a),
+        lambda i, a, b, k: torch.tensor_split(a, 3, dim=-1)[1], lambda i, a, b, k: torch.take_along_dim(a[..., 0], k % 5, 1),
+        lambda i, a, b, k: a[:, torch.triu_indices(5, 5)[0]], lambda i, a, b, k: torch.block_diag(a[0], b[1]),
+    ],
+    "complex numbers": [
+        lambda i, a, b, k: rotated(a, b[0, :, :6]), lambda i, a, b, k: torch.fft.fft(torch.fft.fft(a), dim=-2).real,
+        lambda i, a, b, k: torch.fft.irfft2(torch.fft.rfft2(i, norm="ortho") * (2 - 1j), s=(8, 8), norm="ortho"),
+        lambda i, a, b, k: torch.fft.irfft(torch.fft.rfft(a[:, :, :7]), n=7), lambda i, a, b, k: torch.fft.ifft(a).imag,
+        lambda i, a, b, k: (torch.complex(a, b) / torch.complex(b, a)).abs(), lambda i, a, b, k: torch.exp(1j * a).conj().angle(),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_an_artifact_computes_what_is_written_out(kind):
+    model, given = Several(FUNCTIONS[kind]), tensors()
+    artifact = mcc.compile(model, given, tuning="model", measure="never")
+    other = tuple(t.flip(0) for t in given)
+    for found, wanted in zip(_flat(artifact(*other)), _flat(model(*other)), strict=True):
+        torch.testing.assert_close(torch.as_tensor(found), wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def _flat(outputs):
+    return torch.utils._pytree.tree_leaves(outputs)
+
+
+@pytest.mark.parametrize(("module", "given"), [
+    (nn.ConvTranspose1d(6, 4, 3, stride=2, padding=1, output_padding=1), (torch.randn(2, 6, 9),)),
+    (nn.ConvTranspose3d(4, 3, 2, stride=2), (torch.randn(2, 4, 3, 4, 5),)),
+    (nn.ConvTranspose3d(4, 3, 3, stride=2, padding=1, output_padding=1), (torch.randn(1, 4, 3, 4, 2),)),
+    (nn.LSTMCell(12, 7), (torch.randn(3, 12),)), (nn.GRUCell(12, 7), (torch.randn(3, 12),)),
+    (nn.RNN(12, 7, num_layers=2, batch_first=True), (torch.randn(2, 3, 12),)),
+    (nn.Bilinear(5, 4, 3), (torch.randn(2, 5), torch.randn(2, 4))),
+    (nn.EmbeddingBag(5, 4, mode="mean"), (torch.randint(0, 5, (3, 7)),)),
+])  # fmt: skip
+def test_layers_outside_the_table(module, given):
+    artifact = mcc.compile(module, given, tuning="model", measure="never")
+    for found, wanted in zip(_flat(artifact(*given)), _flat(module(*given)), strict=True):
+        torch.testing.assert_close(torch.as_tensor(found), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_transposed_convolution_of_a_row_is_a_layer():
+    graph = capture(nn.Sequential(nn.ConvTranspose1d(6, 4, 3)), (torch.randn(2, 6, 9),))
+    assert "conv_transpose2d.input" in [n.op.name for n in graph.nodes]
+
+
+def test_what_is_written_out_trains():
+    model = Applied(lambda x: F.unfold(torch.fft.rfft(x).real, 3).logsumexp(1))
+    x = torch.randn(2, 3, 6, 8)
+    graph = capture(model, (x,))
+    gradients = [torch.func.grad(lambda y, f=f: f(y).sum())(x) for f in (model, graph)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_that_vary_stay_so():
+    model = Applied(lambda x: F.unfold(x, 3, padding=1).movedim(1, 2))
+    graph = capture(model, (torch.randn(2, 3, 8, 8),), dynamic_shapes={"given": ({0: "batch"},)})
+    x = torch.randn(5, 3, 8, 8)
+    assert torch.equal(graph(x), model(x))
+
+
+def test_layers_stay_whole_beside_what_is_written_out():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.AdaptiveMaxPool2d(2), nn.Flatten(1), nn.Linear(16, 2)
+    )
+    names = [n.op.name for n in capture(model, (torch.randn(1, 3, 8, 8),)).nodes]
+    assert {"conv2d", "batch_norm", "silu", "linear"} <= set(names)
+
+
+class Rotary(nn.Module):
+    """Rotary embedding by a stored complex table, as Llama's first code has it."""
+
+    def __init__(self):
+        super().__init__()
+        table = torch.polar(torch.ones(16, 4), torch.outer(torch.arange(16.0), torch.rand(4)))
+        self.register_buffer("table", table, persistent=False)
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        turned = torch.view_as_complex(self.proj(x).reshape(*x.shape[:-1], 4, 2)) * self.table[: x.shape[1]]
+        return torch.view_as_real(turned).flatten(-2)
+
+
+def test_a_stored_complex_table_is_two_real_ones():
+    model = Rotary()
+    graph = capture(model, (torch.randn(2, 6, 8),), dynamic_shapes={"x": {1: "length"}})
+    assert not any(b.is_complex() for _, b in graph.module.named_buffers())
+    x = torch.randn(2, 9, 8)
+    torch.testing.assert_close(graph(x), model(x))
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: x.nonzero(), lambda x: torch.linalg.inv(x @ x.T), lambda x: F.max_pool2d(x[None], 2, return_indices=True),
+    lambda x: torch.rand(3) + x[0, :3],
+])  # fmt: skip
+def test_what_cannot_be_written_out_is_named(function):
+    with pytest.raises(UnsupportedOpError, match="not in the op table"):
+        capture(Applied(function), (torch.randn(6, 8),))
