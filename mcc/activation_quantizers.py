@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from mcc.data import Batch
+    from mcc.data import Inputs
     from mcc.graph import Graph
     from mcc.statistics import Histogram, Observer
 
@@ -61,7 +61,7 @@ def quantize_activations(
     graph: Graph,
     reads: Sequence[tuple[Node, Node]],
     codes: ActivationCodes,
-    calibration: Iterable[Batch | torch.Tensor],
+    calibration: Iterable[Inputs],
 ) -> None:
     """Put one quantizer on each value that is read, for all its readers; the graph is edited in place.
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mcc.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
     Batch = tuple[Tensor, ...]
+    Inputs = Batch | Tensor | Mapping[str, Tensor]
     Loss = Callable[[Tensor, Tensor], Tensor]
     Metric = Callable[[Callable[..., Tensor]], float]
 
@@ -24,13 +26,14 @@ class Data:
     """Data for passes; every field is optional, and a pass that lacks one fails before any work starts.
 
     Attributes:
-        calibration: input batches, each a tuple of the model's inputs (a single tensor counts as one input).
+        calibration: input batches, each a tuple of the model's inputs (a single tensor counts as one input), or a dict
+            of them by their names, as tokenizers give.
         train: (*inputs, labels) batches; iterated once an epoch, so a DataLoader or a list, not a generator.
         evaluate: maps a callable model to a metric, higher is better.
         loss: maps (output, labels) to a scalar; cross-entropy where it is left out.
     """
 
-    calibration: Iterable[Batch | Tensor] | None = None
+    calibration: Iterable[Inputs] | None = None
     train: Iterable[Batch] | None = None
     evaluate: Metric | None = None
     loss: Loss | None = None
@@ -54,3 +57,19 @@ class Data:
                 f"data.evaluate failed: {type(error).__name__}: {text}",
                 remedy="it gets a model to call with the inputs of a batch, and gives a number",
             ) from error
+
+
+def in_order(batch: Inputs, names: Sequence[str]) -> tuple[Tensor, ...]:
+    """The inputs of a batch, by place or by name, as a tuple in the order of `names`.
+
+    Raises:
+        DataError: the batch has other names.
+    """
+    if isinstance(batch, Mapping):
+        if set(batch) != set(names):
+            raise DataError(
+                f"a calibration batch has inputs {', '.join(batch)}, and the model's are {', '.join(names)}",
+                remedy="give each batch the inputs that the model was captured with, by those names",
+            )
+        return tuple(batch[name] for name in names)
+    return batch if isinstance(batch, tuple | list) else (batch,)

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from mcc import ops
+from mcc.data import in_order
 from mcc.errors import DataError, MccError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from mcc.data import Batch
+    from mcc.data import Inputs
     from mcc.graph import Graph, Node
 
 Observer = Literal[
@@ -170,7 +172,7 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-def observe(graph: Graph, names: Iterable[str], batches: Iterable[Batch | Tensor]) -> dict[str, Histogram]:
+def observe(graph: Graph, names: Iterable[str], batches: Iterable[Inputs]) -> dict[str, Histogram]:
     """Run `graph` over calibration batches and histogram the values of the named nodes.
 
     Raises:
@@ -181,7 +183,7 @@ def observe(graph: Graph, names: Iterable[str], batches: Iterable[Batch | Tensor
     return histograms
 
 
-def channel_peaks(graph: Graph, names: Iterable[str], batches: Iterable[Batch | Tensor]) -> dict[str, Tensor]:
+def channel_peaks(graph: Graph, names: Iterable[str], batches: Iterable[Inputs]) -> dict[str, Tensor]:
     """The largest absolute value that each channel of the named nodes, their last dim, has over calibration batches.
 
     Raises:
@@ -198,7 +200,7 @@ def channel_peaks(graph: Graph, names: Iterable[str], batches: Iterable[Batch | 
 
 
 def channel_energies(
-    graph: Graph, wanted: Iterable[tuple[str, int]], batches: Iterable[Batch | Tensor]
+    graph: Graph, wanted: Iterable[tuple[str, int]], batches: Iterable[Inputs]
 ) -> dict[tuple[str, int], Tensor]:
     """The mean square of each channel of nodes over calibration batches, float64 [channels].
 
@@ -244,7 +246,7 @@ class ChannelMoments:
     products: Tensor
 
 
-def channel_moments(graph: Graph, names: Iterable[str], batches: Iterable[Batch | Tensor]) -> dict[str, ChannelMoments]:
+def channel_moments(graph: Graph, names: Iterable[str], batches: Iterable[Inputs]) -> dict[str, ChannelMoments]:
     """Moments of the channels, their last dim, of the named nodes.
 
     Raises:
@@ -266,9 +268,7 @@ def channel_moments(graph: Graph, names: Iterable[str], batches: Iterable[Batch 
     }
 
 
-def record(
-    graph: Graph, names: Iterable[str], batches: Iterable[Batch | Tensor], take: Callable[[str, Tensor], None]
-) -> None:
+def record(graph: Graph, names: Iterable[str], batches: Iterable[Inputs], take: Callable[[str, Tensor], None]) -> None:
     """Run `graph` over calibration batches and hand the values of the named nodes on, as they come.
 
     Raises:
@@ -279,7 +279,7 @@ def record(
     with torch.no_grad():
         for batch in batches:
             try:
-                recorder.run(*_inputs(batch))
+                recorder.run(*in_order(batch, graph.signature.inputs))
             except (RuntimeError, TypeError) as error:
                 raise _misfit(count, batch, error) from error
             count += 1
@@ -298,13 +298,13 @@ class StepwiseRuns:
         DataError: there is no batch.
     """
 
-    def __init__(self, graph: Graph, batches: Iterable[Batch | Tensor]) -> None:
+    def __init__(self, graph: Graph, batches: Iterable[Inputs]) -> None:
         self.batches = list(batches)
         if not self.batches:
             raise _empty()
         self._runs = [fx.Interpreter(graph.module) for _ in self.batches]
         for run, batch in zip(self._runs, self.batches, strict=True):
-            run.args_iter = iter(_inputs(batch))
+            run.args_iter = iter(in_order(batch, graph.signature.inputs))
         self._nodes = iter(graph.module.graph.nodes)
 
     def arguments(self, node: fx.Node) -> list[list[Any]]:
@@ -337,9 +337,7 @@ class StepwiseRuns:
         raise MccError(f"the graph has no further node %{name}", remedy="ask for nodes in their order")
 
 
-def run_in_step(
-    graph: Graph, batches: Iterable[Batch | Tensor], before: Callable[[fx.Node, list[list[Any]]], bool]
-) -> None:
+def run_in_step(graph: Graph, batches: Iterable[Inputs], before: Callable[[fx.Node, list[list[Any]]], bool]) -> None:
     """Run `graph` over all calibration batches at once, node by node.
 
     What `before` changes in the graph's tensors counts from that node on: layers behind a compressed one see what it
@@ -381,10 +379,6 @@ def _stored_ancestors(node: fx.Node, stored: set[fx.Node]) -> list[fx.Node]:
     return list(found)
 
 
-def _inputs(batch: Batch | Tensor) -> tuple[Tensor, ...]:
-    return (batch,) if isinstance(batch, Tensor) else tuple(batch)
-
-
 def _empty() -> DataError:
     return DataError(
         "the calibration data is empty",
@@ -392,8 +386,8 @@ def _empty() -> DataError:
     )
 
 
-def _misfit(count: int, batch: Batch | Tensor, error: Exception) -> DataError:
-    shapes = ", ".join(str(list(t.shape)) for t in _inputs(batch) if isinstance(t, Tensor))
+def _misfit(count: int, batch: Inputs, error: Exception) -> DataError:
+    shapes = ", ".join(str(list(t.shape)) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
     what = (str(error) or "an input lacks").splitlines()[0]
     return DataError(
         f"calibration batch {count} with inputs {shapes} does not fit the graph: {what}",

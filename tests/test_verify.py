@@ -10,12 +10,13 @@ from torch import nn
 
 import mcc
 from mcc.data import Data
+from mcc.encode import encode
 from mcc.errors import VerificationError
 from mcc.passes import Quantize
 from mcc.pipeline import Pipeline
 from mcc.rewrite import Exact, Pass
 from mcc.target import parse_target
-from mcc.verify import verify_artifact, verify_encoding
+from mcc.verify import _perturbed, verify_artifact, verify_encoding
 
 
 @dataclass(frozen=True)
@@ -88,3 +89,16 @@ def test_an_encoded_graph_may_flip_steps_but_not_compute_something_else():
     verify_encoding(graph, near, [(x,)])
     with pytest.raises(VerificationError, match="the encoded graph differs from the compressed one"):
         verify_encoding(graph, wrong, [(x,)])
+
+
+def test_what_flips_is_told_where_all_weights_are_codes():
+    """As in models whose norms have no weights: a change of last digits is one of the scales."""
+    model, x = nn.Sequential(nn.Linear(16, 32, bias=False), nn.ReLU(), nn.Linear(32, 4, bias=False)), torch.randn(50_000, 16)
+    pipeline = Pipeline((Quantize(activations="int4"),), parse_target("cpu:avx512vnni"), Data(calibration=[x]))
+    compressed, _ = pipeline.run(mcc.capture(model, (x,)), (x,))
+    encoded, _ = encode(compressed)
+    assert not any(p.is_floating_point() for _, p in encoded.named_parameters())
+    moved = _perturbed(encoded)
+    with torch.no_grad():
+        assert (moved(x) - encoded(x)).abs().max() > 1e-2  # a step has flipped
+        assert (moved(x) - encoded(x)).norm() < 1e-2 * encoded(x).norm()

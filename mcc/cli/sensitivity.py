@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from mcc import compiler, ops
 from mcc.cli.arguments import print_json
 from mcc.cli.figures import check_figure, plotter
-from mcc.data import Data
+from mcc.data import Data, in_order
 from mcc.errors import SpecError
 from mcc.passes import Quantize
 from mcc.passes.quantize import BITS
@@ -88,7 +88,7 @@ def metric_of(graph: Graph, example: tuple[Tensor, ...], data: Data) -> tuple[Ca
             return right / max(sum(labels.numel() for _, labels in found), 1)
 
         return accuracy, "accuracy"
-    given = [(b,) if isinstance(b, Tensor) else tuple(b) for b in data.calibration or ()]
+    given = [in_order(b, graph.signature.inputs) for b in data.calibration or ()]
     inputs = given or [example]
     with torch.no_grad():
         expected = [_outputs(graph, xs) for xs in inputs]

@@ -288,6 +288,28 @@ def test_layers_left_in_float_are_listed():
         run(mlp(12, 8, 4), x, Quantize(exclude=("x",)))
 
 
+class Difference(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(12, 4)
+
+    def forward(self, x, less):
+        return self.layer(x - less)
+
+
+def test_calibration_batches_may_name_their_inputs():
+    model, x, less = Difference(), torch.randn(8, 12), torch.randn(8, 12) * 0.1
+    pipeline = [
+        Pipeline((Quantize(),), parse_target("cpu:avx512vnni"), Data(calibration=[batch]))
+        for batch in ((x, less), {"less": less, "x": x}, {"less": less, "x": x, "labels": x})
+    ]
+    graph = mcc.capture(model, (x, less))
+    (by_place, _), (by_name, _) = (p.run(graph, (x, less)) for p in pipeline[:2])
+    assert torch.equal(by_place(x, less), by_name(x, less))
+    with pytest.raises(DataError, match="batch has inputs less, x, labels, and the model's are x, less"):
+        pipeline[2].run(graph, (x, less))
+
+
 def test_calibration_data_that_does_not_fit_is_refused():
     x = torch.randn(2, 12)
     with pytest.raises(DataError, match="calibration batch 0 with inputs \\[2, 5\\] does not fit the graph"):
