@@ -27,7 +27,7 @@ from mcc.errors import ArtifactError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ALIGNMENT = 64
 MANIFEST, WEIGHTS, LIBRARY = "manifest.json", "weights.safetensors", "library.so"
 _LOCAL_HEADER = 30
@@ -59,6 +59,34 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where an activation lies in a workspace.
+
+    Attributes:
+        offset: in bytes, a multiple of `ALIGNMENT`.
+        shape: dims.
+        dtype: the numpy name.
+    """
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Memory that a call computes in; activations that are never alive at once share it.
+
+    Attributes:
+        size: in bytes.
+        places: of the activations, in the order the library takes them.
+    """
+
+    size: int = 0
+    places: tuple[Place, ...] = ()
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What an artifact says of itself.
 
@@ -72,6 +100,7 @@ class Manifest:
         report: of the compilation, as `Report.as_dict` gives it.
         tiles: the tile chosen for each kernel, which timing may decide differently another time.
         sorts: whether the library calls TVM's sort, which lies in a second runtime library.
+        workspace: that the library takes.
         format_version: of the file.
     """
 
@@ -85,6 +114,7 @@ class Manifest:
     report: Mapping[str, object]
     tiles: Mapping[str, str]
     sorts: bool = False
+    workspace: Workspace = Workspace()
     format_version: int = FORMAT_VERSION
 
 
@@ -321,9 +351,10 @@ def _read_members(mapped: mmap.mmap) -> dict[str, memoryview]:
 def _read_contents(name: str, members: dict[str, memoryview]) -> Contents:
     data = json.loads(bytes(members[MANIFEST]))
     version = data["format_version"]
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise ArtifactError(
-            f"{name} has format version {version}, this mcc reads up to {FORMAT_VERSION}", remedy="install a newer mcc"
+            f"{name} has format version {version}, this mcc reads {FORMAT_VERSION}",
+            remedy="compile it again, or install the mcc that made it",
         )
     hashes = data.pop("members")
     if set(hashes) | {MANIFEST} != set(members):
@@ -335,7 +366,10 @@ def _read_contents(name: str, members: dict[str, memoryview]) -> Contents:
         key: tuple(TensorSpec(s["name"], tuple(s["shape"]), s["dtype"], s["alignment"]) for s in data[key])
         for key in ("inputs", "outputs")
     }
-    manifest = Manifest(**{**data, **specs, "features": tuple(data["features"]), "weights": tuple(data["weights"])})
+    room = data["workspace"]
+    places = tuple(Place(p["offset"], tuple(p["shape"]), p["dtype"]) for p in room["places"])
+    tuples = {key: tuple(data[key]) for key in ("features", "weights")}
+    manifest = Manifest(**{**data, **specs, **tuples, "workspace": Workspace(room["size"], places)})
     weights = _without_bitmaps(read_safetensors(members[WEIGHTS]))
     if not set(manifest.weights) <= set(weights):
         raise ValueError("a weight that the library takes is missing")

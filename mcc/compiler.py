@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mcc import onnx_import
-from mcc.artifact import Contents, Manifest, pack_tree, stored_bytes
+from mcc.artifact import Contents, Manifest, Workspace, pack_tree, stored_bytes
 from mcc.backends import cpu
 from mcc.computed_weights import store_computed_weights
 from mcc.cost import graph_size
@@ -343,6 +343,7 @@ def _manifest(graph: Graph, lowering: Lowering, report: Report) -> Manifest:
         inputs=lowering.inputs, outputs=lowering.outputs, output_tree=pack_tree(signature.output_tree),
         target=str(target), features=target.features, passes="", weights=tuple(lowering.weights),
         report=report.as_dict(), tiles=tiles, sorts=lowering.sorts,
+        workspace=lowering.memory.workspace if lowering.memory else Workspace(),
     )  # fmt: skip
 
 

@@ -232,6 +232,6 @@ def spell_out(module: fx.GraphModule) -> None:
         made = composite(Writer(module, node), node.args, **node.kwargs)
         if made is None:
             continue  # the op table will name it
-        if isinstance(made, tuple) and any(made[user.args[1]] is None for user in node.users):
-            continue  # as above: a result that is not written out is read
+        if isinstance(made, tuple) and any(made[user.args[1]] is None for user in node.users if user.users):
+            continue  # as above: what is not written out is read
         replace_call(module, node, made)

@@ -55,7 +55,6 @@ def plain_module(exported: fx.GraphModule | torch.nn.Module) -> fx.GraphModule:
 def normalize(module: fx.GraphModule) -> None:
     """Bring an exported module into the form the op table describes."""
     _inline_wrappers(module)
-    module.graph.eliminate_dead_code()  # results that are not read, such as the places of a pool's maxima
     _spell_out(module)
     for node in _calls(module):
         if node.target in _DROP:

@@ -9,6 +9,7 @@ import copy
 import ctypes
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mcc.artifact import ALIGNMENT, Contents, Manifest, TensorSpec, read_artifact, write_artifact
+from mcc.artifact import ALIGNMENT, Contents, Manifest, TensorSpec, Workspace, read_artifact, write_artifact
 from mcc.errors import ArtifactError, TargetError
 from mcc.report import Report
 from mcc.target import host_features
@@ -42,10 +43,12 @@ class Memory:
     Attributes:
         weights: encoded weights; mapped from the file where it was loaded from one.
         library: the shared object.
+        workspace: what activations of fixed size lie in while a call runs; one for each call at once.
     """
 
     weights: int
     library: int
+    workspace: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +172,19 @@ def _aligned(array: NDArray[Any], alignment: int = ALIGNMENT) -> NDArray[Any]:
     return copy
 
 
+def workspace_arrays(workspace: Workspace) -> list[NDArray[Any]]:
+    """New memory, as the arrays that lie in it; they overlap."""
+    room = np.empty(workspace.size + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    arrays = []
+    for place in workspace.places:
+        dtype = np.dtype(place.dtype)
+        first, count = start + place.offset, math.prod(place.shape)
+        flat = room[first : first + count * dtype.itemsize].view(dtype)
+        arrays.append(flat.reshape(place.shape) if count else _aligned(np.empty(place.shape, dtype)))
+    return arrays
+
+
 class Artifact:
     """A compiled model: call it, save it, read its report.
 
@@ -195,6 +211,7 @@ class Artifact:
         self._weights = self._ffi.Array(
             [self._ffi.from_dlpack(_aligned(contents.weights[n])) for n in manifest.weights]
         )
+        self._workspaces: list[Any] = []  # those that no call is using
         self._inputs = manifest.inputs
         self._checks = tuple(_Check.of(s) for s in manifest.inputs)
         self._input_names = {s.name: i for i, s in enumerate(manifest.inputs)}
@@ -249,7 +266,7 @@ class Artifact:
     def memory(self) -> Memory:
         """Bytes held."""
         weights = sum(w.nbytes for w in self._contents.weights.values())
-        return Memory(weights, len(self._contents.library))
+        return Memory(weights, len(self._contents.library), self._contents.manifest.workspace.size)
 
     def with_manifest(self, **changes: Any) -> Artifact:
         """The same library and weights under a manifest with other entries."""
@@ -292,13 +309,22 @@ class Artifact:
             arrays.append(array)
         self._pool.use(self.threads)
         try:
-            result = self._run(*arrays, self._weights)
+            workspace = self._workspaces.pop()
+        except IndexError:  # as many are made as there are calls at once
+            workspace = self._new_workspace()
+        try:
+            result = self._run(*arrays, self._weights, workspace)
         except (RuntimeError, ValueError, TypeError) as error:
             raise self._refusal(tensors, error) from error
+        finally:
+            self._workspaces.append(workspace)
         if self._single:
             output = np.from_dlpack(result)
             return output if foreign is None else foreign(output)
         return self._structured(result, foreign)
+
+    def _new_workspace(self) -> Any:
+        return self._ffi.Array([self._ffi.from_dlpack(a) for a in workspace_arrays(self._contents.manifest.workspace)])
 
     def _structured(self, result: Any, foreign: Callable[[Any], Any] | None) -> Any:
         values = [result[i] for i in range(len(self.outputs))] if len(self.outputs) != 1 else [result]

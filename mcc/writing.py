@@ -68,6 +68,7 @@ def replace_call(module: fx.GraphModule, node: fx.Node, made: Any) -> None:
         node.replace_all_uses_with(made)
     else:
         for user in list(node.users):
-            user.replace_all_uses_with(made[user.args[1]])
+            if user.users:
+                user.replace_all_uses_with(made[user.args[1]])
             module.graph.erase_node(user)
     module.graph.erase_node(node)

@@ -93,7 +93,10 @@ def test_an_encoded_graph_may_flip_steps_but_not_compute_something_else():
 
 def test_what_flips_is_told_where_all_weights_are_codes():
     """As in models whose norms have no weights: a change of last digits is one of the scales."""
-    model, x = nn.Sequential(nn.Linear(16, 32, bias=False), nn.ReLU(), nn.Linear(32, 4, bias=False)), torch.randn(50_000, 16)
+    model, x = (
+        nn.Sequential(nn.Linear(16, 32, bias=False), nn.ReLU(), nn.Linear(32, 4, bias=False)),
+        torch.randn(50_000, 16),
+    )
     pipeline = Pipeline((Quantize(activations="int4"),), parse_target("cpu:avx512vnni"), Data(calibration=[x]))
     compressed, _ = pipeline.run(mcc.capture(model, (x,)), (x,))
     encoded, _ = encode(compressed, lambda *_: None)

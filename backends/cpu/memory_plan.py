@@ -1,22 +1,25 @@
-"""Which activations share memory: those that are never alive at once, as few bytes in all as can be had.
+"""Where activations lie: in one workspace, at places that share what is never alive at once.
 
-TVM's planner gives a tensor the first storage that is free when it comes. With the whole program known larger tensors
-are placed first, and each takes the smallest storage in which no tensor is alive beside it: those that come later are
-smaller, so that a storage never grows. Pisarchyk, Lee: Efficient memory management for deep neural net inference.
-arXiv 2001.03288, 2020 (there "greedy by size" for shared objects).
+TVM's planner lets tensors take turns in storages as large as the largest of each, and a call allocates them. Here the
+whole program is known: every activation of fixed size gets a place in a workspace that is made once and that calls take
+as an argument. Larger ones are placed first, each in the smallest gap between those that are alive beside it.
+Pisarchyk, Lee: Efficient memory management for deep neural net inference. arXiv 2001.03288, 2020 (there "greedy by
+size" for offsets).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import tvm
 from tvm import relax, tirx
 
+from mcc.artifact import ALIGNMENT, Place, Workspace
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _STORAGE, _TENSOR = "relax.memory.alloc_storage", "relax.memory.alloc_tensor"
 
@@ -26,81 +29,81 @@ class MemoryPlan:
     """What activations of fixed size take.
 
     Attributes:
-        planned: bytes of all storages.
-        alive: bytes of those tensors that are alive at once, at most: what no plan can do without.
+        workspace: where those lie that no caller gets.
+        returned: bytes of those that a caller gets, or that are views of such.
+        alive: bytes of those that are alive at once, at most: what no plan can do without.
     """
 
-    planned: int
+    workspace: Workspace
+    returned: int
     alive: int
 
+    @property
+    def planned(self) -> int:
+        """Bytes in all."""
+        return self.workspace.size + self.returned
 
-@dataclass
+
+@dataclass(eq=False)
 class _Tensor:
     """An activation.
 
     Attributes:
         variable: that holds it first.
-        storage: the variable of the storage that TVM's planner gave it.
+        shape, dtype: of the tensor.
         size: in bytes.
         first, last: positions of the bindings between which it is alive.
     """
 
     variable: Any
-    storage: Any
+    shape: tuple[int, ...]
+    dtype: str
     size: int
     first: int
     last: int
 
+    def beside(self, other: _Tensor) -> bool:
+        """Whether both are alive at one time."""
+        return self.first <= other.last and other.first <= self.last
 
-@dataclass
-class _Storage:
-    """Memory that tensors share.
 
-    Attributes:
-        size: in bytes.
-        tensors: that lie in it, one after another in time.
-    """
-
-    size: int
-    tensors: list[_Tensor] = field(default_factory=list)
-
-    def fits(self, tensor: _Tensor) -> bool:
-        """Whether none of its tensors is alive beside another."""
-        return all(tensor.last < t.first or t.last < tensor.first for t in self.tensors)
+_ORDERS: tuple[Callable[[_Tensor], tuple[int, ...]], ...] = (
+    lambda t: (-t.size, t.first), lambda t: (-t.size * (t.last - t.first + 1), t.first), lambda t: (t.first, -t.size),
+)  # fmt: skip
+"""What comes first: the largest, what is large for long, or what is needed first."""
 
 
 def plan_memory(module: tvm.IRModule) -> tuple[tvm.IRModule, MemoryPlan]:
-    """Place the activations of `main` anew, where that takes less than TVM's plan does."""
+    """Let `main` take a workspace as its last argument, and its activations lie in that."""
     main = module["main"]
     bindings = [binding for block in main.body.blocks for binding in block.bindings]
-    tensors, kept = _tensors(bindings, main.body.body)
-    storages = _placed(tensors)
-    planned, old = sum(s.size for s in storages), _bytes_of(bindings, {t.storage for t in tensors})
+    tensors = _tensors(bindings, main.body.body)
+    inside = [t for t in tensors if t.last < len(bindings)]
+    offsets = min((_placed(sorted(inside, key=order)) for order in _ORDERS), key=lambda o: _end(inside, o))
+    places = tuple(Place(offsets[t], t.shape, t.dtype) for t in inside)
+    workspace = Workspace(_end(inside, offsets), places)
+    returned = sum(t.size for t in tensors if t.last == len(bindings))
     alive = max(
         (sum(t.size for t in tensors if t.first <= at <= t.last) for at in {t.first for t in tensors}), default=0
     )
-    if kept or planned >= old:
-        return module, MemoryPlan(old, alive)
-    module.update_func(module.get_global_var("main"), _rewritten(main, bindings, storages))
-    return module, MemoryPlan(planned, alive)
+    module.update_func(module.get_global_var("main"), _rewritten(main, bindings, inside))
+    return module, MemoryPlan(workspace, returned, alive)
 
 
-def _tensors(bindings: Sequence[Any], result: Any) -> tuple[list[_Tensor], bool]:
-    """The activations that have a storage, and whether one of them is of another kind than is placed here."""
+def _tensors(bindings: Sequence[Any], result: Any) -> list[_Tensor]:
+    """The activations of fixed size; those that a caller may get are alive until behind the last binding."""
     found: dict[Any, _Tensor] = {}
     held: dict[Any, set[Any]] = {}  # the activations that a variable may be
-    strange = False
     for at, binding in enumerate(bindings):
         value = binding.value
         if _is_call(value, _STORAGE):
             continue
         if _is_call(value, _TENSOR):
-            size = _bytes(value.args[2], str(value.args[3].value))
-            if size is None or int(value.args[1].value) != 0:
-                strange = True
-                continue
-            found[binding.var] = _Tensor(binding.var, value.args[0], size, at, at)
-            held[binding.var] = {binding.var}
+            shape, dtype = _fixed(value.args[2]), str(value.args[3].value)
+            if shape is not None:
+                size = math.prod(shape) * int(tvm.DataType(dtype).itemsize)
+                found[binding.var] = _Tensor(binding.var, shape, dtype, size, at, at)
+                held[binding.var] = {binding.var}
             continue
         read = set().union(*(held.get(v, set()) for v in _variables(value)))
         for variable in read:
@@ -109,7 +112,7 @@ def _tensors(bindings: Sequence[Any], result: Any) -> tuple[list[_Tensor], bool]
         held[binding.var] = set() if _is_kernel(value) else read
     for variable in set().union(*(held.get(v, set()) for v in _variables(result))):
         found[variable].last = len(bindings)
-    return list(found.values()), strange
+    return list(found.values())
 
 
 def _is_call(value: Any, name: str) -> bool:
@@ -126,53 +129,44 @@ def _variables(value: Any) -> list[Any]:
     return found
 
 
-def _bytes(shape: Any, dtype: str) -> int | None:
+def _fixed(shape: Any) -> tuple[int, ...] | None:
     dims = list(shape.values)
-    if not all(isinstance(d, tirx.IntImm) for d in dims):
-        return None
-    return math.prod(int(d) for d in dims) * int(tvm.DataType(dtype).itemsize)
+    return tuple(int(d) for d in dims) if all(isinstance(d, tirx.IntImm) for d in dims) else None
 
 
-def _bytes_of(bindings: Sequence[Any], storages: set[Any]) -> int:
-    """Bytes of some storages."""
-    sizes = [b.value.args[0] for b in bindings if _is_call(b.value, _STORAGE) and b.var in storages]
-    return sum(math.prod(int(d) for d in size.values) for size in sizes)
+def _placed(tensors: Sequence[_Tensor]) -> dict[_Tensor, int]:
+    """Offsets, given one after another: the smallest gap that is large enough, else behind all that is beside."""
+    offsets: dict[_Tensor, int] = {}
+    for tensor in tensors:
+        taken = sorted((offset, _rounded(offset + t.size)) for t, offset in offsets.items() if t.beside(tensor))
+        end, best = 0, (math.inf, 0)
+        for start, behind in taken:
+            if start - end >= tensor.size:
+                best = min(best, (start - end, end))
+            end = max(end, behind)
+        offsets[tensor] = best[1] if best[0] < math.inf else end
+    return offsets
 
 
-def _placed(tensors: Sequence[_Tensor]) -> list[_Storage]:
-    """Storages with their tensors, the largest first."""
-    storages: list[_Storage] = []
-    for tensor in sorted(tensors, key=lambda t: -t.size):
-        free = [s for s in storages if s.fits(tensor)]
-        chosen = min(free, key=lambda s: s.size) if free else _Storage(tensor.size)
-        if not free:
-            storages.append(chosen)
-        chosen.tensors.append(tensor)
-    return storages
+def _rounded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _rewritten(main: Any, bindings: Sequence[Any], storages: Sequence[_Storage]) -> Any:
-    """The function with these storages, each made in front of its first tensor."""
-    owner = {t.variable: s for s in storages for t in s.tensors}
-    made: dict[int, Any] = {}
-    dropped = {t.storage for s in storages for t in s.tensors}
-    old = {b.var: b.value for b in bindings if _is_call(b.value, _STORAGE)}
+def _end(tensors: Sequence[_Tensor], offsets: dict[_Tensor, int]) -> int:
+    return max((offsets[t] + t.size for t in tensors), default=0)
+
+
+def _rewritten(main: Any, bindings: Sequence[Any], inside: Sequence[_Tensor]) -> Any:
+    """The function with a workspace, and without the storages that it no longer needs."""
+    places = {t.variable: i for i, t in enumerate(inside)}
+    workspace = relax.Var("workspace", relax.TupleType([relax.TensorType(t.shape, t.dtype) for t in inside]))
+    kept = {b.value.args[0] for b in bindings if _is_call(b.value, _TENSOR) and b.var not in places}
     placed: list[Any] = []
     for binding in bindings:
-        if binding.var in dropped:
+        if _is_call(binding.value, _STORAGE) and binding.var not in kept:
             continue
-        storage = owner.get(binding.var)
-        if storage is None:
-            placed.append(binding)
-            continue
-        value = binding.value
-        if id(storage) not in made:
-            like = old[value.args[0]]
-            variable = relax.Var(f"storage{len(made)}", like.ty)
-            call = relax.op.memory.alloc_storage(relax.ShapeExpr([storage.size]), *like.args[1:])
-            placed.append(relax.VarBinding(variable, call))
-            made[id(storage)] = variable
-        call = relax.op.memory.alloc_tensor(made[id(storage)], *value.args[1:])
-        placed.append(relax.VarBinding(binding.var, call))
+        if binding.var in places:
+            binding = relax.VarBinding(binding.var, relax.TupleGetItem(workspace, places[binding.var]))
+        placed.append(binding)
     body = relax.SeqExpr([relax.BindingBlock(placed)], main.body.body)
-    return relax.Function(main.params, body, main.ret_ty, main.is_pure, main.attrs)
+    return relax.Function([*main.params, workspace], body, main.ret_ty, main.is_pure, main.attrs)

@@ -20,7 +20,7 @@ from mcc.backends.cpu.microkernel import (
     kernel_function,
     tvm_target,
 )
-from mcc.runtime import use_threads
+from mcc.runtime import use_threads, workspace_arrays
 from mcc.target import host_target
 
 if TYPE_CHECKING:
@@ -71,9 +71,11 @@ class Profiler:
 
     def __init__(self, lowering: Lowering, inputs: Sequence[NDArray[Any]]) -> None:
         self._lowering = lowering
-        self._machine = relax.VirtualMachine(compile_module(lowering, "bytecode")[0], tvm.cpu())
+        executable, memory = compile_module(lowering, "bytecode")
+        self._machine = relax.VirtualMachine(executable, tvm.cpu())
         weights = [tvm.runtime.tensor(np.ascontiguousarray(w)) for w in lowering.weights.values()]
-        self._arguments = [*(tvm.runtime.tensor(x) for x in inputs), tvm.runtime.convert(weights)]
+        workspace = [tvm.runtime.from_dlpack(x) for x in workspace_arrays(memory.workspace)]
+        self._arguments = [*(tvm.runtime.tensor(x) for x in inputs), *map(tvm.runtime.convert, (weights, workspace))]
         self._peaks = {kind: peak(lowering.target, kind) for kind in ("float32", "int8")}
 
     def measure(self, runs: int, threads: int = 1) -> list[KernelTime]:
