@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import relax, te, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
+from tvm_ffi import structural_equal
 
 from mcc.backends.relax.emitter import (
     Emitter,
@@ -20,6 +21,7 @@ from mcc.backends.relax.emitter import (
     rank,
     read_broadcast,
     shape,
+    size,
     wrap_index,
 )  # fmt: skip
 from mcc.errors import BackendError
@@ -31,7 +33,7 @@ Rule = Callable[..., Any]
 def index_put(
     e: Emitter, x: Expression, indices: list[Expression | None], values: Expression, accumulate: bool = False
 ) -> Expression:
-    """X with x[i, :, j, …] = values, or += values; of several values for one place the last one stays."""
+    """A tensor with x[i, :, j, …] = values, or += values; of several values for one place the last one stays."""
     padded = list(indices) + [None] * (rank(x) - len(indices))
     places = [k for k, v in enumerate(padded) if v is not None]
     tensors = [padded[k] for k in places]
@@ -40,11 +42,17 @@ def index_put(
     rest = [k for k in range(rank(x)) if k not in places]
     order = [*places, *rest]
     turned = x if order == sorted(order) else e(R.permute_dims(x, order))
-    extents, others = shape(turned)[: len(places)], shape(turned)[len(places) :]
+    others = shape(turned)[len(places) :]
     joint = broadcast(*[list(shape(t)) for t in tensors])
     written = _values(e, values, (places, rest), (joint, others), dtype(x))
-    rows = e.compute(lambda *given: _row_numbers(given, extents, joint), *tensors, name="row_numbers")
-    flat = _scatter_rows(e, turned, rows, written, others=others, accumulate=accumulate)
+    extents = [size(s) for s in shape(turned)[: len(places)]]
+    rows = e.compute(
+        lambda *given: _row_numbers(given[: len(tensors)], given[len(tensors) :]),
+        *tensors,
+        *extents,
+        name="row_numbers",
+    )
+    flat = _scatter_rows(e, turned, rows, written, rest=len(others), accumulate=accumulate)
     if turned is x:
         return flat
     return e(R.permute_dims(flat, [order.index(k) for k in range(rank(x))]))
@@ -66,7 +74,9 @@ def _values(
     return e(R.permute_dims(whole, [*inner, *range(lead), *range(lead + len(joint), len(sizes))]))
 
 
-def _row_numbers(given: tuple[Expression, ...], extents: list[Any], joint: list[Any]) -> Expression:
+def _row_numbers(given: Sequence[Expression], extents: Sequence[Expression]) -> Expression:
+    joint = broadcast(*[list(t.shape) for t in given])
+
     def row(*at: Expression) -> Expression:
         number = tirx.const(0, "int64")
         for index, extent in zip(given, extents, strict=True):
@@ -90,20 +100,19 @@ def _static(values: Expression) -> list[int]:
     return [int(s) if isinstance(s, tirx.IntImm) else 0 for s in shape(values)]
 
 
-def scatter(accumulate: bool) -> Rule:
-    """X with, along a dim, a value (or the elements of a tensor) written or added where an index says."""
+def scatter(*, accumulate: bool) -> Rule:
+    """A tensor with, along a dim, a value (or the elements of a tensor) written or added where an index says."""
 
     def rule(e: Emitter, x: Expression, dim: int, index: Expression, source: Any) -> Expression:
         if not rank(x):
             x, index = e(R.reshape(x, [1])), e(R.reshape(index, [1]))
-        d, extents = axis(x, dim), shape(x)
+        d = axis(x, dim)
         values = source if is_tensor(source) else e(R.full_like(e.cast(index, dtype(x)), e.scalar(source, dtype(x))))
-        if is_tensor(source):
-            cuts = [k for k in range(rank(index)) if not _alike(shape(values)[k], shape(index)[k])]
-            for k in cuts:  # values may be more than indices
+        for k in range(rank(index)):
+            if not structural_equal(shape(values)[k], shape(index)[k]):  # more values than indices
                 values = e.cut(values, k, 0, shape(index)[k])
 
-        def body(where: Expression) -> Expression:
+        def body(where: Expression, *extents: Expression) -> Expression:
             def element(*at: Expression) -> Expression:
                 number = tirx.const(0, "int64")
                 for k, extent in enumerate(extents):
@@ -113,23 +122,20 @@ def scatter(accumulate: bool) -> Rule:
 
             return te.compute(where.shape, element)
 
-        rows = e.compute(body, index, name="row_numbers")
-        return _scatter_rows(e, x, rows, e.cast(values, dtype(x)), others=[], accumulate=accumulate)
+        rows = e.compute(body, index, *[size(s) for s in shape(x)], name="row_numbers")
+        return _scatter_rows(e, x, rows, e.cast(values, dtype(x)), rest=0, accumulate=accumulate)
 
     return rule
 
 
-def _alike(a: Any, b: Any) -> bool:
-    return bool(tirx.analysis.expr_deep_equal(a, b)) if hasattr(tirx.analysis, "expr_deep_equal") else a is b
-
-
 def _scatter_rows(
-    e: Emitter, x: Expression, rows: Expression, values: Expression, *, others: list[Any], accumulate: bool
+    e: Emitter, x: Expression, rows: Expression, values: Expression, *, rest: int, accumulate: bool
 ) -> Expression:
-    """X with rows of its last dims, `others`, written or added one after another where `rows` says."""
-    width = math.prod(others) if others else 1
+    """A tensor with rows of its last `rest` dims written or added one after another where `rows` says."""
 
     def body(data: Expression, where: Expression, written: Expression) -> Expression:
+        width = math.prod(data.shape[len(data.shape) - rest :])
+
         def generate(ins: list[Any], outs: list[Any]) -> Any:
             source, places, given, out = (T.buffer_proxy(b) for b in (*ins, *outs))
             with IRBuilder() as builder, T.seq_scope():
@@ -147,6 +153,6 @@ def _scatter_rows(
 
 
 RULES: dict[str, Rule] = {
-    "index_put": index_put, "scatter.src": scatter(False), "scatter.value": scatter(False),
-    "scatter_add": scatter(True),
+    "index_put": index_put, "scatter.src": scatter(accumulate=False), "scatter.value": scatter(accumulate=False),
+    "scatter_add": scatter(accumulate=True),
 }  # fmt: skip
