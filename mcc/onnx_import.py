@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mcc.errors import CaptureError
 from mcc.onnx_nodes import attributes_of
 from mcc.onnx_ops import BUFFER_INPUTS, ONNX_OPS, STATIC_INPUTS, Sizes, as_tensor
+from mcc.onnx_places import PLACES
 from mcc.onnx_quantizers import as_bytes, spell_out
 from mcc.onnx_recurrent import with_torch_weights
 
@@ -82,7 +83,9 @@ class OnnxModule(nn.Module):
         arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
         arrays |= {n.output[0]: _constant_value(n) for n in graph.node if n.op_type == "Constant"}
         nodes = with_torch_weights(spell_out(graph.node, arrays), arrays)
-        unknown = sorted({n.op_type for n in nodes} - set(ONNX_OPS) - {"Constant"})
+        # other domains have operators of these names that are something else
+        foreign = {f"{n.domain}.{n.op_type}" for n in nodes if n.domain not in ("", "ai.onnx") and n.op_type in PLACES}
+        unknown = sorted(({n.op_type for n in nodes} - set(ONNX_OPS) - {"Constant"}) | foreign)
         if unknown:
             raise CaptureError(
                 f"ONNX operators that are not supported: {', '.join(unknown)}",

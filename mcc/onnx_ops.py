@@ -1,7 +1,7 @@
 """ONNX operators as PyTorch calls: ONNX_OPS maps an operator's name to a function of its attributes and inputs.
 
 Shapes stay Python integers: a small integer vector is a `Sizes`, so that arithmetic on shapes never becomes tensor ops
-and exported graphs keep symbolic dims. Operators follow https://onnx.ai/onnx/operators/ (opset 13 to 20).
+and exported graphs keep symbolic dims. Operators follow https://onnx.ai/onnx/operators/ (opset 13 to 24).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mcc import formats  # noqa: F401 (registers the ops)
 from mcc.errors import CaptureError
+from mcc.onnx_places import PLACES
 from mcc.onnx_quantizers import CODES
 from mcc.onnx_recurrent import gru, lstm
 
@@ -381,13 +382,48 @@ def _layer_norm(attributes: Attributes, x: Tensor, weight: Tensor, bias: Tensor 
     return F.layer_norm(x, dims, weight, bias, attributes.get("epsilon", 1e-5))
 
 
+def _product(x: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:  # noqa: FBT001 (a reduction's arguments)
+    for dim in sorted((d % x.dim() for d in dims), reverse=True):
+        x = x.prod(dim, keepdim)
+    return x
+
+
+def _is_infinite(attributes: Attributes, x: Tensor) -> Tensor:
+    signs = [
+        s for s, name in ((math.inf, "detect_positive"), (-math.inf, "detect_negative")) if attributes.get(name, 1)
+    ]
+    return torch.isinf(x) if len(signs) != 1 else x == signs[0]
+
+
+def _shrink(attributes: Attributes, x: Tensor) -> Tensor:
+    bias, edge = attributes.get("bias", 0.0), attributes.get("lambd", 0.5)
+    return torch.where(x < -edge, x + bias, torch.where(x > edge, x - bias, 0.0))
+
+
+def _normalized(attributes: Attributes, x: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x, attributes.get("p", 2), attributes.get("axis", -1), keepdim=True)
+    return x / torch.where(norm == 0, 1.0, norm)
+
+
+def _local_response_norm(attributes: Attributes, x: Tensor) -> Tensor:
+    size = attributes["size"]
+    if size % 2 == 0:
+        raise _refuse("LRN over an even number of channels")
+    return F.local_response_norm(
+        x, size, attributes.get("alpha", 1e-4), attributes.get("beta", 0.75), attributes.get("bias", 1.0)
+    )
+
+
 _POINTWISE: dict[str, Operator] = {
     "Abs": torch.abs, "Ceil": torch.ceil, "Cos": torch.cos, "Erf": torch.erf, "Exp": torch.exp, "Floor": torch.floor,
     "IsNaN": torch.isnan, "Log": torch.log, "Neg": torch.neg, "Not": torch.logical_not, "Reciprocal": torch.reciprocal,
     "Relu": torch.relu, "Round": torch.round, "Sigmoid": torch.sigmoid, "Sign": torch.sign, "Sin": torch.sin,
     "Softplus": F.softplus, "Sqrt": torch.sqrt, "Tanh": torch.tanh, "HardSwish": F.hardswish, "Mish": F.mish,
-    "And": torch.logical_and, "Or": torch.logical_or, "Equal": torch.eq, "Greater": torch.gt,
-    "GreaterOrEqual": torch.ge,
+    "Tan": torch.tan, "Asin": torch.asin, "Acos": torch.acos, "Atan": torch.atan, "Sinh": torch.sinh,
+    "Cosh": torch.cosh, "Asinh": torch.asinh, "Acosh": torch.acosh, "Atanh": torch.atanh,
+    "BitwiseAnd": torch.bitwise_and, "BitwiseOr": torch.bitwise_or, "BitwiseXor": torch.bitwise_xor,
+    "BitwiseNot": torch.bitwise_not, "And": torch.logical_and, "Or": torch.logical_or, "Equal": torch.eq,
+    "Greater": torch.gt, "GreaterOrEqual": torch.ge,
     "Less": torch.lt, "LessOrEqual": torch.le, "MatMul": torch.matmul, "Where": torch.where,
     "PRelu": lambda x, slope: torch.where(x < 0, x * slope, x), "Pow": lambda x, y: torch.pow(x, y).to(x.dtype),
 }  # fmt: skip
@@ -437,13 +473,16 @@ ONNX_OPS: dict[str, Operator] = {
     "ThresholdedRelu": lambda a, x: torch.where(x > a.get("alpha", 1.0), x, 0.0),
     "Xor": lambda a, x, y: torch.ne(x, y), "ArgMin": lambda a, x: torch.argmax(-x, a.get("axis", 0),
     bool(a.get("keepdims", 1))),
+    "ReduceProd": _reduction(_product), "ReduceLogSumExp": _reduction(torch.logsumexp), "IsInf": _is_infinite,
+    "BitShift": lambda a, x, n: x << n if a["direction"] == b"LEFT" else x >> n, "Shrink": _shrink,
+    "LpNormalization": _normalized, "LRN": _local_response_norm, **PLACES,
     "RMSNormalization": lambda a, x, w: F.rms_norm(x, x.shape[a.get("axis", -1) :], w, a.get("epsilon", 1e-5)),
     "Swish": lambda a, x: F.silu(x) if a.get("alpha", 1.0) == 1 else x * torch.sigmoid(a["alpha"] * x),
 }  # fmt: skip
 
 STATIC_INPUTS: dict[str, tuple[int, ...]] = {
     "Resize": (1, 2, 3), "Pad": (1, 2, 3), "Clip": (1, 2), "Range": (0, 1, 2), "CumSum": (1,), "Trilu": (1,),
-    "TopK": (1,),
+    "TopK": (1,), "OneHot": (1,),
     "Dropout": (1, 2),
 }  # fmt: skip
 """Inputs that must be Python numbers while the graph is traced."""

@@ -17,6 +17,7 @@ def make_model(
     inputs: dict[str, tuple[str, list[int | str]]],
     outputs: Sequence[str],
     weights: dict[str, np.ndarray] | None = None,
+    opset: int = 20,
 ) -> ModelProto:
     """A model of these nodes; inputs by name as (dtype, shape)."""
     graph = helper.make_graph(
@@ -25,7 +26,9 @@ def make_model(
         [numpy_helper.from_array(a, n) for n, a in (weights or {}).items()],
     )  # fmt: skip
     model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)], ir_version=10
+        graph,
+        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)],
+        ir_version=10 if opset < 23 else 11,
     )
     return shape_inference.infer_shapes(model)
 

@@ -27,6 +27,13 @@ def i(*values):
     return np.array(values, np.int64)
 
 
+# a position for each token of every row
+TOKENS = [
+    N("Shape", ["x"], ["dims"]), N("Slice", ["dims", "zero", "one"], ["n"]), N("Concat", ["n", "six"], ["t"], axis=0),
+    N("Expand", ["places", "t"], ["p"]),
+]  # fmt: skip
+POSITIONS = {"zero": i(0), "one": i(1), "six": i(6), "places": np.array([[1, 3, 0, 8, 2, 5]], np.int64)}
+
 OPERATORS = {
     "Conv": ([N("Conv", ["x", "w", "b"], ["y"], pads=[1, 0, 2, 1], strides=[2, 1])], {"w": f(5, 4, 3, 3), "b": f(5)}),
     "Conv same": ([N("Conv", ["x", "w"], ["y"], auto_pad="SAME_UPPER", strides=[2, 2], group=2)], {"w": f(6, 2, 3, 3)}),
@@ -71,6 +78,25 @@ OPERATORS = {
     "Selu of its own numbers": ([N("Selu", ["x"], ["y"], alpha=1.5, gamma=2.0)], {}),
     "ThresholdedRelu": ([N("ThresholdedRelu", ["x"], ["y"], alpha=0.3)], {}),
     "ArgMin": ([N("ArgMin", ["x"], ["y"], axis=2, keepdims=0)], {}),
+    "Tan to Acos": ([N("Tanh", ["x"], ["t"]), N("Tan", ["t"], ["a"]), N("Asin", ["t"], ["b"]), N("Acos", ["t"], ["c"]), N("Sum", ["a", "b", "c"], ["y"])], {}),
+    "Atan to Atanh": ([N("Tanh", ["x"], ["t"]), N("Atan", ["x"], ["a"]), N("Sinh", ["t"], ["b"]), N("Cosh", ["t"], ["c"]), N("Asinh", ["x"], ["d"]), N("Acosh", ["c"], ["e"]), N("Atanh", ["t"], ["g"]), N("Sum", ["a", "b", "c", "d", "e", "g"], ["y"])], {}),
+    "GatherND": ([N("GatherND", ["x", "i"], ["y"])], {"i": np.array([[0, 1], [0, -1]], np.int64)}),
+    "GatherND of every image": ([N("Shape", ["x"], ["s"]), N("Slice", ["s", "zero", "one"], ["n"]), N("Concat", ["n", "two"], ["t"], axis=0), N("Expand", ["i", "t"], ["j"]), N("GatherND", ["x", "j"], ["y"], batch_dims=1)], {"i": i(3, 1).reshape(1, 2), "zero": i(0), "one": i(1), "two": i(2)}),
+    "ScatterND": ([N("ScatterND", ["x", "i", "u"], ["y"])], {"i": np.array([[0, 1], [0, -1]], np.int64), "u": f(2, 6, 6)}),
+    "ScatterND that adds": ([N("ScatterND", ["x", "i", "u"], ["y"], reduction="add")], {"i": np.array([[0, 1], [0, 1]], np.int64), "u": f(2, 6, 6)}),
+    "ScatterElements": ([N("ScatterElements", ["x", "i", "u"], ["y"], axis=2)], {"i": np.array([[[[4, -1, 0]]]], np.int64), "u": f(1, 1, 1, 3)}),
+    "OneHot": ([N("ArgMax", ["x"], ["a"], axis=1, keepdims=0), N("OneHot", ["a", "d", "v"], ["y"], axis=1)], {"d": np.array(4, np.int64), "v": f(2)}),
+    "GridSample": ([N("Slice", ["x", "s", "e", "a"], ["g"]), N("Transpose", ["g"], ["h"], perm=[0, 2, 3, 1]), N("GridSample", ["x", "h"], ["y"], padding_mode="border")], {"s": i(1), "e": i(3), "a": i(1)}),
+    "Hardmax": ([N("Hardmax", ["x"], ["y"], axis=1)], {}),
+    "ReduceProd": ([N("ReduceProd", ["x", "a"], ["y"])], {"a": i(1, 3)}),
+    "ReduceLogSumExp": ([N("ReduceLogSumExp", ["x", "a"], ["y"], keepdims=0)], {"a": i(-1)}),
+    "Shrink and LpNormalization": ([N("Shrink", ["x"], ["s"], lambd=0.3, bias=0.1), N("LpNormalization", ["s"], ["y"], axis=1, p=1)], {}),
+    "LRN": ([N("LRN", ["x"], ["y"], size=3, alpha=0.1)], {}),
+    "IsInf": ([N("Div", ["x", "z"], ["d"]), N("IsInf", ["d"], ["y"], detect_negative=0)], {"z": np.zeros(6, np.float32)}),
+    "Attention": ([N("Attention", ["x", "x", "x"], ["y"], is_causal=1)], {}),
+    "Attention with a mask and shared heads": ([N("Slice", ["x", "s", "e", "c"], ["k"]), N("Attention", ["x", "k", "k", "m"], ["y"], scale=0.3)], {"m": f(6, 6), "s": i(0), "e": i(2), "c": i(1)}),
+    "RotaryEmbedding": ([*TOKENS, N("RotaryEmbedding", ["x", "c", "s", "p"], ["y"])], {"c": f(9, 3), "s": f(9, 3), **POSITIONS}),
+    "RotaryEmbedding of neighbours": ([*TOKENS, N("RotaryEmbedding", ["x", "c", "s", "p"], ["y"], interleaved=1, rotary_embedding_dim=4)], {"c": f(9, 2), "s": f(9, 2), **POSITIONS}),
     "Tile, Flatten, LeakyRelu": ([N("Tile", ["x", "r"], ["t"]), N("Flatten", ["t"], ["l"]), N("LeakyRelu", ["l"], ["y"], alpha=0.2)], {"r": i(1, 2, 1, 1)}),
 }  # fmt: skip
 
@@ -78,7 +104,8 @@ OPERATORS = {
 @pytest.mark.parametrize("name", OPERATORS)
 def test_an_operator_equals_onnx_runtime_at_another_batch(name):
     nodes, weights = OPERATORS[name]
-    proto = make_model(nodes, X, ["y"], weights)
+    newest = any(n.op_type in ("Attention", "RotaryEmbedding") for n in nodes)
+    proto = make_model(nodes, X, ["y"], weights, 23 if newest else 20)
     session = onnxruntime.InferenceSession(proto.SerializeToString())
     artifact = mcc.compile(proto, measure="never", tuning="model")
     for batch in (1, 3):
@@ -172,6 +199,12 @@ def test_float_initializers_are_parameters_and_statistics_are_not():
 def test_unknown_operators_are_refused_by_name():
     with pytest.raises(CaptureError, match="ONNX operators that are not supported: Det, NonZero"):
         import_onnx(make_model([N("NonZero", ["x"], ["a"]), N("Det", ["x"], ["y"])], X, ["y"]))
+
+
+def test_an_operator_of_another_domain_is_not_taken_for_onnxs():
+    node = N("Attention", ["x", "w", "b"], ["y"], domain="com.microsoft", num_heads=2)
+    with pytest.raises(CaptureError, match=r"com\.microsoft\.Attention"):
+        import_onnx(make_model([node], X, ["y"], {"w": f(6, 18), "b": f(18)}))
 
 
 def test_an_unsupported_form_of_an_operator_is_refused():
