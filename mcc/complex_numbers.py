@@ -34,9 +34,7 @@ def spell_out_complex(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         write = Writer(module, node)
         if node.op == "get_attr" and _is_complex(node):
-            stored: Tensor = operator.attrgetter(str(node.target))(module)
-            value = torch.view_as_real(stored.detach())
-            parts[node] = tuple(write.constant(value[..., i].contiguous()) for i in range(2))
+            parts[node] = _stored_parts(write, node)
         elif node.op == "call_function" and (_is_complex(node) or any(n in parts for n in node.all_input_nodes)):
             made = _written(write, node, parts)
             if made is None:
@@ -51,6 +49,16 @@ def spell_out_complex(module: fx.GraphModule) -> None:
             if node.op == "get_attr":
                 owner, _, name = str(node.target).rpartition(".")
                 delattr(module.get_submodule(owner), name)
+
+
+def _stored_parts(write: Writer, read: fx.Node) -> Pair:
+    """Reads of the parts of a stored tensor, which are trained where it is."""
+    stored: Tensor = operator.attrgetter(str(read.target))(write.module)
+    name, pairs = str(read.target).replace(".", "_"), torch.view_as_real(stored.detach())
+    parts: list[Tensor] = [pairs[..., i].clone(memory_format=torch.contiguous_format) for i in range(2)]
+    if isinstance(stored, torch.nn.Parameter):
+        parts = [torch.nn.Parameter(part, stored.requires_grad) for part in parts]
+    return write.stored(parts[0], f"{name}_real"), write.stored(parts[1], f"{name}_imaginary")
 
 
 def _is_complex(node: fx.Node) -> bool:
@@ -173,7 +181,7 @@ def _matrices(write: Writer, rows: int, columns: int, period: int, scale: float,
     places = torch.outer(torch.arange(rows), torch.arange(columns)) % period
     angles = places.double() * (2 * math.pi / period)
     kind = value.meta["val"].dtype
-    return tuple(write.constant((f(angles) * scale).to(kind)) for f in (torch.cos, torch.sin))  # type: ignore[return-value]  # two
+    return tuple(write.stored((f(angles) * scale).to(kind)) for f in (torch.cos, torch.sin))  # type: ignore[return-value]  # two
 
 
 def _along(write: Writer, value: Any, dim: int, matrix: Any) -> Any:
@@ -227,7 +235,7 @@ def _to_real(write: Writer, z: Pair, dims: Sequence[int], normalization: int, si
     twice = torch.full((half, 1), 2.0, dtype=turned[0].meta["val"].dtype)
     twice[0] = 1
     twice[-1] = 1 if size % 2 == 0 else 2
-    weighted = [write(_A.mul.Tensor, m, write.constant(twice)) for m in (cosines, sines)]
+    weighted = [write(_A.mul.Tensor, m, write.stored(twice)) for m in (cosines, sines)]
     known = [write(_A.slice.Tensor, part, last, 0, half) for part in turned]
     return write(_A.sub.Tensor, *(_along(write, part, last, m) for part, m in zip(known, weighted, strict=True)))
 

@@ -102,7 +102,7 @@ def _evaluate(module: fx.GraphModule, node: fx.Node) -> None:
     value = node.target(*node.args, **node.kwargs)  # type: ignore[operator]  # an op
     if not isinstance(value, Tensor):
         return
-    replace_call(module, node, Writer(module, node).constant(value))
+    replace_call(module, node, Writer(module, node).stored(value))
 
 
 def _inline(module: fx.GraphModule, node: fx.Node, body: fx.GraphModule) -> None:
@@ -113,7 +113,7 @@ def _inline(module: fx.GraphModule, node: fx.Node, body: fx.GraphModule) -> None
         if inner.op == "placeholder":
             made[inner] = next(operands)
         elif inner.op == "get_attr":
-            made[inner] = write.constant(getattr(body, str(inner.target)))
+            made[inner] = write.stored(getattr(body, str(inner.target)))
         elif inner.op == "output":
             replace_call(module, node, fx.node.map_arg(inner.args[0], made.__getitem__))
         else:

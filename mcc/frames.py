@@ -149,7 +149,7 @@ def smooth_resize(op: Any) -> Callable[..., Any]:
             size = None if sizes is None else [sizes[place], extent]
             factor = None if factors is None else [factors[place], 1.0]
             matrix = op(unit, size, align_corners, factor)[0, 0].to(source.meta["val"].dtype)
-            stored = call.constant(matrix.T.contiguous() if turned else matrix)
+            stored = call.stored(matrix.T.contiguous() if turned else matrix)
             found = call(_A.matmul.default, *((found, stored) if turned else (stored, found)))
         return found
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor
+from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
@@ -39,10 +40,13 @@ class Writer:
             made.meta["val"] = target(*values[0], **values[1])
         return made
 
-    def constant(self, value: Tensor) -> fx.Node:
-        """A read of a constant, stored under a name of its own."""
-        name = next(name for i in count() if not hasattr(self.module, name := f"_constant_{i}"))
-        self.module.register_buffer(name, value, persistent=False)
+    def stored(self, value: Tensor, name: str = "constant") -> fx.Node:
+        """A read of a tensor that is stored under this name, or one like it; a parameter stays one."""
+        name = next(n for i in count() if not hasattr(self.module, n := f"{name}_{i}" if i else name))
+        if isinstance(value, Parameter):
+            self.module.register_parameter(name, value)
+        else:
+            self.module.register_buffer(name, value, persistent=False)
         with self.module.graph.inserting_before(self.before):
             made = self.module.graph.get_attr(name)
         made.meta = self._origin() | {"val": self.fake_mode.from_tensor(value, static_shapes=True)}

@@ -25,10 +25,33 @@ settings.load_profile("mcc")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores: more threads than those wait for each other
 GOLDEN = Path(__file__).parent / "golden"
+# tests that take longer, as last measured, are left out where one waits for them: by -m "not slow"
+SLOW, LONGEST = Path(__file__).parent / "slow.txt", 0.7  # seconds, on a machine with nothing else to do
+measured: dict[str, float] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden")
+    parser.addoption("--update-slow", action="store_true", help="rewrite tests/slow.txt by what this run takes")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    listed = set(SLOW.read_text().splitlines())
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call":
+        measured[report.nodeid] = report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--update-slow") and "PYTEST_XDIST_WORKER" not in os.environ:
+        kept = set(SLOW.read_text().splitlines()) - set(measured)
+        longer = {name for name, seconds in measured.items() if seconds > LONGEST}
+        SLOW.write_text("".join(f"{name}\n" for name in sorted(kept | longer)))
 
 
 @pytest.fixture(autouse=True)

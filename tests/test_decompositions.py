@@ -204,6 +204,27 @@ def test_a_stored_complex_table_is_two_real_ones():
     torch.testing.assert_close(graph(x), model(x))
 
 
+class Filter(nn.Module):
+    """A filter that is learned in frequencies, as in GFNet and Fourier neural operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8, 5, dtype=torch.complex64))
+
+    def forward(self, x):
+        return torch.fft.irfft2(torch.fft.rfft2(x, norm="ortho") * self.weight, s=(8, 8), norm="ortho")
+
+
+def test_a_complex_parameter_is_trained_as_two_real_ones():
+    model, x = Filter(), torch.randn(2, 3, 8, 8)
+    graph = capture(model, (x,))
+    assert [name for name, _ in graph.named_parameters()] == ["weight_real", "weight_imaginary"]
+    graph(x).square().sum().backward()
+    model(x).square().sum().backward()
+    found = torch.complex(*(graph.tensor(f"weight_{part}").grad for part in ("real", "imaginary")))
+    torch.testing.assert_close(found, model.weight.grad, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("function", [
     lambda x: x.nonzero(), lambda x: torch.linalg.inv(x @ x.T), lambda x: F.max_pool2d(x[None], 2, return_indices=True),
     lambda x: torch.rand(3) + x[0, :3],
