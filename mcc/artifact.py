@@ -38,6 +38,8 @@ _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+PLACED = frozenset(_DTYPES.values())
+"""Element types that an activation in a workspace may have: those that numpy has."""
 _DTYPE_NAMES = {numpy_name: name for name, numpy_name in _DTYPES.items()}
 
 
@@ -348,12 +350,29 @@ def _read_members(mapped: mmap.mmap) -> dict[str, memoryview]:
     return {member: view[p.start : p.stop] for member, p in payloads.items()}
 
 
+def _read_workspace(data: Any) -> Workspace:
+    """A workspace whose places lie inside it.
+
+    Raises:
+        ValueError: one does not.
+    """
+    size, places = data["size"], tuple(Place(p["offset"], tuple(p["shape"]), p["dtype"]) for p in data["places"])
+    for place in places:
+        numbers = (size, place.offset, *place.shape)
+        if place.dtype not in PLACED or not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError(f"an activation cannot be {place.dtype} {list(place.shape)} at {place.offset}")
+        end = place.offset + math.prod(place.shape) * np.dtype(place.dtype).itemsize
+        if place.offset % ALIGNMENT or end > size:
+            raise ValueError(f"an activation from {place.offset} to {end} does not lie in a workspace of {size} bytes")
+    return Workspace(size, places)
+
+
 def _read_contents(name: str, members: dict[str, memoryview]) -> Contents:
     data = json.loads(bytes(members[MANIFEST]))
     version = data["format_version"]
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ArtifactError(
-            f"{name} has format version {version}, this mcc reads {FORMAT_VERSION}",
+            f"{name} has format version {version!r}, this mcc reads {FORMAT_VERSION}",
             remedy="compile it again, or install the mcc that made it",
         )
     hashes = data.pop("members")
@@ -366,10 +385,8 @@ def _read_contents(name: str, members: dict[str, memoryview]) -> Contents:
         key: tuple(TensorSpec(s["name"], tuple(s["shape"]), s["dtype"], s["alignment"]) for s in data[key])
         for key in ("inputs", "outputs")
     }
-    room = data["workspace"]
-    places = tuple(Place(p["offset"], tuple(p["shape"]), p["dtype"]) for p in room["places"])
     tuples = {key: tuple(data[key]) for key in ("features", "weights")}
-    manifest = Manifest(**{**data, **specs, **tuples, "workspace": Workspace(room["size"], places)})
+    manifest = Manifest(**{**data, **specs, **tuples, "workspace": _read_workspace(data["workspace"])})
     weights = _without_bitmaps(read_safetensors(members[WEIGHTS]))
     if not set(manifest.weights) <= set(weights):
         raise ValueError("a weight that the library takes is missing")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mcc.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -27,7 +27,7 @@ class Data:
 
     Attributes:
         calibration: input batches, each a tuple of the model's inputs (a single tensor counts as one input), or a dict
-            of them by their names, as tokenizers give.
+            of them by the names that the graph and the artifact have for them, nested ones flattened.
         train: (*inputs, labels) batches; iterated once an epoch, so a DataLoader or a list, not a generator.
         evaluate: maps a callable model to a metric, higher is better.
         loss: maps (output, labels) to a scalar; cross-entropy where it is left out.
@@ -37,6 +37,11 @@ class Data:
     train: Iterable[Batch] | None = None
     evaluate: Metric | None = None
     loss: Loss | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse one batch in the place of several."""
+        if isinstance(self.calibration, Mapping):
+            raise DataError("data.calibration is one batch", remedy="give a list of batches")
 
     def lacks(self, field: str) -> bool:
         """Whether `field`, one of DATA_FIELDS, was not given."""
@@ -63,13 +68,19 @@ def in_order(batch: Inputs, names: Sequence[str]) -> tuple[Tensor, ...]:
     """The inputs of a batch, by place or by name, as a tuple in the order of `names`.
 
     Raises:
-        DataError: the batch has other names.
+        DataError: the batch has other names, or is no batch.
     """
     if isinstance(batch, Mapping):
         if set(batch) != set(names):
             raise DataError(
-                f"a calibration batch has inputs {', '.join(batch)}, and the model's are {', '.join(names)}",
+                f"a calibration batch has inputs {', '.join(map(str, batch))}, and the model's are {', '.join(names)}",
                 remedy="give each batch the inputs that the model was captured with, by those names",
             )
         return tuple(batch[name] for name in names)
-    return batch if isinstance(batch, tuple | list) else (batch,)
+    if hasattr(batch, "shape"):
+        return (batch,)  # type: ignore[return-value]  # a tensor
+    if isinstance(batch, str) or not isinstance(batch, Iterable):
+        raise DataError(
+            f"a calibration batch is {batch!r}", remedy="give batches as tuples of the model's inputs, or by name"
+        )
+    return tuple(batch)

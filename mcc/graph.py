@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import keyword
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -265,9 +266,11 @@ class Graph:
         return Signature(inputs, tuple(leaves), _plain_tree(tree))
 
     def rename_inputs(self, names: Sequence[str]) -> None:
-        """Give the inputs, in order, other names; those that are no identifiers stay as they are."""
-        for node, name in zip(self.inputs, names, strict=True):
-            if name.isidentifier():
+        """Give the inputs, in order, other names; where those are no identifiers, or taken, they stay as they are."""
+        usable = [name.isidentifier() and not keyword.iskeyword(name) for name in names]
+        kept = {node.name for node, renamed in zip(self.inputs, usable, strict=True) if not renamed}
+        for node, name, renamed in zip(self.inputs, names, usable, strict=True):
+            if renamed and name not in kept:
                 node.rename(name)
                 node.fx.target = name
         self.module.recompile()

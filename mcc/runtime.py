@@ -324,7 +324,14 @@ class Artifact:
         return self._structured(result, foreign)
 
     def _new_workspace(self) -> Any:
-        return self._ffi.Array([self._ffi.from_dlpack(a) for a in workspace_arrays(self._contents.manifest.workspace)])
+        workspace = self._contents.manifest.workspace
+        try:
+            return self._ffi.Array([self._ffi.from_dlpack(array) for array in workspace_arrays(workspace)])
+        except MemoryError as error:
+            raise ArtifactError(
+                f"there is no memory for the {workspace.size:,} bytes of its activations",
+                remedy="free some, compile for smaller inputs, or call it from fewer threads at once",
+            ) from error
 
     def _structured(self, result: Any, foreign: Callable[[Any], Any] | None) -> Any:
         values = [result[i] for i in range(len(self.outputs))] if len(self.outputs) != 1 else [result]

@@ -391,5 +391,5 @@ def _misfit(count: int, batch: Inputs, error: Exception) -> DataError:
     what = (str(error) or "an input lacks").splitlines()[0]
     return DataError(
         f"calibration batch {count} with inputs {shapes} does not fit the graph: {what}",
-        remedy="give each batch as a tuple of the model's inputs",
+        remedy="give each batch as a tuple of the model's inputs, or as a dict of them by name",
     )

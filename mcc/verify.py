@@ -259,8 +259,8 @@ def _perturbed(graph: Graph, by: float = PERTURBATION) -> Graph:
     generator = torch.Generator().manual_seed(0)
     changed = graph.copy()
     kept = (e.quantizer.operand(1) for n in changed.nodes if (e := weight_expression(n)) and e.quantizer)
-    scales = {id(scale.tensor): scale.tensor for scale in kept if scale is not None and scale.fx.op == "get_attr"}
-    for parameter in (*(p for _, p in changed.named_parameters()), *scales.values()):
+    scales = [scale.tensor for scale in kept if scale is not None and scale.fx.op == "get_attr"]
+    for parameter in {id(t): t for t in (*(p for _, p in changed.named_parameters()), *scales)}.values():
         if parameter.is_floating_point():
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter.data = parameter.data * (1 + by * noise)

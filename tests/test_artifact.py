@@ -18,7 +18,9 @@ from mcc.artifact import (
     FORMAT_VERSION,
     Contents,
     Manifest,
+    Place,
     TensorSpec,
+    Workspace,
     read_artifact,
     read_safetensors,
     stored_bytes,
@@ -201,3 +203,14 @@ def test_safetensors_that_lie_about_their_extent_are_refused(header):
     text = json.dumps(header).encode()
     with pytest.raises((ValueError, KeyError)):
         read_safetensors(memoryview(len(text).to_bytes(8, "little") + text + bytes(8)))
+
+
+@pytest.mark.parametrize("place", [
+    Place(-64, (4,), "float32"), Place(4, (4,), "float32"), Place(0, (-1, -4), "float32"), Place(64, (40,), "float32"),
+    Place(0, (4,), "object"), Place(1 << 40, (4,), "float32"), Place(0, (4.0,), "float32"),
+])  # fmt: skip
+def test_an_activation_outside_its_workspace_is_refused(tmp_path, place):
+    path = tmp_path / "outside.mcc"
+    write_artifact(path, contents(workspace=Workspace(128, (place,))))
+    with pytest.raises(ArtifactError, match="damaged or not an mcc artifact: an activation"):
+        read_artifact(path)

@@ -189,6 +189,15 @@ def test_two_inputs_of_which_one_is_integer():
     np.testing.assert_allclose(mcc.compile(proto, measure="never", tuning="model")(ids=ids, x=x), expected)
 
 
+def test_names_that_are_taken_or_no_identifiers_are_left():
+    nodes = [N("Sub", ["x.1", "inputs_0"], ["a"]), N("Mul", ["a", "lambda"], ["y"])]
+    proto = make_model(nodes, {name: ("float32", [3]) for name in ("x.1", "inputs_0", "lambda")}, ["y"])
+    artifact = mcc.compile(proto, measure="never", tuning="model")
+    assert [spec.name for spec in artifact.inputs] == ["inputs_0", "inputs_1", "inputs_2"]
+    a, b, c = f(3), f(3), f(3)
+    np.testing.assert_allclose(artifact(a, b, c), (a - b) * c, rtol=1e-6)
+
+
 def test_float_initializers_are_parameters_and_statistics_are_not():
     nodes, weights = OPERATORS["BatchNormalization"]
     module, _, _ = import_onnx(make_model(nodes, X, ["y"], weights))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import tvm
 from tvm import relax, tirx
 
-from mcc.artifact import ALIGNMENT, Place, Workspace
+from mcc.artifact import ALIGNMENT, PLACED, Place, Workspace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,8 +29,8 @@ class MemoryPlan:
     """What activations of fixed size take.
 
     Attributes:
-        workspace: where those lie that no caller gets.
-        returned: bytes of those that a caller gets, or that are views of such.
+        workspace: where those lie that no caller may get.
+        returned: bytes of those whose views a caller may get; what is returned itself is allocated by the call.
         alive: bytes of those that are alive at once, at most: what no plan can do without.
     """
 
@@ -91,7 +91,7 @@ def plan_memory(module: tvm.IRModule) -> tuple[tvm.IRModule, MemoryPlan]:
 
 
 def _tensors(bindings: Sequence[Any], result: Any) -> list[_Tensor]:
-    """The activations of fixed size; those that a caller may get are alive until behind the last binding."""
+    """The activations of fixed size and of types that numpy has; those whose views a caller may get live to the end."""
     found: dict[Any, _Tensor] = {}
     held: dict[Any, set[Any]] = {}  # the activations that a variable may be
     for at, binding in enumerate(bindings):
@@ -100,7 +100,7 @@ def _tensors(bindings: Sequence[Any], result: Any) -> list[_Tensor]:
             continue
         if _is_call(value, _TENSOR):
             shape, dtype = _fixed(value.args[2]), str(value.args[3].value)
-            if shape is not None:
+            if shape is not None and dtype in PLACED:
                 size = math.prod(shape) * int(tvm.DataType(dtype).itemsize)
                 found[binding.var] = _Tensor(binding.var, shape, dtype, size, at, at)
                 held[binding.var] = {binding.var}

@@ -308,6 +308,10 @@ def test_calibration_batches_may_name_their_inputs():
     assert torch.equal(by_place(x, less), by_name(x, less))
     with pytest.raises(DataError, match="batch has inputs less, x, labels, and the model's are x, less"):
         pipeline[2].run(graph, (x, less))
+    with pytest.raises(DataError, match="is one batch\n  remedy  give a list"):
+        Data(calibration={"x": x, "less": less})
+    with pytest.raises(DataError, match="a calibration batch is 7"):
+        Pipeline((Quantize(),), parse_target("cpu:avx512vnni"), Data(calibration=[7])).run(graph, (x, less))
 
 
 def test_calibration_data_that_does_not_fit_is_refused():

@@ -142,3 +142,11 @@ def test_nothing_alive_lies_on_something_alive(count):
 def test_of_sizes_that_vary_nothing_is_planned():
     artifact = compiled(Net(dense), torch.randn(5, 16), dynamic_shapes=({0: "batch"},))
     assert not [n for p in artifact.report.passes for n in p.notes if n.startswith("activations between kernels")]
+
+
+def test_types_that_numpy_lacks_stay_outside():
+    class Rounded(nn.Module):
+        def forward(self, x):
+            return (x > 0).bfloat16().cumsum(1).amax(1).float() * 2
+
+    compiled(Rounded(), torch.randn(4, 8))
