@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from mcc.composites import size_of_both
+from mcc.errors import CaptureError
+from mcc.graph import source_line
 from mcc.writing import Writer, replace_call
 
 if TYPE_CHECKING:
@@ -25,20 +28,25 @@ Pair = tuple[Any, Any]
 
 
 def spell_out_complex(module: fx.GraphModule) -> None:
-    """Replace what computes with complex tensors; what is not known of here stays, for the op table to name.
+    """Replace what computes with complex tensors.
 
     Args:
         module: an exported module of functional calls with fake values; edited.
+
+    Raises:
+        CaptureError: an input is complex, or there is no rule for an op of complex numbers.
     """
     parts: dict[fx.Node, Any] = {}
     for node in list(module.graph.nodes):
         write = Writer(module, node)
         if node.op == "get_attr" and _is_complex(node):
             parts[node] = _stored_parts(write, node)
+        elif node.op == "placeholder" and _is_complex(node):
+            raise CaptureError(
+                f"input {node.name} is complex", remedy="take its parts as real tensors: torch.view_as_real"
+            )
         elif node.op == "call_function" and (_is_complex(node) or any(n in parts for n in node.all_input_nodes)):
             made = _written(write, node, parts)
-            if made is None:
-                continue
             if _is_complex(node):
                 parts[node] = made
             else:
@@ -67,84 +75,111 @@ def _is_complex(node: fx.Node) -> bool:
 
 
 def _written(write: Writer, node: fx.Node, parts: dict[fx.Node, Any]) -> Any:
-    """What a call gives: two parts where that is complex, a node where it is real; None where it is not known."""
+    """What a call gives: two parts where that is complex, a node where it is real.
+
+    Raises:
+        CaptureError: there is no rule for it.
+    """
 
     def operand(value: Any) -> Any:
         return parts.get(value, value) if isinstance(value, fx.Node) else value
 
-    rule = _RULES.get(node.target)
+    rule, made = _RULES.get(node.target), None
     if rule is not None:
-        return rule(write, *(operand(a) for a in node.args), **{k: operand(v) for k, v in node.kwargs.items()})
-    if node.target in _PARTWISE:
-        return tuple(write(node.target, *_parts_of(write, node.args, parts, i), **node.kwargs) for i in range(2))
-    return None
+        made = rule(write, *(operand(a) for a in node.args), **{k: operand(v) for k, v in node.kwargs.items()})
+    elif node.target in _PARTWISE and "dtype" not in node.kwargs:
+        made = tuple(write(node.target, *_parts_of(write, node, parts, i), **node.kwargs) for i in range(2))
+    if made is None:
+        raise CaptureError(
+            f"there is no rule for {node.target} of complex numbers", node=f"%{node.name} {source_line(node)}",
+            remedy="write that part with real tensors, or keep it outside the compiled model",
+        )  # fmt: skip
+    return _of_result(write, made, node.meta["val"]) if _is_complex(node) else made
 
 
-def _parts_of(write: Writer, arguments: Any, parts: dict[fx.Node, Any], which: int) -> Any:
-    """Arguments with one part of each complex value; a real one beside them has no imaginary part."""
+def _of_result(write: Writer, pair: Pair, value: Tensor) -> Pair:
+    """Both parts as nodes, with the element type and the shape that the result has."""
+    known = next(p for p in pair if isinstance(p, fx.Node))
+    parts = []
+    for given in pair:
+        part = given
+        if not isinstance(part, fx.Node):
+            part = write(_A.full_like.default, known, float(given or 0), dtype=value.dtype.to_real())
+        if part.meta["val"].dtype is not value.dtype.to_real():
+            part = write(_A.to.dtype, part, value.dtype.to_real())
+        parts.append(part)
+    for i, other in ((0, 1), (1, 0)):
+        if parts[i].meta["val"].dim() < value.dim() or parts[i].meta["val"].shape != value.shape:
+            zero = write(_A.zeros_like.default, parts[other])
+            parts[i] = write(_A.add.Tensor, parts[i], zero)
+    return parts[0], parts[1]
 
-    def part(node: fx.Node) -> Any:
-        if node in parts:
-            return parts[node][which]
-        value = node.meta["val"]
-        real = isinstance(value, Tensor) and value.is_floating_point()
-        return write(_A.zeros_like.default, node) if which and real else node
 
-    return fx.node.map_arg(arguments, part)
+def _parts_of(write: Writer, node: fx.Node, parts: dict[fx.Node, Any], which: int) -> Any:
+    """Arguments with one part of each complex value; of a real one that it is joined with nothing is imaginary."""
+    joins = node.target in (_A.cat.default, _A.stack.default)
+
+    def part(operand: fx.Node) -> Any:
+        if operand in parts:
+            return parts[operand][which]
+        return write(_A.zeros_like.default, operand) if which and joins else operand
+
+    return fx.node.map_arg(node.args, part)
 
 
 def _pair(value: Any) -> Pair:
+    """A value's parts; None where nothing is imaginary."""
     if isinstance(value, tuple):
         return value
-    return (value.real, value.imag) if isinstance(value, complex) else (value, 0)
+    return (value.real, value.imag) if isinstance(value, complex) else (value, None)
 
 
 def _product(write: Writer, a: Any, b: Any) -> Any:
-    """One product of numbers or tensors; those with nothing are nothing."""
+    """One product of numbers or tensors; what is times nothing is nothing."""
+    if a is None or b is None:
+        return None
     if isinstance(a, fx.Node) and isinstance(b, fx.Node):
         return write(_A.mul.Tensor, a, b)
     number, value = (b, a) if isinstance(a, fx.Node) else (a, b)
-    if not isinstance(value, fx.Node):
-        return number * value
-    return 0 if number == 0 else value if number == 1 else write(_A.mul.Tensor, value, number)
+    return write(_A.mul.Tensor, value, number) if isinstance(value, fx.Node) else number * value
 
 
 def _sum(write: Writer, a: Any, b: Any, sign: int = 1) -> Any:
-    if not isinstance(b, fx.Node) and b == 0:
+    if b is None:
         return a
-    if isinstance(a, fx.Node):
+    signed = b if sign > 0 else _product(write, b, -1)
+    if a is None:
+        return signed
+    if isinstance(a, fx.Node) and isinstance(b, fx.Node):
         return write(_A.add.Tensor if sign > 0 else _A.sub.Tensor, a, b)
-    return a + sign * b if not isinstance(b, fx.Node) else write(_A.add.Tensor, _product(write, b, sign), a)
-
-
-def _tensors(write: Writer, pair: Pair) -> Pair:
-    """Two parts of one shape, as nodes: a number becomes a tensor of it."""
-    real, imaginary = pair
-    like = real if isinstance(real, fx.Node) else imaginary
-    whole = (p if isinstance(p, fx.Node) else write(_A.full_like.default, like, float(p)) for p in pair)
-    real, imaginary = whole
-    shape = max((real, imaginary), key=lambda n: n.meta["val"].dim()).meta["val"].shape
-    return tuple(p if p.meta["val"].shape == shape else write(_A.expand_as.default, p, like) for p in (real, imaginary))  # type: ignore[return-value]  # two
+    node, number = (a, signed) if isinstance(a, fx.Node) else (signed, a)
+    return write(_A.add.Tensor, node, number) if isinstance(node, fx.Node) else node + number
 
 
 def _multiply(write: Writer, a: Any, b: Any) -> Pair:
     (ar, ai), (br, bi) = _pair(a), _pair(b)
     real = _sum(write, _product(write, ar, br), _product(write, ai, bi), -1)
-    return _tensors(write, (real, _sum(write, _product(write, ar, bi), _product(write, ai, br))))
+    return real, _sum(write, _product(write, ar, bi), _product(write, ai, br))
 
 
-def _divide(write: Writer, a: Any, b: Any) -> Pair | None:
-    if isinstance(b, tuple | complex):
-        br, bi = _pair(b)
-        size = _sum(write, _product(write, br, br), _product(write, bi, bi))
-        a, b = _multiply(write, a, (br, _product(write, bi, -1))), size
-    return tuple(write(_A.div.Tensor, part, b) for part in _tensors(write, _pair(a)))  # type: ignore[return-value]  # two
+def _divide(write: Writer, a: Any, b: Any) -> Pair:
+    """Times the conjugate over the square of the size, each as a part of the size, so that nothing overflows."""
+    if not isinstance(b, tuple | complex):
+        real, imaginary = _pair(a)
+        return write(_A.div.Tensor, real, b), None if imaginary is None else write(_A.div.Tensor, imaginary, b)
+    if isinstance(b, complex):
+        return _multiply(write, a, 1 / b)
+    size = _size(write, b)
+    unit = tuple(write(_A.div.Tensor, part, size) for part in b)
+    real, imaginary = _multiply(write, a, (unit[0], write(_A.neg.default, unit[1])))
+    return write(_A.div.Tensor, real, size), write(_A.div.Tensor, imaginary, size)
 
 
 def _added(sign: int) -> Callable[..., Pair]:
-    def rule(write: Writer, a: Any, b: Any) -> Pair:
+    def rule(write: Writer, a: Any, b: Any, alpha: float = 1) -> Pair:
         (ar, ai), (br, bi) = _pair(a), _pair(b)
-        return _tensors(write, (_sum(write, ar, br, sign), _sum(write, ai, bi, sign)))
+        scaled = (br, bi) if alpha == 1 else (_product(write, br, alpha), _product(write, bi, alpha))
+        return _sum(write, ar, scaled[0], sign), _sum(write, ai, scaled[1], sign)
 
     return rule
 
@@ -160,20 +195,15 @@ def _polar(write: Writer, size: Any, angle: Any) -> Pair:
 
 
 def _size(write: Writer, z: Pair) -> Any:
-    squares = (write(_A.square.default, part) for part in z)
-    return write(_A.sqrt.default, write(_A.add.Tensor, *squares))
+    return size_of_both(write, *z)
 
 
 def _cast(write: Writer, value: Any, *rest: Any, **options: Any) -> Any:
     """To complex from real: nothing is imaginary. To real from complex the real part stays, as PyTorch does."""
     kind = next((a for a in (*rest, *options.values()) if isinstance(a, torch.dtype)), None)
-    if kind is None or (kind.is_complex and isinstance(value, tuple)):
-        return value
-    real, _ = _pair(value)
-    if not kind.is_complex:
-        return write(_A.to.dtype, real, kind)
-    real = write(_A.to.dtype, real, kind.to_real())
-    return real, write(_A.zeros_like.default, real)
+    if kind is None or kind.is_complex:
+        return _pair(value)
+    return write(_A.to.dtype, _pair(value)[0], kind)
 
 
 def _matrices(write: Writer, rows: int, columns: int, period: int, scale: float, value: Any) -> Pair:
@@ -201,7 +231,7 @@ def _scale(count: int, normalization: int) -> float:
 
 def _transform(write: Writer, z: Any, dims: Sequence[int], normalization: int, forward: bool) -> Pair | None:  # noqa: FBT001 (an op's schema)
     """A complex transform over dims, one after another: exp(-+ 2 pi i jk / n) summed over k."""
-    real, imaginary = _tensors(write, _pair(z))
+    real, imaginary = z
     for dim in dims:
         n = _extent(real, dim)
         if n is None:
@@ -234,7 +264,8 @@ def _to_real(write: Writer, z: Pair, dims: Sequence[int], normalization: int, si
     cosines, sines = _matrices(write, half, size, size, _scale(size, normalization), turned[0])
     twice = torch.full((half, 1), 2.0, dtype=turned[0].meta["val"].dtype)
     twice[0] = 1
-    twice[-1] = 1 if size % 2 == 0 else 2
+    if size % 2 == 0:
+        twice[-1] = 1
     weighted = [write(_A.mul.Tensor, m, write.stored(twice)) for m in (cosines, sines)]
     known = [write(_A.slice.Tensor, part, last, 0, half) for part in turned]
     return write(_A.sub.Tensor, *(_along(write, part, last, m) for part, m in zip(known, weighted, strict=True)))
@@ -245,7 +276,7 @@ _PARTWISE = {
     _A.unsqueeze.default, _A.squeeze.dim, _A.squeeze.dims, _A.slice.Tensor, _A.select.int, _A.expand.default,
     _A.cat.default, _A.stack.default, _A.index.Tensor, _A.flip.default, _A.roll.default, _A.clone.default,
     _A.contiguous.default, _A.neg.default, _A.sum.dim_IntList, _A.mean.dim, _A.flatten.using_ints,
-    _A.unflatten.int, _A.constant_pad_nd.default, _A.alias.default, _A.detach.default, _A.repeat.default,
+    _A.unflatten.int, _A.alias.default, _A.detach.default, _A.repeat.default,
 }  # fmt: skip
 """Ops of complex tensors that treat both parts alike."""
 
@@ -255,6 +286,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _A.real.default: lambda write, z: _pair(z)[0], _A.imag.default: lambda write, z: _pair(z)[1],
     _A.complex.default: lambda write, real, imaginary: (real, imaginary), _A.polar.default: _polar,
     _A.mul.Tensor: _multiply, _A.div.Tensor: _divide, _A.add.Tensor: _added(1), _A.sub.Tensor: _added(-1),
+    _A.rsub.Scalar: lambda write, z, number, alpha=1: _added(-1)(write, number, z, alpha),
+    _A.reciprocal.default: lambda write, z: _divide(write, 1.0, z),
     **dict.fromkeys((_A.conj.default, _A._conj.default, _A.conj_physical.default, _A._conj_physical.default),
                     lambda write, z: (z[0], write(_A.neg.default, z[1]))),
     **dict.fromkeys((_A.resolve_conj.default, _A.resolve_neg.default), lambda write, z: z),

@@ -105,13 +105,6 @@ def _written(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda call, arguments: function(call, *arguments)
 
 
-def _times(function: Any, factor: float, *, before: bool = False) -> Callable[..., Any]:
-    """A function with a number as a factor of its result, or of what it is of: logarithms and powers of other bases."""
-    if before:
-        return _written(lambda call, x: call(function, call(_A.mul.Tensor, x, factor)))
-    return _written(lambda call, x: call(_A.mul.Tensor, call(function, x), factor))
-
-
 def _or_number(function: Any) -> Callable[..., Any]:
     """Fmax and fmin: of a number and what is none, the number."""
 
@@ -122,19 +115,18 @@ def _or_number(function: Any) -> Callable[..., Any]:
     return _written(written)
 
 
-def _of_exponentials(combine: Any) -> Callable[..., Any]:
-    """Half of exp(x) and exp(-x), added or subtracted."""
-
-    def written(call: Writer, x: Any) -> Any:
-        both = call(combine, call(_A.exp.default, x), call(_A.exp.default, call(_A.neg.default, x)))
-        return call(_A.mul.Tensor, both, 0.5)
-
-    return _written(written)
+def _below_zero(call: Writer, x: Any) -> Any:
+    """Signbit: of a zero its inverse tells the sign."""
+    if not x.meta["val"].is_floating_point():
+        return call(_A.lt.Scalar, x, 0)
+    inverse = call(_A.lt.Scalar, call(_A.reciprocal.default, x), 0)
+    return call(_A.where.self, call(_A.eq.Scalar, x, 0), inverse, call(_A.lt.Scalar, x, 0))
 
 
 def _with_sign(call: Writer, x: Any, signs: Any) -> Any:
-    size = call(_A.abs.default, x)
-    return call(_A.where.self, call(_A.lt.Scalar, signs, 0), call(_A.neg.default, size), size)
+    floating = x if x.meta["val"].is_floating_point() else call(_A.to.dtype, x, torch.get_default_dtype())
+    size = call(_A.abs.default, floating)
+    return call(_A.where.self, _below_zero(call, signs), call(_A.neg.default, size), size)
 
 
 def _within(call: Writer, x: Any, low: Any = None, high: Any = None) -> Any:
@@ -161,8 +153,14 @@ def _bilinear(call: Writer, a: Any, b: Any, weight: Any, bias: Any = None) -> An
     return found if bias is None else call(_A.add.Tensor, found, bias)
 
 
-def _root_of_squares(call: Writer, a: Any, b: Any) -> Any:
-    return call(_A.sqrt.default, call(_A.add.Tensor, call(_A.square.default, a), call(_A.square.default, b)))
+def size_of_both(call: Writer, a: Any, b: Any) -> Any:
+    """sqrt(a^2 + b^2) of parts of the larger one, so that no square over- or underflows; its slope at zero is zero."""
+    largest = call(_A.maximum.default, call(_A.abs.default, a), call(_A.abs.default, b))
+    usable = call(_A.logical_and.default, call(_A.gt.Scalar, largest, 0), call(_A.lt.Scalar, largest, math.inf))
+    scale = call(_A.where.ScalarOther, usable, largest, 1.0)
+    both = [call(_A.div.Tensor, part, scale) for part in (a, b)]
+    apart = call(_A.stack.default, [call(_A.expand_as.default, part, scale) for part in both], -1)
+    return call(_A.mul.Tensor, call(_A.linalg_vector_norm.default, apart, 2, [-1]), scale)
 
 
 def _distances(call: Writer, a: Any, b: Any, p: float, mode: int | None = None) -> Any:
@@ -187,17 +185,11 @@ def _added_product(product: Any) -> Callable[..., Any]:
 
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    _A.exp2.default: _times(_A.exp.default, math.log(2), before=True),
-    _A.log2.default: _times(_A.log.default, 1 / math.log(2)),
-    _A.log10.default: _times(_A.log.default, 1 / math.log(10)),
-    _A.expm1.default: _written(lambda call, x: call(_A.sub.Tensor, call(_A.exp.default, x), 1)),
-    _A.erfc.default: _written(lambda call, x: call(_A.rsub.Scalar, call(_A.erf.default, x), 1)),
     _A.isinf.default: _written(lambda call, x: call(_A.eq.Scalar, call(_A.abs.default, x), math.inf)),
     _A.frac.default: _written(lambda call, x: call(_A.sub.Tensor, x, call(_A.trunc.default, x))),
     _A.fmax.default: _or_number(_A.maximum.default), _A.fmin.default: _or_number(_A.minimum.default),
-    _A.hypot.default: _written(_root_of_squares), _A._cdist_forward.default: _written(_distances),
-    _A.sinh.default: _of_exponentials(_A.sub.Tensor), _A.cosh.default: _of_exponentials(_A.add.Tensor),
-    _A.signbit.default: _written(lambda call, x: call(_A.lt.Scalar, x, 0)),
+    _A.hypot.default: _written(size_of_both), _A._cdist_forward.default: _written(_distances),
+    _A.signbit.default: _written(_below_zero),
     _A.copysign.Tensor: _written(_with_sign), _A.clamp.Tensor: _written(_within), _A.histc.default: _written(_counts),
     _A.bilinear.default: _written(_bilinear),
     _A._softmax.default: _written(lambda call, x, dim, _half: call(_A.softmax.int, x, dim)),
@@ -219,19 +211,26 @@ COMPOSITES |= {
 }
 
 
-def spell_out(module: fx.GraphModule) -> None:
+def spell_out(module: fx.GraphModule, *, views: bool) -> None:
     """Replace every call of a composite op.
+
+    Args:
+        module: an exported module with fake values; edited.
+        views: of those, too, that give a view of what they read; where something writes into one they must stay.
 
     Raises:
         CaptureError: a recurrent layer projects its hidden state.
     """
     for node in list(module.graph.nodes):
         composite = COMPOSITES.get(node.target)
-        if node.op != "call_function" or composite is None:
+        if node.op != "call_function" or composite is None or (node.target.is_view and not views):
             continue
-        made = composite(Writer(module, node), node.args, **node.kwargs)
+        try:
+            made = composite(Writer(module, node), node.args, **node.kwargs)
+        except (IndexError, TypeError, RuntimeError, ZeroDivisionError):
+            continue  # a form that is not written out: the op table will name it
         if made is None:
-            continue  # the op table will name it
+            continue  # as above
         if isinstance(made, tuple) and any(made[user.args[1]] is None for user in node.users if user.users):
             continue  # as above: what is not written out is read
         replace_call(module, node, made)

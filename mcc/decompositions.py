@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
 from mcc import ops
@@ -25,6 +28,7 @@ _A = torch.ops.aten
 _BEYOND_CORE = (
     _A.grid_sampler_2d.default, _A.upsample_trilinear3d.default, _A.dist.default,
 )  # fmt: skip
+_WITHOUT_VALUES = (_A.empty.memory_format, _A.empty_strided.default)
 _VIEW_WRITES: dict[Any, Any] = {
     _A.transpose_.default: _A.transpose.int, _A.squeeze_.dim: _A.squeeze.dim, _A.t_.default: _A.t.default,
     _A.unsqueeze_.default: _A.unsqueeze.default,
@@ -37,27 +41,61 @@ def _table(kept: frozenset[Any]) -> dict[Any, Callable[..., Any]]:
     return {op: function for op, function in known.items() if ops.lookup(op) is None and op not in kept}
 
 
-def decompose(module: fx.GraphModule, kept: Collection[Any]) -> None:
+def decompose(module: fx.GraphModule, kept: Collection[Any], *, views: bool) -> None:
     """Replace each call of an op outside the table by the calls that PyTorch writes it out as.
 
-    What cannot be written out stays, for the op table to name.
+    What cannot be written out stays, for the op table to name: for other sizes than those of the example, or where
+    training would compute something else.
 
     Args:
         module: an exported module with fake values; edited.
         kept: ops outside the table that have a spelling of ours, or that write into their argument.
+        views: of ops, too, that give a view of what they read; where something writes into one they must stay.
     """
-    for node in list(module.graph.nodes):
-        target = node.target
-        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+    for node in _unknown(module, kept):
+        target: Any = node.target
+        if node.all_input_nodes and not _trains_otherwise(node) and (views or not target.is_view):
+            body = _traced(node, frozenset(kept))
+            if body is not None:
+                _inline(module, node, body)
+
+
+def evaluate(module: fx.GraphModule, kept: Collection[Any]) -> None:
+    """Store what calls of numbers alone give, such as a window or the places of a triangle.
+
+    Args:
+        module: an exported module of functional calls with fake values; edited.
+        kept: as above.
+    """
+    for node in _unknown(module, kept):
+        target: Any = node.target
+        if node.all_input_nodes or torch.Tag.nondeterministic_seeded in target.tags:
             continue
-        if ops.lookup(target) is not None or target in kept or target._schema.is_mutable:
-            continue
-        if not node.all_input_nodes and torch.Tag.nondeterministic_seeded not in target.tags:
-            _evaluate(module, node)
-            continue
-        body = _traced(node, frozenset(kept))
-        if body is not None:
-            _inline(module, node, body)
+        value = target(*node.args, **node.kwargs)
+        if isinstance(value, Tensor):
+            plain = torch.zeros_like(value) if target in _WITHOUT_VALUES else value
+            replace_call(module, node, Writer(module, node).stored(plain))
+
+
+def _unknown(module: fx.GraphModule, kept: Collection[Any]) -> list[fx.Node]:
+    """The calls of ATen ops that no table has and that write into nothing."""
+    return [
+        node
+        for node in module.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+        and node.target.namespace == "aten"
+        and not (ops.lookup(node.target) or node.target in kept or node.target._schema.is_mutable)
+    ]
+
+
+def _trains_otherwise(node: fx.Node) -> bool:
+    """Whether a call does something random in training, which would be left out for good."""
+    schema: Any = node.target._schema  # type: ignore[union-attr]  # an op
+    names = [argument.name for argument in schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    if "dropout" in names:
+        return bool(given.get("dropout"))
+    return not {"train", "training"}.isdisjoint(names)
 
 
 def _traced(node: fx.Node, kept: frozenset[Any]) -> fx.GraphModule | None:
@@ -76,15 +114,44 @@ def _traced(node: fx.Node, kept: frozenset[Any]) -> fx.GraphModule | None:
         args, kwargs = pytree.tree_unflatten(filled, structure)
         return node.target(*args, **kwargs)  # type: ignore[operator]  # an op
 
+    def trace(given: list[Any]) -> fx.GraphModule:
+        return make_fx(call, decomposition_table=_table(kept))(*given)
+
     try:
-        with mode, torch.no_grad():
-            body = make_fx(call, decomposition_table=_table(kept))(*values)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        with torch.no_grad():
+            if _fixes_sizes(trace, values):
+                return None
+            with mode:
+                body = trace(values)
+    except (RuntimeError, TypeError, ValueError, IndexError, ZeroDivisionError):
         return None  # the op table will name it
     _respell_view_writes(body)
     body.graph.eliminate_dead_code()
     calls = [n.target for n in body.graph.nodes if n.op == "call_function"]
     return None if node.target in calls else body
+
+
+def _fixes_sizes(trace: Callable[..., fx.GraphModule], values: list[Any]) -> bool:
+    """Whether tracing takes a size that varies for what it is in the example; tried on values of their own.
+
+    What it takes is for good: the nodes of symbolic sizes forget that they were any.
+    """
+    if all(isinstance(n, int) for v in values for n in (v.shape if isinstance(v, Tensor) else (v,))):
+        return False
+    known = ShapeEnv()
+    with FakeTensorMode(shape_env=known) as mode:
+        trace([_like(mode, v) if isinstance(v, Tensor) else _like(mode, torch.empty(int(v))).shape[0] for v in values])
+    return any(size.is_number for size in known.replacements.values())
+
+
+def _like(mode: FakeTensorMode, value: Tensor) -> Tensor:
+    """A fake tensor whose sizes vary where those of `value` do; all of a plain tensor's do."""
+    plain = not isinstance(value, FakeTensor)
+    varies = [DimDynamic.DYNAMIC if plain or not isinstance(n, int) else DimDynamic.STATIC for n in value.shape]
+    with unset_fake_temporarily():
+        example = torch.empty([int(n) for n in value.shape], dtype=value.dtype)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=varies, constraint_sizes=[None] * len(varies))
+    return mode.from_tensor(example, symbolic_context=context)
 
 
 def _respell_view_writes(body: fx.GraphModule) -> None:
@@ -95,14 +162,6 @@ def _respell_view_writes(body: fx.GraphModule) -> None:
         if node.target in _VIEW_WRITES:
             node.target = _VIEW_WRITES[node.target]
             node.args[0].replace_all_uses_with(node, delete_user_cb=behind.__contains__)
-
-
-def _evaluate(module: fx.GraphModule, node: fx.Node) -> None:
-    """Store what a call of numbers alone gives, such as a window or the places of a triangle."""
-    value = node.target(*node.args, **node.kwargs)  # type: ignore[operator]  # an op
-    if not isinstance(value, Tensor):
-        return
-    replace_call(module, node, Writer(module, node).stored(value))
 
 
 def _inline(module: fx.GraphModule, node: fx.Node, body: fx.GraphModule) -> None:

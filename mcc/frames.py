@@ -117,10 +117,16 @@ def _set_apart(call: Writer, source: Any, stride: list[int]) -> Any:
 
 
 def strided(call: Writer, arguments: Sequence[Any]) -> Any:
-    """as_strided of a contiguous tensor of known sizes: a gather of its elements in a row."""
+    """as_strided of a whole contiguous tensor of known sizes: a gather of its elements in a row.
+
+    Of a slice PyTorch counts from where the tensor begins that it is a slice of.
+    """
     source, sizes, strides, *rest = arguments
-    value = source.meta["val"]
-    if not all(isinstance(n, int) for n in (*value.shape, *sizes, *strides, *rest)) or not value.is_contiguous():
+    value, first = source.meta["val"], next(iter(rest), None) or 0
+    if not all(isinstance(n, int) for n in (*value.shape, *sizes, *strides, first)):
+        return None
+    last = first + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    if not value.is_contiguous() or value.storage_offset() or last >= value.numel():
         return None
     places = None
     for dim, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
@@ -129,7 +135,6 @@ def strided(call: Writer, arguments: Sequence[Any]) -> Any:
         places = steps if places is None else call(_A.add.Tensor, places, steps)
     if places is None:
         return None
-    first = next(iter(rest), None) or 0
     shifted = call(_A.add.Tensor, places, first) if first else places
     return call(_A.index.Tensor, call(_A.reshape.default, source, [-1]), [shifted])
 
@@ -139,8 +144,9 @@ def smooth_resize(op: Any) -> Callable[..., Any]:
 
     def composite(call: Writer, arguments: Sequence[Any]) -> Any:
         source, sizes, align_corners, factors = arguments
-        shape = source.meta["val"].shape[-2:]
-        if not all(isinstance(s, int) for s in (*shape, *(sizes or ()))):
+        value = source.meta["val"]
+        shape = value.shape[-2:]
+        if not value.is_floating_point() or not all(isinstance(s, int) for s in (*shape, *(sizes or ()))):
             return None
         found = source
         for place, turned in ((0, False), (1, True)):
@@ -156,14 +162,30 @@ def smooth_resize(op: Any) -> Callable[..., Any]:
     return composite
 
 
+def resize_of_rows(op: Any) -> Callable[..., Any]:
+    """Resizing of sequences as that of images of height 1."""
+
+    def composite(call: Writer, arguments: Sequence[Any]) -> Any:
+        source, sizes, *options, factors = arguments
+        image = call(_A.unsqueeze.default, source, -2)
+        size = None if sizes is None else [1, sizes[0]]
+        factor = None if factors is None else [1.0, factors[0]]
+        return call(_A.squeeze.dim, call(op, image, size, *options, factor), -2)
+
+    return composite
+
+
 def bags(call: Writer, arguments: Sequence[Any]) -> Any:
     """embedding_bag of bags of one size: an embedding whose vectors are summed, averaged or compared."""
     given: list[Any] = list(arguments)
     given += [None] * (9 - len(given))
     (weight, indices, offsets, scale, mode), factors, padding = given[:5], given[6], given[8]
     size = offsets.args[2] if offsets.target is _A.arange.start_step and offsets.args[0] == 0 else None
+    count = indices.meta["val"].numel()
     if not isinstance(size, int) or scale or (padding is not None and padding >= 0):
         return None
+    if count != size * offsets.meta["val"].numel():
+        return None  # bags of other sizes
     vectors = call(_A.embedding.default, weight, call(_A.reshape.default, indices, [-1, size]))
     if factors is not None:
         each = call(_A.unsqueeze.default, call(_A.reshape.default, factors, [-1, size]), -1)
@@ -177,6 +199,8 @@ FRAMES: dict[Any, Callable[..., Any]] = {
     _A.adaptive_max_pool1d.default: adaptive_max_pool, _A.adaptive_max_pool2d.default: adaptive_max_pool,
     _A.max_pool2d_with_indices.default: max_pool_alone, _A.as_strided.default: strided,
     _A.conv_transpose3d.input: transposed_conv3d, _A.embedding_bag.padding_idx: bags,
+    _A.upsample_nearest1d.vec: resize_of_rows(_A.upsample_nearest2d.vec),
+    _A.upsample_linear1d.vec: resize_of_rows(_A.upsample_bilinear2d.vec),
     _A._upsample_bilinear2d_aa.vec: smooth_resize(_A._upsample_bilinear2d_aa.vec),
     _A._upsample_bicubic2d_aa.vec: smooth_resize(_A._upsample_bicubic2d_aa.vec),
 }  # fmt: skip

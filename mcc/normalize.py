@@ -55,15 +55,16 @@ def plain_module(exported: fx.GraphModule | torch.nn.Module) -> fx.GraphModule:
 def normalize(module: fx.GraphModule) -> None:
     """Bring an exported module into the form the op table describes."""
     _inline_wrappers(module)
-    _spell_out(module)
+    _spell_out(module, views=False)
     for node in _calls(module):
         if node.target in _DROP:
             module.graph.erase_node(node)
         elif node.target in _ALIAS or (node.target in _CASTS and _casts_nothing(node)):
             _skip(module, node)
     _make_functional(module)  # before copies go: `y = x.clone(); y.mul_(2)` must not touch x
-    _spell_out(module)  # what wrote in place
+    _spell_out(module, views=True)  # what wrote in place, too
     _make_functional(module)  # what PyTorch writes that out as
+    decompositions.evaluate(module, _SPELLED)
     complex_numbers.spell_out_complex(module)
     for node in _calls(module):
         if node.target in _COPY and node.kwargs.get("memory_format") in _PLAIN_FORMATS:
@@ -80,11 +81,11 @@ def normalize(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _spell_out(module: fx.GraphModule) -> None:
+def _spell_out(module: fx.GraphModule, *, views: bool) -> None:
     """Write out what the op table lacks, by ways of ours where there are, else by PyTorch's own."""
-    composites.spell_out(module)
-    decompositions.decompose(module, _SPELLED)
-    composites.spell_out(module)
+    composites.spell_out(module, views=views)
+    decompositions.decompose(module, _SPELLED, views=views)
+    composites.spell_out(module, views=views)
 
 
 _PLAIN_FORMATS = (None, torch.preserve_format, torch.contiguous_format)
@@ -196,8 +197,15 @@ def _make_functional(module: fx.GraphModule) -> None:
             _refuse_unknown_views(node, chain)
             _rebase(module, node, chain, later)
         namespace, name = target._schema.name.split("::")
-        packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"))
-        node.target = getattr(packet, target._overloadname)
+        plain = f"__{name.removeprefix('__i')}" if name.startswith("__i") else name.removesuffix("_")
+        packet = getattr(getattr(torch.ops, namespace), plain, None)
+        functional = getattr(packet, target._overloadname, None)
+        if functional is None:
+            raise CaptureError(
+                f"{target} writes into what it is given, and has no form that does not",
+                node=f"%{node.name} {source_line(node)}", remedy="build the result with torch.where or torch.cat",
+            )  # fmt: skip
+        node.target = functional
         if not shared:
             written.replace_all_uses_with(node, delete_user_cb=later)
     for view in _calls(module):

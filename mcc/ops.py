@@ -164,7 +164,8 @@ _TABLE = (
         "relu relu6 gelu silu mish neg abs exp log log1p sqrt rsqrt reciprocal sin cos tanh sigmoid hardsigmoid "
         "hardswish hardtanh leaky_relu elu selu celu softplus log_sigmoid erf sign ceil floor round square clamp "
         "clamp_min clamp_max pow.Tensor_Scalar pow.Scalar pow.Tensor_Tensor bitwise_not logical_not isnan trunc tan "
-        "asin acos atan asinh acosh atanh atan2 fmod.Tensor fmod.Scalar bitwise_xor.Scalar bitwise_left_shift.Tensor "
+        "asin acos atan sinh cosh asinh acosh atanh atan2 exp2 log2 log10 expm1 erfc bitwise_and.Scalar "
+        "bitwise_or.Scalar fmod.Tensor fmod.Scalar bitwise_xor.Scalar bitwise_left_shift.Tensor "
         "bitwise_left_shift.Tensor_Scalar bitwise_right_shift.Tensor bitwise_right_shift.Tensor_Scalar "
         "sub.Tensor rsub.Scalar div.Tensor div.Tensor_mode floor_divide remainder.Scalar remainder.Tensor "
         "copy masked_fill.Scalar where.self where.ScalarOther where.ScalarSelf prelu "
@@ -201,6 +202,8 @@ _TABLE = (
     *_rows("cast", "to.dtype to.device to.dtype_layout _to_copy type_as"),
     Op("dropout", "mode", train_flag=2),
     Op("feature_dropout", "mode", train_flag=2),
+    Op("alpha_dropout", "mode", train_flag=2),
+    Op("feature_alpha_dropout", "mode", train_flag=2),
     *_rows("size", "sym_size.int mul add sub mod floordiv sym_max sym_min"),
     Op("getitem", "size"),
     # one direction of a recurrent layer; the hidden dim is tied to itself, gate by gate

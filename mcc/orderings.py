@@ -25,16 +25,16 @@ def _all_dims(source: Any) -> list[int]:
     return list(range(source.meta["val"].dim()))
 
 
+def _item(call: Writer, results: Any, place: int) -> Any:
+    """One of several results."""
+    return call(operator.getitem, results, place)
+
+
 def least(call: Writer, arguments: Sequence[Any]) -> Any:
     """min.dim: the least values along a dim and their places, the first ones."""
     source, *rest = arguments
     largest = call(_A.max.dim, _reversed(call, source), *rest)
     return _reversed(call, _item(call, largest, 0)), _item(call, largest, 1)
-
-
-def _item(call: Writer, results: Any, place: int) -> Any:
-    """One of several results."""
-    return call(operator.getitem, results, place)
 
 
 def place_of_least(call: Writer, arguments: Sequence[Any], **options: Any) -> Any:
@@ -53,18 +53,14 @@ def extreme(combine: Any) -> Callable[..., Any]:
     return composite
 
 
-def whether_any(call: Writer, arguments: Sequence[Any], **options: Any) -> Any:
-    """Any over a dim, several or all: elements that are not zero are counted."""
-    source, dims, keepdim = _over(arguments, options)
-    count = call(_A.sum.dim_IntList, call(_A.ne.Scalar, source, 0), dims, keepdim)
-    return call(_A.gt.Scalar, count, 0)
+def whether(counted: Any, told: Any) -> Callable[..., Any]:
+    """Any and all over a dim, several or all: how many elements are not zero (or are) is told from their number."""
 
+    def composite(call: Writer, arguments: Sequence[Any], **options: Any) -> Any:
+        source, dims, keepdim = _over(arguments, options)
+        return call(told, call(_A.sum.dim_IntList, call(counted, source, 0), dims, keepdim), 0)
 
-def whether_all(call: Writer, arguments: Sequence[Any], **options: Any) -> Any:
-    """all: no element is zero."""
-    source, dims, keepdim = _over(arguments, options)
-    count = call(_A.sum.dim_IntList, call(_A.eq.Scalar, source, 0), dims, keepdim)
-    return call(_A.eq.Scalar, count, 0)
+    return composite
 
 
 def _over(arguments: Sequence[Any], options: dict[str, Any]) -> tuple[Any, list[int], bool]:
@@ -118,7 +114,7 @@ def bucket(call: Writer, arguments: Sequence[Any], **options: Any) -> Any:
 ORDERINGS: dict[Any, Callable[..., Any]] = {
     _A.min.dim: least, _A.argmin.default: place_of_least, _A.kthvalue.default: kth, _A.median.dim: median,
     _A.max.default: extreme(_A.amax.default), _A.min.default: extreme(_A.amin.default),
-    **dict.fromkeys((_A.any.default, _A.any.dim, _A.any.dims), whether_any),
-    **dict.fromkeys((_A.all.default, _A.all.dim, _A.all.dims), whether_all),
+    **dict.fromkeys((_A.any.default, _A.any.dim, _A.any.dims), whether(_A.ne.Scalar, _A.gt.Scalar)),
+    **dict.fromkeys((_A.all.default, _A.all.dim, _A.all.dims), whether(_A.eq.Scalar, _A.eq.Scalar)),
     _A.searchsorted.Tensor: searched, _A.bucketize.Tensor: bucket,
 }  # fmt: skip

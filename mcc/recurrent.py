@@ -129,11 +129,11 @@ _differentiable(gru, _gru, 4)
 
 _EXPORTING = RLock()
 
-"""Calls an op on tensors, or writes the call into a graph and gives its node."""
-
 
 def layers(call: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
     """The sequence and the last states of an lstm or gru call, from its arguments as ATen has them.
+
+    `call` calls an op on tensors, or writes the call into a graph and gives its node.
 
     Raises:
         CaptureError: a layer projects its hidden state.

@@ -177,7 +177,12 @@ def _outputs(graph: Graph, sample: tuple[Any, ...]) -> list[Tensor]:
 
 
 def _difference(expected: Tensor, found: Tensor) -> tuple[float, float]:
-    """Largest absolute difference and largest absolute value; a NaN or infinity on one side alone is infinite."""
+    """Largest absolute difference and largest absolute value; a NaN or infinity on one side alone is infinite.
+
+    So is another shape or element type.
+    """
+    if expected.shape != found.shape or expected.dtype is not found.dtype:
+        return float("inf"), 1.0
     if expected.numel() == 0:
         return 0.0, 1.0
     e, f = expected.detach().double(), found.detach().double()
@@ -246,8 +251,10 @@ def _guilty(step: Pass, graphs: tuple[Graph, Graph, Graph], sample: tuple[Any, .
 
 
 def _values_text(expected: Tensor | None, found: Tensor | None) -> str:
-    if expected is None or found is None or expected.shape != found.shape:
+    if expected is None or found is None:
         return "has no counterpart to compare with"
+    if expected.shape != found.shape or expected.dtype is not found.dtype:
+        return f"should be {expected.dtype} {list(expected.shape)} and is {found.dtype} {list(found.shape)}"
     flat_e, flat_f = expected.double().flatten(), found.double().flatten()
     worst = int((flat_e - flat_f).abs().nan_to_num(nan=float("inf")).argmax())
     place = [int(i) for i in torch.unravel_index(torch.tensor(worst), expected.shape)]

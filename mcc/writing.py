@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor
@@ -67,8 +68,11 @@ def fake_mode_of(values: Any) -> FakeTensorMode | None:
 
 
 def replace_call(module: fx.GraphModule, node: fx.Node, made: Any) -> None:
-    """Let the readers of a call read what replaces it; of several results each is read by its place."""
+    """Let the readers of a call read what replaces it, as the type it has; of several results each by its place."""
     if isinstance(made, fx.Node):
+        wanted, given = node.meta["val"], made.meta["val"]
+        if isinstance(wanted, Tensor) and given.dtype is not wanted.dtype:
+            made = Writer(module, node)(torch.ops.aten.to.dtype, made, wanted.dtype)
         node.replace_all_uses_with(made)
     else:
         for user in list(node.users):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mcc
-from mcc.errors import UnsupportedOpError
+from mcc.errors import CaptureError, UnsupportedOpError
 from mcc.frontend import capture
 
 
@@ -172,6 +172,130 @@ def test_sizes_that_vary_stay_so():
     graph = capture(model, (torch.randn(2, 3, 8, 8),), dynamic_shapes={"given": ({0: "batch"},)})
     x = torch.randn(5, 3, 8, 8)
     assert torch.equal(graph(x), model(x))
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: F.interpolate(x, scale_factor=2.0, mode="linear"), lambda x: F.interpolate(x, scale_factor=2),
+    lambda x: x.min(1)[0] + x.any(1), lambda x: torch.fft.rfft(x.transpose(1, 2)).abs(), lambda x: F.unfold(x[:, None], 3),
+    lambda x: x.diagonal(0, 1, 2), lambda x: x.unfold(1, 3, 2), lambda x: torch.cdist(x, x), lambda x: x.logsumexp(1),
+])  # fmt: skip
+def test_a_batch_that_varies_stays_so(function):
+    model = Applied(function)
+    artifact = mcc.compile(
+        model, (torch.randn(4, 6, 5),), dynamic_shapes={"given": ({0: "batch"},)}, tuning="model", measure="never"
+    )
+    for batch in (1, 3, 7):
+        x = torch.randn(batch, 6, 5)
+        torch.testing.assert_close(artifact(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_pytorch_writes_out_for_one_size_alone_is_named():
+    model = Applied(lambda x: F.interpolate(x, scale_factor=2.0, mode="trilinear"))
+    with pytest.raises(UnsupportedOpError, match="upsample_trilinear3d"):
+        capture(model, (torch.randn(4, 3, 5, 5, 5),), dynamic_shapes={"given": ({2: "depth"},)})
+
+
+@pytest.mark.parametrize("write", [
+    lambda y: y.diagonal().add_(1), lambda y: y.unfold(1, 2, 2).mul_(2), lambda y: y.as_strided((2,), (1,)).mul_(2),
+    lambda y: y.mT.add_(1),
+])  # fmt: skip
+def test_a_write_through_a_view_that_is_written_out_is_refused(write):
+    def function(x):
+        y = x * 1
+        write(y)
+        return y + 1
+
+    with pytest.raises(CaptureError, match="writes into a view"):
+        capture(Applied(function), (torch.randn(4, 4),))
+
+
+def test_a_view_taken_before_a_write_sees_it():
+    def function(x):
+        y = x * 1
+        view = y.diagonal()
+        y.mul_(2)
+        return view + 1
+
+    x = torch.randn(4, 4)
+    assert torch.equal(capture(Applied(function), (x,))(x), function(x))
+
+
+def test_made_tensors_may_be_written_into():
+    def function(x):
+        room = torch.empty(4, 4)
+        room.zero_()
+        room += torch.linspace(0, 1, 4)
+        return room + x
+
+    x = torch.randn(4, 4)
+    assert torch.equal(capture(Applied(function), (x,))(x), function(x))
+
+
+def test_what_training_makes_random_stays_so():
+    graph = capture(nn.Sequential(nn.Linear(4, 64), nn.AlphaDropout()), (torch.randn(2, 4),)).train()
+    x = torch.randn(2, 4)
+    assert not torch.equal(graph(x), graph(x))
+    with pytest.raises(UnsupportedOpError, match="rnn_tanh"):
+        capture(nn.RNN(4, 5, num_layers=2, dropout=0.5), (torch.randn(3, 2, 4),))
+
+
+def test_numbers_at_the_edges():
+    """Rows of infinities, of nothing that is a number, small and large ones."""
+    nan, inf = float("nan"), float("inf")
+    rows = torch.tensor([[inf, inf], [-inf, -inf], [nan, 1.0], [1e-8, 89.0], [8192.0, 5.0], [1e20, 1e20], [0.0, -0.0]])
+    model = Several([
+        lambda x: x.min(1), lambda x: x.argmin(1), lambda x: x.max(1), lambda x: x.argmax(1), lambda x: x.any(1),
+        lambda x: x != x, lambda x: x.bool(), lambda x: x.log2().floor(), torch.expm1, torch.sinh, torch.cosh, torch.erfc,
+        torch.asinh, torch.signbit, lambda x: torch.copysign(x + 1, x), lambda x: torch.hypot(x, x),
+        lambda x: torch.atan2(x, -x), lambda x: x.round().nan_to_num(0, 1e9, -1e9).to(torch.int64).argmin(1),
+    ])  # fmt: skip
+    artifact = mcc.compile(model, (torch.randn(7, 2),), tuning="model", measure="never")
+    for found, wanted in zip(_flat(artifact(rows)), _flat(model(rows)), strict=True):
+        assert found.dtype is wanted.dtype
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_complex_types_and_shapes_are_pytorchs():
+    model = Several([
+        lambda a, k: torch.view_as_real(torch.complex(a, a).to(torch.complex128)), lambda a, k: (k * 1j).imag,
+        lambda a, k: torch.view_as_real((a > 0) * (2 + 1j)), lambda a, k: torch.view_as_real(k * (0.5 + 1j)),
+        lambda a, k: torch.view_as_real(torch.cat([torch.complex(a, a), k], 1)),
+        lambda a, k: torch.view_as_real(torch.add(torch.complex(a, a), torch.complex(a, k.float()), alpha=2)),
+        lambda a, k: torch.view_as_real(torch.complex(a[:1], a)).flip(0), lambda a, k: (torch.complex(a, a) * 0j).real,
+        lambda a, k: torch.fft.irfft(torch.complex(a, a), n=1), lambda a, k: (a / torch.complex(a * 1e19, a)).imag,
+        lambda a, k: (2 - torch.complex(a, a)).imag,
+    ])  # fmt: skip
+    given = torch.randn(3, 4), torch.randint(-5, 5, (3, 4))
+    graph = capture(model, given)
+    for found, wanted in zip(graph(*given), model(*given), strict=True):
+        assert found.dtype is wanted.dtype
+        torch.testing.assert_close(found, wanted)
+
+
+def test_the_size_of_zero_has_a_slope():
+    graph = capture(Applied(lambda x: torch.fft.rfft(x).abs().sum()), (torch.randn(2, 6),))
+    x = torch.zeros(2, 6, requires_grad=True)
+    graph(x).backward()
+    assert torch.equal(x.grad, torch.zeros(2, 6))
+
+
+@pytest.mark.parametrize(("function", "reason"), [
+    (lambda z: z.real, "input given_0 is complex"),
+    (lambda z: torch.view_as_real(torch.view_as_complex(z) @ torch.view_as_complex(z)), "no rule for aten.matmul"),
+    (lambda z: torch.view_as_real(torch.zeros(3, 3, dtype=torch.complex64) + z[..., 0]), "no rule for aten.zeros"),
+])  # fmt: skip
+def test_complex_numbers_without_a_rule_are_named(function, reason):
+    z = torch.randn(3, 3, 2)
+    given = torch.view_as_complex(z) if "input" in reason else z
+    with pytest.raises(CaptureError, match=reason):
+        capture(Applied(function), (given,))
+
+
+def test_places_outside_are_not_written():
+    model = Applied(lambda x, i: torch.zeros(2, 3).index_put((i,), x))
+    artifact = mcc.compile(model, (torch.randn(2, 3), torch.tensor([0, 1])), tuning="model", measure="never")
+    x = torch.randn(2, 3)
+    assert torch.equal(artifact(x, torch.tensor([5, -2])), torch.stack([x[1], torch.zeros(3)]))
 
 
 def test_layers_stay_whole_beside_what_is_written_out():

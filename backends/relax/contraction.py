@@ -330,7 +330,45 @@ def _extreme(function: Rule) -> Rule:
 
 
 def _max_with_index(e: Emitter, x: Expression, dim: int, keepdim: bool = False) -> list[Expression]:
-    return [e(R.max(x, [dim], keepdim)), e(R.argmax(x, dim, keepdim))]
+    """The largest values and their places; where one is not a number, that is the largest."""
+    places = argmax(e, x, dim, True)
+    found = [e(R.gather_elements(x, places, axis(x, dim))), places]
+    return found if keepdim else [e(R.squeeze(value, [axis(x, dim)])) for value in found]
+
+
+def argmax(e: Emitter, x: Expression, dim: int | None = None, keepdim: bool = False) -> Expression:
+    """The place of the largest value, the first of equal ones; what is not a number is larger than any."""
+    if dim is None:
+        flat = argmax(e, e(R.reshape(x, [-1])), 0)
+        return e(R.reshape(flat, [1] * rank(x))) if keepdim else flat
+    if dtype(x) == "bool":
+        x = e.cast(x, "int8")
+    d, kind = axis(x, dim), dtype(x)
+
+    def larger(a: tuple[Expression, Expression], b: tuple[Expression, Expression]) -> tuple[Expression, Expression]:
+        (i, v), (j, w) = a, b
+        wins = tirx.any(v > w, tirx.all(v == w, i < j))
+        if is_float(kind):
+            earlier = tirx.all(tirx.isnan(v), tirx.any(tirx.Not(tirx.isnan(w)), i < j))
+            wins = tirx.any(earlier, tirx.all(tirx.Not(tirx.isnan(w)), wins))
+        return tirx.Select(wins, i, j), tirx.Select(wins, v, w)
+
+    least = -tirx.infinity(kind) if is_float(kind) else tirx.min_value(kind)
+    reducer = te.comm_reducer(larger, lambda place, _: (tirx.max_value(place), least), name="argmax")
+
+    def body(values: Expression) -> Expression:
+        along = te.reduce_axis((0, values.shape[d]), name="k")
+        outer = [s for i, s in enumerate(values.shape) if i != d]
+
+        def element(*at: Expression) -> Expression:
+            where = [*at[:d], along, *at[d:]]
+            return reducer((tirx.Cast("int64", along), values(*where)), axis=along)
+
+        places, _ = te.compute(outer, element, name="places")
+        return places
+
+    found = e.compute(body, x, name="argmax")
+    return e(R.expand_dims(found, d)) if keepdim else found
 
 
 def variance(e: Emitter, x: Expression, dim: Any = None, *, correction: float = 1, keepdim: bool = False) -> Expression:
@@ -385,7 +423,7 @@ RULES: dict[str, Rule] = {
     "mean.dim": mean, "mean": lambda e, x, dtype=None: mean(e, x, None, False, dtype),
     "sum.dim_IntList": total, "sum": lambda e, x, dtype=None: total(e, x, None, False, dtype),
     "amax": _extreme(R.max), "amin": _extreme(R.min), "max.dim": _max_with_index,
-    "argmax": lambda e, x, dim=None, keepdim=False: e(R.argmax(x, dim, keepdim)), "var.correction": variance,
+    "argmax": argmax, "var.correction": variance,
     "softmax.int": softmax, "log_softmax.int": _log_softmax, "cumsum": _cumsum, "cumprod": _cumprod,
     "prod.dim_int": _product, "prod": lambda e, x, dtype=None: _product(e, x, None, False, dtype),
     "topk": _topk, "sort": _sort,

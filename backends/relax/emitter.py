@@ -135,8 +135,18 @@ class Emitter:
         if dtype(x) == kind:
             return x
         if kind == "bool":
-            return self(relax.op.not_equal(x, self.constant(0, dtype(x))))
+            return self.not_equal(x, self.constant(0, dtype(x)))
         return self(relax.op.astype(x, kind))
+
+    def not_equal(self, a: Expression, b: Expression) -> Expression:
+        """Whether elements differ; LLVM's comparison is false where one is not a number."""
+        if dtype(a) == "bool":
+            a, b = self.cast(a, "int8"), self.cast(b, "int8")
+        differ = self(relax.op.not_equal(a, b))
+        if not is_float(dtype(a)):
+            return differ
+        neither = self(relax.op.logical_or(self(relax.op.isnan(a)), self(relax.op.isnan(b))))
+        return self(relax.op.logical_or(differ, neither))
 
     def floating(self, x: Expression) -> Expression:
         """Integers and booleans as float32."""

@@ -64,6 +64,32 @@ def _comparison(function: Rule) -> Rule:
     return rule
 
 
+def _scalar_function(name: str) -> Rule:
+    """A function of the C library, one element at a time: rare ones, of which TVM's own forms are less exact."""
+
+    def rule(e: Emitter, *given: Any) -> Expression:
+        operands = given if len(given) == 1 else e.pair(*given)
+        kind = "float64" if dtype(operands[0]) == "float64" else "float32"
+        called = name if kind == "float64" else f"{name}f"
+
+        def body(*tensors: Expression) -> Expression:
+            return te.compute(
+                broadcast(*(list(t.shape) for t in tensors)),
+                lambda *i: tirx.call_pure_extern(kind, called, *(read_broadcast(t, i) for t in tensors)),
+            )
+
+        found = e.compute(body, *(e.cast(x, kind) for x in operands), name=name)
+        return e.cast(found, dtype(operands[0])) if is_float(dtype(operands[0])) else found
+
+    return rule
+
+
+def _not_equal(e: Emitter, a: Any, b: Any) -> Expression:
+    """What is not a number equals nothing, itself included."""
+    a, b = e.pair(a, b)
+    return e.not_equal(a, b)
+
+
 def _logical(boolean: Rule, bitwise: Rule) -> Rule:
     def rule(e: Emitter, a: Any, b: Any) -> Expression:
         a, b = e.pair(a, b)
@@ -239,7 +265,7 @@ def _reverse_subtract(e: Emitter, x: Expression, other: float, alpha: float = 1)
 
 
 _COMPARISONS = {
-    "le": R.less_equal, "ge": R.greater_equal, "gt": R.greater, "lt": R.less, "eq": R.equal, "ne": R.not_equal,
+    "le": R.less_equal, "ge": R.greater_equal, "gt": R.greater, "lt": R.less, "eq": R.equal
 }  # fmt: skip
 
 RULES: dict[str, Rule] = {
@@ -248,11 +274,14 @@ RULES: dict[str, Rule] = {
         "sign": R.sign, "square": R.square, "isnan": R.isnan, "trunc": R.trunc,
     }.items()},
     **{n: _float_unary(f) for n, f in {
-        "cos": R.cos, "sin": R.sin, "rsqrt": R.rsqrt, "exp": R.exp, "log": R.log, "sqrt": R.sqrt, "tan": R.tan,
-        "asin": R.asin, "acos": R.acos, "atan": R.atan, "asinh": R.asinh,
-        "acosh": R.acosh, "atanh": R.atanh,
+        "cos": R.cos, "sin": R.sin, "rsqrt": R.rsqrt, "exp": R.exp, "log": R.log, "sqrt": R.sqrt,
     }.items()},
+    **{n: _scalar_function(n) for n in (
+        "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "atan2", "exp2", "log2", "log10",
+        "expm1", "erfc",
+    )},
     **{f"{n}.{kind}": _comparison(f) for n, f in _COMPARISONS.items() for kind in ("Tensor", "Scalar")},
+    "ne.Tensor": _not_equal, "ne.Scalar": _not_equal,
     "add.Tensor": _binary(R.add), "sub.Tensor": _binary(R.subtract), "mul.Tensor": _binary(R.multiply),
     "maximum": _binary(R.maximum), "max.other": _binary(R.maximum),
     "minimum": _binary(R.minimum), "min.other": _binary(R.minimum),
@@ -274,7 +303,8 @@ RULES: dict[str, Rule] = {
     "selu": lambda e, x: elu(e, x, 1.6732632423543772, 1.0507009873554805),
     "softplus": _softplus, "prelu": prelu,
     "pow.Tensor_Scalar": power, "pow.Scalar": power_of_tensor, "pow.Tensor_Tensor": power_of_tensor,
-    "__and__.Tensor": _logical(R.logical_and, R.bitwise_and),
+    "bitwise_and.Scalar": _logical(R.logical_and, R.bitwise_and),
+    "bitwise_or.Scalar": _logical(R.logical_or, R.bitwise_or), "__and__.Tensor": _logical(R.logical_and, R.bitwise_and),
     "bitwise_and.Tensor": _logical(R.logical_and, R.bitwise_and),
     "__or__.Tensor": _logical(R.logical_or, R.bitwise_or), "bitwise_or.Tensor": _logical(R.logical_or, R.bitwise_or),
     "bitwise_xor.Tensor": _logical(R.logical_xor, R.bitwise_xor),
@@ -282,12 +312,11 @@ RULES: dict[str, Rule] = {
     **{f"bitwise_{side}_shift.{kind}": _binary(f) for side, f in (("left", R.left_shift), ("right", R.right_shift))
        for kind in ("Tensor", "Tensor_Scalar")},
     "fmod.Tensor": _binary(R.mod), "fmod.Scalar": _binary(R.mod),
-    "atan2": lambda e, a, b: e(R.atan2(*map(e.floating, e.pair(a, b)))),
     "logical_and": _truth(R.logical_and), "logical_or": _truth(R.logical_or),
     "copy": lambda e, x, source, *rest: e(R.broadcast_to(e.cast(source, dtype(x)), shape(x))),
     "masked_fill.Scalar": masked_fill, "where.self": where, "where.ScalarOther": where, "where.ScalarSelf": where,
     "to.dtype": to_dtype, "_to_copy": _to_copy, "to.dtype_layout": _to_copy, "to.device": lambda e, x, device, kind,
     *rest: e.cast(x, DTYPES[kind]),
     "type_as": lambda e, x, other: e.cast(x, dtype(other)),
-    "dropout": _same, "feature_dropout": _same,
+    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _same),
 }  # fmt: skip

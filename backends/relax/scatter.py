@@ -22,7 +22,7 @@ from mcc.backends.relax.emitter import (
     read_broadcast,
     shape,
     size,
-    wrap_index,
+    static,
 )  # fmt: skip
 from mcc.errors import BackendError
 
@@ -38,7 +38,7 @@ def index_put(
     places = [k for k, v in enumerate(padded) if v is not None]
     tensors = [padded[k] for k in places]
     if any(dtype(t) == "bool" for t in tensors):
-        return _masked_put(e, x, tensors, values, accumulate)
+        return _masked_put(e, x, tensors if places == [0] else [], values, accumulate=accumulate)
     rest = [k for k in range(rank(x)) if k not in places]
     order = [*places, *rest]
     turned = x if order == sorted(order) else e(R.permute_dims(x, order))
@@ -78,20 +78,34 @@ def _row_numbers(given: Sequence[Expression], extents: Sequence[Expression]) -> 
     joint = broadcast(*[list(t.shape) for t in given])
 
     def row(*at: Expression) -> Expression:
-        number = tirx.const(0, "int64")
-        for index, extent in zip(given, extents, strict=True):
-            number = number * extent + wrap_index(read_broadcast(index, at), extent, str(index.dtype))
-        return number
+        return _number([_place(read_broadcast(t, at), n) for t, n in zip(given, extents, strict=True)], extents)
 
     return te.compute(joint, row)
 
 
+def _place(index: Expression, extent: Expression) -> Expression:
+    """A place of a dim; a negative index counts from the end."""
+    wide = tirx.Cast("int64", index)
+    return tirx.Select(wide < 0, wide + extent, wide)
+
+
+def _number(places: Sequence[Expression], extents: Sequence[Expression]) -> Expression:
+    """The number of an element among all of these dims; -1 where a place lies outside, which PyTorch refuses."""
+    number, inside = tirx.const(0, "int64"), tirx.const(True, "bool")
+    for place, extent in zip(places, extents, strict=True):
+        number, inside = number * extent + place, tirx.all(inside, place >= 0, place < extent)
+    return tirx.Select(inside, number, tirx.const(-1, "int64"))
+
+
 def _masked_put(
-    e: Emitter, x: Expression, tensors: list[Expression], values: Expression, accumulate: bool
+    e: Emitter, x: Expression, tensors: list[Expression], values: Expression, *, accumulate: bool
 ) -> Expression:
     (mask,) = tensors if len(tensors) == 1 else (None,)
     if mask is None or rank(mask) > rank(x) or (is_tensor(values) and math.prod(_static(values)) != 1) or accumulate:
-        raise BackendError("a boolean index takes as many values as it has true elements", remedy="use torch.where")
+        raise BackendError(
+            "a boolean index is read that is not the first of several, adds, or has a value for each of its elements",
+            remedy="use torch.where",
+        )
     spread = e(R.reshape(mask, [*shape(mask), *[1] * (rank(x) - rank(mask))]))
     return e(R.where(spread, e(R.reshape(e.cast(values, dtype(x)), [1] * rank(x))), x))
 
@@ -107,6 +121,8 @@ def scatter(*, accumulate: bool) -> Rule:
         if not rank(x):
             x, index = e(R.reshape(x, [1])), e(R.reshape(index, [1]))
         d = axis(x, dim)
+        if any(static(n) == 0 for n in shape(index)):
+            return x
         values = source if is_tensor(source) else e(R.full_like(e.cast(index, dtype(x)), e.scalar(source, dtype(x))))
         for k in range(rank(index)):
             if not structural_equal(shape(values)[k], shape(index)[k]):  # more values than indices
@@ -114,11 +130,7 @@ def scatter(*, accumulate: bool) -> Rule:
 
         def body(where: Expression, *extents: Expression) -> Expression:
             def element(*at: Expression) -> Expression:
-                number = tirx.const(0, "int64")
-                for k, extent in enumerate(extents):
-                    place = wrap_index(where(*at), extent, str(where.dtype)) if k == d else at[k]
-                    number = number * extent + place
-                return number
+                return _number([_place(where(*at) if k == d else i, extents[k]) for k, i in enumerate(at)], extents)
 
             return te.compute(where.shape, element)
 

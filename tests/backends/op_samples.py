@@ -53,7 +53,8 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
         "softplus log_sigmoid erf sign ceil floor round square isnan",
         _unary,
     ),
-    **_same("trunc tan atan asinh", _unary),
+    **_same("trunc tan atan sinh cosh asinh exp2 expm1 erfc", _unary),
+    **_same("log2 log10", _unary_positive),
     **_same("asin acos atanh", S(lambda n: (f(n, 5, 3).tanh() * 0.9,))),
     **_same("log log1p sqrt rsqrt reciprocal", _unary_positive),
     "acosh": (S(lambda n: (positive(n, 7) + 1,)),),
@@ -63,7 +64,7 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
         S(lambda n: (i(19, n, 4) - 9, i(4, n, 4) + 1), (0, 1)),
     ),
     "fmod.Scalar": (S(lambda n: (f(n, 7) * 5, 1.5)), S(lambda n: (i(19, n, 4) - 9, 4))),
-    "bitwise_xor.Scalar": (S(lambda n: (i(16, n, 5), 5)),),
+    **_same("bitwise_and.Scalar bitwise_or.Scalar bitwise_xor.Scalar", S(lambda n: (i(16, n, 5), 5))),
     **_same("bitwise_left_shift.Tensor bitwise_right_shift.Tensor", S(lambda n: (i(64, n, 5), i(4, n, 5)), (0, 1))),
     **_same("bitwise_left_shift.Tensor_Scalar bitwise_right_shift.Tensor_Scalar", S(lambda n: (i(64, n, 5), 2))),
     "logical_xor": (S(lambda n: (b(n, 5), b(n, 5)), (0, 1)), S(lambda n: (f(n, 5).round(), f(5).round()))),
@@ -360,7 +361,7 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     "to.dtype_layout": (S(lambda n: (f(n, 4) * 5,), options=(("dtype", torch.int32),)),),
     "type_as": (S(lambda n: (i(3, n, 4), f(2))),),
     # mode
-    **_same("dropout feature_dropout", S(lambda n: (f(n, 4, 3), 0.5, False))),
+    **_same("dropout feature_dropout alpha_dropout feature_alpha_dropout", S(lambda n: (f(n, 4, 3), 0.5, False))),
     # mcc's formats
     "mcc.fake_quantize": (
         S(lambda n: (f(n, 6), torch.tensor(0.05), torch.tensor(3, dtype=torch.int32), None, 0, 255)),
