@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -115,7 +116,8 @@ def _traced(node: fx.Node, kept: frozenset[Any]) -> fx.GraphModule | None:
         return node.target(*args, **kwargs)  # type: ignore[operator]  # an op
 
     def trace(given: list[Any]) -> fx.GraphModule:
-        return make_fx(call, decomposition_table=_table(kept))(*given)
+        with enable_python_dispatcher():  # others take sizes for numbers
+            return make_fx(call, decomposition_table=_table(kept))(*given)
 
     try:
         with torch.no_grad():
@@ -140,8 +142,12 @@ def _fixes_sizes(trace: Callable[..., fx.GraphModule], values: list[Any]) -> boo
         return False
     known = ShapeEnv()
     with FakeTensorMode(shape_env=known) as mode:
-        trace([_like(mode, v) if isinstance(v, Tensor) else _like(mode, torch.empty(int(v))).shape[0] for v in values])
+        trace([_like(mode, v) if isinstance(v, Tensor) else _size_like(mode, v) for v in values])
     return any(size.is_number for size in known.replacements.values())
+
+
+def _size_like(mode: FakeTensorMode, size: torch.SymInt) -> torch.SymInt | int:
+    return _like(mode, torch.empty(ops.extent(size))).shape[0]
 
 
 def _like(mode: FakeTensorMode, value: Tensor) -> Tensor:
@@ -149,7 +155,7 @@ def _like(mode: FakeTensorMode, value: Tensor) -> Tensor:
     plain = not isinstance(value, FakeTensor)
     varies = [DimDynamic.DYNAMIC if plain or not isinstance(n, int) else DimDynamic.STATIC for n in value.shape]
     with unset_fake_temporarily():
-        example = torch.empty([int(n) for n in value.shape], dtype=value.dtype)
+        example = torch.empty([ops.extent(n) for n in value.shape], dtype=value.dtype)
     context: Any = StatelessSymbolicContext(dynamic_sizes=varies, constraint_sizes=[None] * len(varies))
     return mode.from_tensor(example, symbolic_context=context)
 

@@ -178,6 +178,7 @@ def test_sizes_that_vary_stay_so():
     lambda x: F.interpolate(x, scale_factor=2.0, mode="linear"), lambda x: F.interpolate(x, scale_factor=2),
     lambda x: x.min(1)[0] + x.any(1), lambda x: torch.fft.rfft(x.transpose(1, 2)).abs(), lambda x: F.unfold(x[:, None], 3),
     lambda x: x.diagonal(0, 1, 2), lambda x: x.unfold(1, 3, 2), lambda x: torch.cdist(x, x), lambda x: x.logsumexp(1),
+    lambda x: F.interpolate(x[:, :, None, None], scale_factor=2.0, mode="trilinear"), lambda x: F.channel_shuffle(x[..., None], 3),
 ])  # fmt: skip
 def test_a_batch_that_varies_stays_so(function):
     model = Applied(function)
@@ -189,10 +190,10 @@ def test_a_batch_that_varies_stays_so(function):
         torch.testing.assert_close(artifact(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_what_pytorch_writes_out_for_one_size_alone_is_named():
-    model = Applied(lambda x: F.interpolate(x, scale_factor=2.0, mode="trilinear"))
-    with pytest.raises(UnsupportedOpError, match="upsample_trilinear3d"):
-        capture(model, (torch.randn(4, 3, 5, 5, 5),), dynamic_shapes={"given": ({2: "depth"},)})
+def test_arithmetic_on_sizes_that_no_row_has_is_named():
+    model = Applied(lambda x: F.interpolate(x, size=(11, 13), mode="nearest-exact"))
+    with pytest.raises(UnsupportedOpError, match="truediv"):
+        capture(model, (torch.randn(4, 3, 5, 5),), dynamic_shapes={"given": ({2: "height"},)})
 
 
 @pytest.mark.parametrize("write", [
