@@ -316,7 +316,7 @@ def refuse_unknown(graph: Graph) -> None:
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:
                 if node.op == "call_function" and ops.lookup(node.target) is None:
-                    unknown.setdefault(ops.op_name(node.target), node)
+                    unknown.setdefault(_name(node.target), node)
     if not unknown:
         return
     places = []
@@ -326,8 +326,15 @@ def refuse_unknown(graph: Graph) -> None:
     first = next(iter(sorted(unknown.items())))[1]
     raise UnsupportedOpError(
         f"{'ops' if len(places) > 1 else 'op'} not in the op table: {', '.join(places)}",
-        node=f"%{first.name} = {ops.op_name(first.target)}(…)",
+        node=f"%{first.name} = {_name(first.target)}(…)",
         remedy="write that part with ops that `mcc.ops.OPS` lists, or keep it outside the compiled model",
+    )
+
+
+def _name(target: Any) -> str:
+    """An op's name; of a function of Python's its own, as in arithmetic on sizes."""
+    return (
+        ops.op_name(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
     )
 
 

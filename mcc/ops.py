@@ -249,8 +249,7 @@ def op_name(target: object) -> str:
     """The table's name for what a graph node calls, whether or not the table has it."""
     if target in _PYTHON_NAMES:
         return _PYTHON_NAMES[target]
-    name = str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
-    return name.removeprefix("aten.").removesuffix(".default")
+    return str(target).removeprefix("aten.").removesuffix(".default")
 
 
 def lookup(target: object) -> Op | None:

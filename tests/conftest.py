@@ -26,7 +26,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores: more threads than those wait for each other
 GOLDEN = Path(__file__).parent / "golden"
 # tests that take longer, as last measured, are left out where one waits for them: by -m "not slow"
-SLOW, LONGEST = Path(__file__).parent / "slow.txt", 0.7  # seconds, on a machine with nothing else to do
+SLOW, LONGEST = Path(__file__).parent / "slow.txt", 0.6  # seconds, on a machine with nothing else to do
 measured: dict[str, float] = {}
 
 
