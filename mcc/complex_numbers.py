@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _A = torch.ops.aten
+LARGEST_MATRIX = 1 << 24  # elements
 Pair = tuple[Any, Any]
 """The real and the imaginary part, as nodes or numbers."""
 
@@ -169,7 +171,7 @@ def _divide(write: Writer, a: Any, b: Any) -> Pair:
         return write(_A.div.Tensor, real, b), None if imaginary is None else write(_A.div.Tensor, imaginary, b)
     if isinstance(b, complex):
         return _multiply(write, a, 1 / b)
-    size = _size(write, b)
+    size = size_of_both(write, *b)
     unit = tuple(write(_A.div.Tensor, part, size) for part in b)
     real, imaginary = _multiply(write, a, (unit[0], write(_A.neg.default, unit[1])))
     return write(_A.div.Tensor, real, size), write(_A.div.Tensor, imaginary, size)
@@ -189,13 +191,8 @@ def _as_complex(write: Writer, pairs: Any) -> Pair:
 
 
 def _polar(write: Writer, size: Any, angle: Any) -> Pair:
-    return write(_A.mul.Tensor, size, write(_A.cos.default, angle)), write(
-        _A.mul.Tensor, size, write(_A.sin.default, angle)
-    )
-
-
-def _size(write: Writer, z: Pair) -> Any:
-    return size_of_both(write, *z)
+    across, up = write(_A.cos.default, angle), write(_A.sin.default, angle)
+    return write(_A.mul.Tensor, size, across), write(_A.mul.Tensor, size, up)
 
 
 def _cast(write: Writer, value: Any, *rest: Any, **options: Any) -> Any:
@@ -206,12 +203,27 @@ def _cast(write: Writer, value: Any, *rest: Any, **options: Any) -> Any:
     return write(_A.to.dtype, _pair(value)[0], kind)
 
 
-def _matrices(write: Writer, rows: int, columns: int, period: int, scale: float, value: Any) -> Pair:
-    """Cosines and sines of 2 pi jk / period, [rows, columns], in the element type of a value."""
+@lru_cache(maxsize=16)
+def _waves(rows: int, columns: int, period: int, scale: float, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of 2 pi jk / period, [rows, columns]; of one size the same tensors, which are stored once.
+
+    Raises:
+        CaptureError: they are too large to multiply by.
+    """
+    if rows * columns > LARGEST_MATRIX:
+        raise CaptureError(
+            f"a Fourier transform of {period} elements, which here is a product with a matrix of {rows} x {columns}",
+            remedy="keep it outside the compiled model",
+        )
     places = torch.outer(torch.arange(rows), torch.arange(columns)) % period
     angles = places.double() * (2 * math.pi / period)
-    kind = value.meta["val"].dtype
-    return tuple(write.stored((f(angles) * scale).to(kind)) for f in (torch.cos, torch.sin))  # type: ignore[return-value]  # two
+    return (torch.cos(angles) * scale).to(kind), (torch.sin(angles) * scale).to(kind)
+
+
+def _matrices(write: Writer, rows: int, columns: int, period: int, scale: float, value: Any) -> Pair:
+    """Reads of waves in the element type of a value."""
+    cosines, sines = _waves(rows, columns, period, scale, value.meta["val"].dtype)
+    return write.stored(cosines, "cosines"), write.stored(sines, "sines")
 
 
 def _along(write: Writer, value: Any, dim: int, matrix: Any) -> Any:
@@ -291,7 +303,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((_A.conj.default, _A._conj.default, _A.conj_physical.default, _A._conj_physical.default),
                     lambda write, z: (z[0], write(_A.neg.default, z[1]))),
     **dict.fromkeys((_A.resolve_conj.default, _A.resolve_neg.default), lambda write, z: z),
-    _A.abs.default: _size, _A.angle.default: lambda write, z: write(_A.atan2.default, z[1], z[0]),
+    _A.abs.default: lambda write, z: size_of_both(write, *z),
+    _A.angle.default: lambda write, z: write(_A.atan2.default, z[1], z[0]),
     _A.exp.default: lambda write, z: _polar(write, write(_A.exp.default, z[0]), z[1]),
     **dict.fromkeys((_A.to.dtype, _A._to_copy.default), _cast),
     _A._fft_c2c.default: _transform, _A._fft_r2c.default: _of_real, _A._fft_c2r.default: _to_real,

@@ -85,7 +85,7 @@ def transposed_conv1d(call: Writer, arguments: Sequence[Any]) -> Any:
 
 
 def transposed_conv3d(call: Writer, arguments: Sequence[Any]) -> Any:
-    """conv_transpose3d as a convolution of voxels set apart by zeros; apart from others where nothing overlaps."""
+    """conv_transpose3d as a convolution, with turned weights, of voxels set apart by zeros."""
     source, weight, *rest = arguments
     defaults: tuple[Any, ...] = (None, [1, 1, 1], [0, 0, 0], [0, 0, 0], 1, [1, 1, 1])
     bias, stride, padding, beyond, groups, dilation = [*rest, *defaults[len(rest) :]]

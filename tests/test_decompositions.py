@@ -273,6 +273,13 @@ def test_complex_types_and_shapes_are_pytorchs():
         torch.testing.assert_close(found, wanted)
 
 
+def test_transforms_of_one_size_share_their_matrices():
+    graph = capture(Applied(lambda x: torch.fft.fft(torch.fft.fft(x).real).real), (torch.randn(2, 6),))
+    assert [name for name, _ in graph.module.named_buffers(remove_duplicate=True)] == ["cosines", "sines"]
+    with pytest.raises(CaptureError, match="a Fourier transform of 100000 elements"):
+        capture(Applied(lambda x: torch.fft.rfft(x).real), (torch.randn(100_000),))
+
+
 def test_the_size_of_zero_has_a_slope():
     graph = capture(Applied(lambda x: torch.fft.rfft(x).abs().sum()), (torch.randn(2, 6),))
     x = torch.zeros(2, 6, requires_grad=True)
