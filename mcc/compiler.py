@@ -24,8 +24,8 @@ from mcc.computed_weights import store_computed_weights
 from mcc.cost import graph_size
 from mcc.data import Data
 from mcc.encode import encode
-from mcc.errors import CaptureError, SpecError, TargetError
-from mcc.frontend import capture
+from mcc.errors import ArtifactError, CaptureError, SpecError, TargetError
+from mcc.frontend import capture, split_constants, with_constants
 from mcc.graph import Graph
 from mcc.passes import PASSES, EliminateIdentity, FoldBatchNorm
 from mcc.pipeline import Pipeline
@@ -90,13 +90,24 @@ class Deferred:
 
     def __init__(self, compile_now: Callable[[tuple[Any, ...], dict[str, Any]], Artifact]) -> None:
         self._compile = compile_now
+        self._constants: dict[str, Any] = {}
         self.artifact: Artifact | None = None
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        """Run the model."""
+        """Run the model.
+
+        Raises:
+            ArtifactError: an input that is no tensor is another one than in the first call.
+        """
+        tensors, constants = split_constants(named)
         if self.artifact is None:
-            self.artifact = self._compile(args, named)
-        return self.artifact(*args, **named)
+            self.artifact, self._constants = self._compile(args, named), constants
+        if constants != self._constants:
+            raise ArtifactError(
+                f"the model was compiled for {self._constants}, and is called with {constants}",
+                remedy="compile it again for those",
+            )
+        return self.artifact(*args, **tensors)
 
 
 def compile(  # noqa: A001, PLR0913 (the public name; its options are those of design and docs)
@@ -120,7 +131,7 @@ def compile(  # noqa: A001, PLR0913 (the public name; its options are those of d
         model: nn.Module, ExportedProgram, mcc.Graph, or ONNX model (path or ModelProto).
         example_inputs: positional inputs; left out, the model is captured at its first call.
         passes: passes, their text, a path of a YAML recipe, or a list of passes and texts.
-        keyword_inputs: example inputs given by name.
+        keyword_inputs: example inputs given by name; numbers, texts and None among them are fixed, and no inputs.
         dynamic_shapes: as torch.export takes them; a string may stand for a named dim.
         target: "cpu" is this machine; see `mcc targets`.
         data: for passes that calibrate, train or evaluate.
@@ -143,13 +154,16 @@ def compile(  # noqa: A001, PLR0913 (the public name; its options are those of d
 
         def first_call(args: tuple[Any, ...], named: dict[str, Any]) -> Artifact:
             inputs, keywords = pytree.tree_map(_as_tensor, (args, named))
-            graph = load_graph(model, inputs, keywords, dynamic_shapes, verify=verify)
+            keywords, constants = split_constants(keywords)
+            with with_constants(model, constants):
+                graph = load_graph(model, inputs, keywords, dynamic_shapes, verify=verify)
             return compile_graph(graph, tuple(pytree.tree_leaves((inputs, keywords))), steps, options)
 
         return Deferred(first_call)
     inputs = pytree.tree_map(_as_tensor, tuple(example_inputs or ()))
-    keywords = pytree.tree_map(_as_tensor, dict(keyword_inputs or {}))
-    graph = load_graph(model, inputs, keywords, dynamic_shapes, verify=verify)
+    keywords, constants = split_constants(pytree.tree_map(_as_tensor, dict(keyword_inputs or {})))
+    with with_constants(model, constants):
+        graph = load_graph(model, inputs, keywords, dynamic_shapes, verify=verify)
     flat = tuple(pytree.tree_leaves((inputs, keywords))) or example_of(graph)
     return compile_graph(graph, flat, steps, options)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from mcc import recurrent
+from mcc import experts, recurrent  # noqa: F401 (registers the ops)
 from mcc.einsum import einsum
 from mcc.frames import FRAMES
 from mcc.orderings import ORDERINGS
@@ -211,6 +211,23 @@ COMPOSITES |= {
 }
 
 
+def _of_experts(
+    call: Writer, arguments: Sequence[Any], offs: Any = None, bias: Any = None, out_dtype: Any = None
+) -> Any:
+    """A product of rows and the matrix of each one's group; `offs` is where groups end."""
+    rows, weights, *rest = arguments
+    ends = rest[0] if rest else offs
+    if bias is not None or out_dtype is not None or len(rest) > 1 or len(weights.meta["val"].shape) != len("gio"):
+        return None
+    return call(torch.ops.mcc.grouped_matmul.default, rows, weights, ends)
+
+
+_OF_OTHERS: dict[str, Callable[..., Any]] = dict.fromkeys(
+    ("transformers.grouped_mm_fallback.default", "aten._grouped_mm.default"), _of_experts
+)
+"""By name, since the library that has an op may not be there."""
+
+
 def spell_out(module: fx.GraphModule, *, views: bool) -> None:
     """Replace every call of a composite op.
 
@@ -222,7 +239,7 @@ def spell_out(module: fx.GraphModule, *, views: bool) -> None:
         CaptureError: a recurrent layer projects its hidden state.
     """
     for node in list(module.graph.nodes):
-        composite = COMPOSITES.get(node.target)
+        composite = COMPOSITES.get(node.target) or _OF_OTHERS.get(str(node.target))
         if node.op != "call_function" or composite is None or (node.target.is_view and not views):
             continue
         try:

@@ -324,6 +324,7 @@ _BY_NAME: dict[str, Callable[[Ties, Node], Any]] = {
     "arange": _counted, "arange.start": _counted, "arange.start_step": _counted, "eye": _counted,
     "scalar_tensor": _counted, "mcc.lstm": _recurrent, "mcc.gru": _recurrent, "mcc.fake_quantize": _fake_quantize,
     "mcc.fake_quantize_per_token": _quantize_per_token, "mcc.conv2d_nhwc": unknown, "mcc.attention": unknown,
+    "mcc.grouped_matmul": unknown,
 }  # fmt: skip
 _BY_FAMILY: dict[str, Callable[[Ties, Node], Any]] = {
     "weights": _convolution, "pointwise": _elementwise, "reduction": _reduction, "along": _along, "window": _window,

@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import sympy
@@ -46,7 +47,7 @@ def capture(
     Args:
         model: a module, a GraphModule, or an ExportedProgram (which has its example inputs with it).
         example_inputs: positional inputs, as tensors or nested tuples, lists and dicts of them.
-        keyword_inputs: inputs given by name.
+        keyword_inputs: inputs given by name; numbers, texts and None among them are fixed, and no inputs of the graph.
         dynamic_shapes: as torch.export takes them; a plain string may stand for a Dim of that name, from 1 up.
 
     Raises:
@@ -61,8 +62,11 @@ def capture(
             f"cannot capture a {type(model).__name__}",
             remedy="give an nn.Module, a torch.export.ExportedProgram, an mcc.Graph or an ONNX model",
         )
+    kwargs, constants = split_constants(keyword_inputs or {})
+    if constants:
+        with with_constants(model, constants):
+            return capture(model, example_inputs, keyword_inputs=kwargs, dynamic_shapes=dynamic_shapes)
     _refuse_untrackable(model)
-    kwargs = dict(keyword_inputs or {})
     shapes = _named_dims(dynamic_shapes, {}, {})
     asked = _asked_dims(model, example_inputs, kwargs, shapes)
     args, kwargs = _widened(example_inputs, kwargs, asked)
@@ -73,6 +77,29 @@ def capture(
         program = _export(model, args, kwargs, dynamic_shapes)
     _check_asserts(program, asked, type(model).__name__)
     return _from_program(program, asked)
+
+
+def split_constants(keyword_inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs given by name, and what among them is no input but a choice, such as use_cache=False."""
+    fixed = {k: v for k, v in keyword_inputs.items() if v is None or isinstance(v, bool | int | float | str)}
+    return {k: v for k, v in keyword_inputs.items() if k not in fixed}, fixed
+
+
+@contextmanager
+def with_constants(model: object, constants: Mapping[str, Any]) -> Iterator[None]:
+    """While this lasts a module is called with these, too."""
+    if not constants or not isinstance(model, torch.nn.Module):
+        yield
+        return
+    own = vars(model).get("forward")
+    model.forward = partial(model.forward, **constants)
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
 
 
 @contextmanager

@@ -150,6 +150,7 @@ _TABLE = (
     Op("bmm", "contraction", macs=_matmul_macs),
     Op("baddbmm", "contraction", macs=_addmm_macs),
     Op("scaled_dot_product_attention", "contraction", macs=_attention_macs),
+    Op("mcc.grouped_matmul", "contraction", macs=_matmul_macs),
     Op("mcc.rounded_attention", "contraction", macs=_attention_macs),
     # the channel dim is tied to the vectors; layer_norm closes its dims
     Op("batch_norm", "norm", weights=(1, 2), train_flag=5),

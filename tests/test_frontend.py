@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from networks import Attention, Branches, ConvBatchNorm, Residual, Shared, TiedLanguageModel, mlp
 from torch import nn
 
-from mcc.errors import CaptureError, UnsupportedOpError
+import mcc
+from mcc.errors import ArtifactError, CaptureError, UnsupportedOpError
 from mcc.frontend import _check_asserts, capture
 
 IDS = {"ids": {0: "batch", 1: "length"}}
@@ -314,6 +315,33 @@ def test_differences_of_differences():
 
     x = torch.randn(6, 3)
     assert torch.equal(capture(Twice(), (x,))(x), torch.diff(x, n=2, dim=0))
+
+
+class Choosing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x, scale=1.0, *, negated=False, mask=None):
+        y = self.layer(x) * scale
+        y = -y if negated else y
+        return y if mask is None else y * mask
+
+
+def test_numbers_and_none_by_name_are_choices_and_no_inputs():
+    model, x = Choosing(), torch.randn(2, 4)
+    given = {"scale": 2.0, "negated": True, "mask": None}
+    graph = capture(model, (x,), keyword_inputs=given)
+    assert [node.name for node in graph.inputs] == ["x"]
+    assert torch.equal(graph(x), model(x, **given))
+    assert "forward" not in vars(model)
+    artifact = mcc.compile(model, (x,), keyword_inputs=given, tuning="model", measure="never")
+    torch.testing.assert_close(artifact(x), model(x, **given))
+    deferred = mcc.compile(model, tuning="model", measure="never")
+    for _ in range(2):
+        torch.testing.assert_close(deferred(x, negated=True), model(x, negated=True))
+    with pytest.raises(ArtifactError, match=r"compiled for \{'negated': True\}, and is called with \{\}"):
+        deferred(x)
 
 
 def test_a_condition_on_values_is_left_to_the_model():

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from mcc.backends.relax import codebooks, contraction, index, layout, pointwise, scatter, tokens, window
+from mcc.backends.relax import codebooks, contraction, experts, index, layout, pointwise, scatter, tokens, window
 
 RULES: dict[str, Callable[..., Any]] = {
     **pointwise.RULES, **contraction.RULES, **window.RULES, **layout.RULES, **index.RULES, **scatter.RULES,
-    **tokens.RULES, **codebooks.RULES,
+    **tokens.RULES, **codebooks.RULES, **experts.RULES,
 }  # fmt: skip

@@ -71,6 +71,10 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     "prod": (S(lambda n: (positive(n, 3),)),),
     "prod.dim_int": (S(lambda n: (f(n, 5, 3), 1)), S(lambda n: (i(4, n, 5), -1, True))),
     "cumprod": (S(lambda n: (f(n, 5, 3), 1)),),
+    "mcc.grouped_matmul": (
+        S(lambda n: (f(n, 6), f(3, 6, 5), torch.tensor([0, n // 2, n], dtype=torch.int32))),
+        S(lambda n: (f(n, 6), f(3, 6, 20), torch.tensor([1, 1, 1], dtype=torch.int32))),
+    ),
     "index_put": (
         S(lambda n: (f(n, 5, 3), [None, i(5, 4)], f(n, 4, 3), True), (0, 2)),
         S(lambda n: (f(n, 5, 3), [None, torch.tensor([4, 0])], f(3))),
