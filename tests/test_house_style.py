@@ -56,3 +56,9 @@ def test_the_top_level_holds_what_it_should():
         "examples",
         "docs",
     }
+
+
+def test_tests_that_are_listed_as_slow_are_there():
+    for line in (ROOT / "tests" / "slow.txt").read_text().splitlines():
+        path, _, name = line.partition("::")
+        assert f"def {name.partition('[')[0]}(" in (ROOT / path).read_text(), line
