@@ -110,6 +110,7 @@ FUNCTIONS = {
         lambda i, a, b, k: a.index_fill(1, torch.tensor([0, 3]), 2.0),
         lambda i, a, b, k: a.index_put((torch.tensor([0, 1, 1]), torch.tensor([2, -1, 2])), b[0, 0]),
         lambda i, a, b, k: a.scatter(2, a.argsort(2), b),
+        lambda i, a, b, k: a.sum().scatter(0, k[0, 0] * 0, b[0, 0, 0]),
     ],
     "moves": [
         lambda i, a, b, k: i.movedim(1, -1), lambda i, a, b, k: a.tile(2, 1, 1, 1), lambda i, a, b, k: torch.rot90(i, 1, (2, 3)),

@@ -119,7 +119,8 @@ def scatter(*, accumulate: bool) -> Rule:
 
     def rule(e: Emitter, x: Expression, dim: int, index: Expression, source: Any) -> Expression:
         if not rank(x):
-            x, index = e(R.reshape(x, [1])), e(R.reshape(index, [1]))
+            x, index, source = (e(R.reshape(t, [1])) if is_tensor(t) else t for t in (x, index, source))
+            return e(R.reshape(rule(e, x, 0, index, source), []))
         d = axis(x, dim)
         if any(static(n) == 0 for n in shape(index)):
             return x
@@ -150,13 +151,14 @@ def _scatter_rows(
 
         def generate(ins: list[Any], outs: list[Any]) -> Any:
             source, places, given, out = (T.buffer_proxy(b) for b in (*ins, *outs))
-            with IRBuilder() as builder, T.seq_scope():
+            with IRBuilder() as builder, T.serial(0, 1):
                 with T.serial(0, math.prod(data.shape)) as i:
                     out[i] = source[i]
-                with T.serial(0, math.prod(where.shape)) as k, T.serial(0, width) as j:
-                    place = places[k] * width + j
-                    value = given[k * width + j]
-                    out[place] = out[place] + value if accumulate else value
+                with T.serial(0, math.prod(where.shape)) as k, T.If(places[k] >= 0), T.Then():  # noqa: SIM117
+                    with T.serial(0, width) as j:
+                        place = places[k] * width + j
+                        value = given[k * width + j]
+                        out[place] = out[place] + value if accumulate else value
             return builder.get()
 
         return te.extern([data.shape], [data, where, written], generate, dtype=[str(data.dtype)], name="scatter_rows")
