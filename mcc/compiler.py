@@ -150,22 +150,18 @@ def compile(  # noqa: A001, PLR0913 (the public name; its options are those of d
     options = Options(target, data or Data(), verify, measure, tuning, threads, seed)
     steps = resolve_passes(passes)
     Pipeline(steps, options.resolved_target, options.data).check()
+
+    def compile_for(args: tuple[Any, ...], named: dict[str, Any]) -> Artifact:
+        inputs, given = pytree.tree_map(_as_tensor, (args, named))
+        keywords, constants = split_constants(given)
+        with with_constants(model, constants):
+            graph = load_graph(model, inputs, keywords, dynamic_shapes, verify=verify)
+        flat = tuple(pytree.tree_leaves((inputs, keywords))) or example_of(graph)
+        return compile_graph(graph, flat, steps, options)
+
     if example_inputs is None and keyword_inputs is None and isinstance(model, torch.nn.Module):
-
-        def first_call(args: tuple[Any, ...], named: dict[str, Any]) -> Artifact:
-            inputs, keywords = pytree.tree_map(_as_tensor, (args, named))
-            keywords, constants = split_constants(keywords)
-            with with_constants(model, constants):
-                graph = load_graph(model, inputs, keywords, dynamic_shapes, verify=verify)
-            return compile_graph(graph, tuple(pytree.tree_leaves((inputs, keywords))), steps, options)
-
-        return Deferred(first_call)
-    inputs = pytree.tree_map(_as_tensor, tuple(example_inputs or ()))
-    keywords, constants = split_constants(pytree.tree_map(_as_tensor, dict(keyword_inputs or {})))
-    with with_constants(model, constants):
-        graph = load_graph(model, inputs, keywords, dynamic_shapes, verify=verify)
-    flat = tuple(pytree.tree_leaves((inputs, keywords))) or example_of(graph)
-    return compile_graph(graph, flat, steps, options)
+        return Deferred(compile_for)
+    return compile_for(tuple(example_inputs or ()), dict(keyword_inputs or {}))
 
 
 def _as_tensor(value: Any) -> Any:

@@ -217,7 +217,7 @@ def _of_experts(
     """A product of rows and the matrix of each one's group; `offs` is where groups end."""
     rows, weights, *rest = arguments
     ends = rest[0] if rest else offs
-    if bias is not None or out_dtype is not None or len(rest) > 1 or len(weights.meta["val"].shape) != len("gio"):
+    if bias is not None or out_dtype is not None or len(rest) > 1 or weights.meta["val"].dim() != 3:
         return None
     return call(torch.ops.mcc.grouped_matmul.default, rows, weights, ends)
 

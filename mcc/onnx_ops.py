@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mcc import formats  # noqa: F401 (registers the ops)
-from mcc.errors import CaptureError
-from mcc.onnx_places import PLACES
+from mcc.onnx_places import PLACES, Attributes, from_start, refusal
 from mcc.onnx_quantizers import CODES
 from mcc.onnx_recurrent import gru, lstm
 
-Attributes = Mapping[str, Any]
 Operator = Callable[..., Any]
 _DTYPES = {
     1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool,
@@ -53,10 +51,6 @@ def as_tensor(value: Any) -> Any:
 
 def _ints(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Sizes | list | tuple) else value.tolist()
-
-
-def _refuse(what: str) -> CaptureError:
-    return CaptureError(f"ONNX {what} is not supported", remedy="export the model with another form of it")
 
 
 def _plain(function: Operator) -> Operator:
@@ -92,7 +86,7 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
 def _cast(attributes: Attributes, x: Any) -> Any:
     kind = _DTYPES.get(attributes["to"])
     if kind is None:
-        raise _refuse(f"Cast to type {attributes['to']}")
+        raise refusal(f"Cast to type {attributes['to']}")
     if isinstance(x, Sizes) and not kind.is_floating_point and kind is not torch.bool:
         return x
     return as_tensor(x).to(kind)
@@ -118,7 +112,7 @@ def _gather(attributes: Attributes, x: Any, indices: Any) -> Any:
         return x.select(axis, places[0]) if indices.scalar else x.index_select(axis, as_tensor(Sizes(places)))
     if axis == 0 and x.dim() == 2 and x.is_floating_point():
         return F.embedding(indices, x)
-    wrapped = torch.where(indices < 0, indices + x.shape[axis], indices)
+    wrapped = from_start(indices, x.shape[axis])
     return x[(slice(None),) * axis + (wrapped,)]
 
 
@@ -233,7 +227,7 @@ def _conv_transpose(attributes: Attributes, x: Tensor, weight: Tensor, bias: Ten
         or attributes.get("auto_pad", b"NOTSET") != b"NOTSET"
         or pads[:2] != pads[2:]
     ):
-        raise _refuse("ConvTranspose with output_shape, auto_pad, uneven pads or other than two dims")
+        raise refusal("ConvTranspose with output_shape, auto_pad, uneven pads or other than two dims")
     extra = attributes.get("output_padding", [0] * dims)
     return F.conv_transpose2d(x, weight, bias, strides, pads[:2], extra, attributes.get("group", 1), dilations)
 
@@ -252,7 +246,7 @@ def _average_pool(attributes: Attributes, x: Tensor) -> Tensor:
     strides, dilations, pads = _window(attributes, x, kernel)
     counted = bool(attributes.get("count_include_pad"))
     if set(dilations) != {1} or (pads[: len(pads) // 2] != pads[len(pads) // 2 :] and not counted):
-        raise _refuse("AveragePool with dilation, or with uneven pads that do not count")
+        raise refusal("AveragePool with dilation, or with uneven pads that do not count")
     x, even = _padded(x, pads)
     function = (F.avg_pool1d, F.avg_pool2d)[x.dim() - 3]
     return function(x, kernel, strides, even, bool(attributes.get("ceil_mode")), counted)
@@ -276,7 +270,7 @@ def _resize(attributes: Attributes, x: Tensor, roi: Any = None, scales: Any = No
     transform = attributes.get("coordinate_transformation_mode", b"half_pixel").decode()
     exact_nearest = (transform, attributes.get("nearest_mode")) == ("asymmetric", b"floor")
     if x.dim() != 4 or mode not in ("nearest", "linear") or (mode == "nearest" and not exact_nearest):
-        raise _refuse(f"Resize {mode} with {transform}")
+        raise refusal(f"Resize {mode} with {transform}")
     options = (
         {"mode": "nearest"}
         if mode == "nearest"
@@ -302,7 +296,7 @@ def _quantize(attributes: Attributes, x: Tensor, scale: Tensor, zero_point: Tens
     low, high = CODES[attributes["codes"].decode()]
     dtype = torch.int16 if low < -128 else torch.int8 if low < 0 else torch.uint8
     if scale.dim() > 1:
-        raise _refuse("QuantizeLinear in blocks")
+        raise refusal("QuantizeLinear in blocks")
     codes: Tensor = torch.ops.mcc.quantize(x, scale, zero_point, _axis(attributes, x, scale), low, high, dtype)
     return codes
 
@@ -408,7 +402,7 @@ def _normalized(attributes: Attributes, x: Tensor) -> Tensor:
 def _local_response_norm(attributes: Attributes, x: Tensor) -> Tensor:
     size = attributes["size"]
     if size % 2 == 0:
-        raise _refuse("LRN over an even number of channels")
+        raise refusal("LRN over an even number of channels")
     return F.local_response_norm(
         x, size, attributes.get("alpha", 1e-4), attributes.get("beta", 0.75), attributes.get("bias", 1.0)
     )
@@ -456,8 +450,7 @@ ONNX_OPS: dict[str, Operator] = {
     "Trilu": lambda a, x, k=None: (torch.triu if a.get("upper", 1) else torch.tril)(x,
     0 if k is None else int(_ints(k)[0])),
     "ArgMax": lambda a, x: torch.argmax(x, a.get("axis", 0), bool(a.get("keepdims", 1))),
-    "GatherElements": lambda a, x, i: torch.gather(x, a.get("axis", 0), torch.where(i < 0, i + x.shape[a.get("axis",
-    0)], i)),
+    "GatherElements": lambda a, x, i: torch.gather(x, d := a.get("axis", 0), from_start(i, x.shape[d])),
     "LayerNormalization": _layer_norm,
     "BatchNormalization": lambda a, x, w, b, m, v: F.batch_norm(x, m, v, w, b, False, 0.1, a.get("epsilon", 1e-5)),
     "GroupNormalization": lambda a, x, w, b: F.group_norm(x, a["num_groups"], w, b, a.get("epsilon", 1e-5)),

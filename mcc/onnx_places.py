@@ -14,7 +14,8 @@ from mcc.errors import CaptureError
 Attributes = Mapping[str, Any]
 
 
-def _refuse(what: str) -> CaptureError:
+def refusal(what: str) -> CaptureError:
+    """The error for a form of an operator that is not taken."""
     return CaptureError(f"ONNX {what} is not supported", remedy="export the model with another form of it")
 
 
@@ -22,11 +23,12 @@ def _accumulates(attributes: Attributes, name: str) -> bool:
     """Whether values are added to what is there; otherwise they replace it."""
     reduction = attributes.get("reduction", b"none").decode()
     if reduction not in ("none", "add"):
-        raise _refuse(f"{name} with reduction {reduction}")
+        raise refusal(f"{name} with reduction {reduction}")
     return bool(reduction == "add")
 
 
-def _wrapped(indices: Tensor, size: Any) -> Tensor:
+def from_start(indices: Tensor, size: Any) -> Tensor:
+    """Indices of which negative ones count from the end of `size` elements."""
     return torch.where(indices < 0, indices + size, indices)
 
 
@@ -45,13 +47,13 @@ def _scatter_nd(attributes: Attributes, x: Tensor, indices: Tensor, updates: Ten
 def _scatter_elements(attributes: Attributes, x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
     axis = attributes.get("axis", 0)
     write = torch.scatter_add if _accumulates(attributes, "ScatterElements") else torch.scatter
-    return write(x, axis, _wrapped(indices, x.shape[axis]), updates)
+    return write(x, axis, from_start(indices, x.shape[axis]), updates)
 
 
 def _one_hot(attributes: Attributes, indices: Tensor, depth: Any, values: Tensor) -> Tensor:
     count = int(depth[0] if isinstance(depth, list) else depth)
     axis = attributes.get("axis", -1)
-    places = _wrapped(indices.long(), count).unsqueeze(axis)
+    places = from_start(indices.long(), count).unsqueeze(axis)
     shape = [1] * places.dim()
     shape[axis] = count
     return torch.where(places == torch.arange(count).reshape(shape), values[1], values[0])
@@ -93,14 +95,14 @@ def _attention(  # noqa: PLR0913 (an operator's inputs)
 ) -> Any:  # fmt: skip
     causal = bool(attributes.get("is_causal", 0))
     if attributes.get("softcap", 0.0) or attributes["outputs"] > 3:
-        raise _refuse("Attention with a softcap, or whose scores are read")
+        raise refusal("Attention with a softcap, or whose scores are read")
     joined = query.dim() == 3
     if joined:
         count, shared = attributes["q_num_heads"], attributes["kv_num_heads"]
         query, key, value = _heads(query, count), _heads(key, shared), _heads(value, shared)
     if past_key is not None and past_value is not None:
         if causal:
-            raise _refuse("Attention that is causal and has a past")
+            raise refusal("Attention that is causal and has a past")
         key, value = torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
     shares = query.shape[1] // key.shape[1]
     keys, values = (t.repeat_interleave(shares, 1) if shares > 1 else t for t in (key, value))

@@ -165,22 +165,26 @@ def _aligned(array: NDArray[Any], alignment: int = ALIGNMENT) -> NDArray[Any]:
         return np.empty(tuple(max(s, 1) for s in array.shape), array.dtype)[tuple(slice(0, s) for s in array.shape)]
     if flags.c_contiguous and flags.writeable and array.ctypes.data % alignment == 0:
         return array
-    room = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy = _room(array.nbytes).view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
 
 
+def _room(size: int) -> NDArray[np.uint8]:
+    """New memory of `size` bytes, at a multiple of `ALIGNMENT`."""
+    room = np.empty(size + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    return room[start : start + size]
+
+
 def workspace_arrays(workspace: Workspace) -> list[NDArray[Any]]:
     """New memory, as the arrays that lie in it; they overlap."""
-    room = np.empty(workspace.size + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
+    room = _room(workspace.size)
     arrays = []
     for place in workspace.places:
         dtype = np.dtype(place.dtype)
-        first, count = start + place.offset, math.prod(place.shape)
-        flat = room[first : first + count * dtype.itemsize].view(dtype)
+        count = math.prod(place.shape)
+        flat = room[place.offset : place.offset + count * dtype.itemsize].view(dtype)
         arrays.append(flat.reshape(place.shape) if count else _aligned(np.empty(place.shape, dtype)))
     return arrays
 

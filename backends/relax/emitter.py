@@ -100,9 +100,13 @@ def wrap_index(index: Expression, extent: Expression, kind: str) -> Expression:
 
     One outside the tensor reads its first or last element: PyTorch raises an error, which a kernel cannot.
     """
+    return tirx.max(tirx.min(from_start(index, extent, kind), extent - 1), tirx.const(0, "int64"))
+
+
+def from_start(index: Expression, extent: Expression, kind: str) -> Expression:
+    """Inside a te computation: the place that an index means, where a negative one counts from the end."""
     wide = index if kind == "int64" else tirx.Cast("int64", index)
-    within = tirx.if_then_else(wide < 0, wide + extent, wide)
-    return tirx.max(tirx.min(within, extent - 1), tirx.const(0, "int64"))
+    return tirx.if_then_else(wide < 0, wide + extent, wide)
 
 
 class Emitter:

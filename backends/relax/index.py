@@ -30,11 +30,15 @@ R = relax.op
 Rule = Callable[..., Any]
 
 
+def indexed_dims(indices: list[Expression | None]) -> tuple[list[int], list[Expression]]:
+    """The dims that an index has a tensor for, and the tensors."""
+    places = [k for k, tensor in enumerate(indices) if tensor is not None]
+    return places, [indices[k] for k in places]
+
+
 def index(e: Emitter, x: Expression, indices: list[Expression | None]) -> Expression:
     """x[i, :, j, …] with integer tensors: they broadcast together and stand where PyTorch puts them."""
-    padded = list(indices) + [None] * (rank(x) - len(indices))
-    places = [k for k, v in enumerate(padded) if v is not None]
-    tensors = [padded[k] for k in places]
+    places, tensors = indexed_dims(indices)
     if any(dtype(t) == "bool" for t in tensors):
         raise BackendError("a boolean index makes a shape that depends on values", remedy="use torch.where")
 

@@ -17,6 +17,8 @@ from mcc.backends.relax.emitter import (
     axis,
     broadcast,
     dtype,
+    from_start,
+    is_one,
     is_tensor,
     rank,
     read_broadcast,
@@ -24,6 +26,7 @@ from mcc.backends.relax.emitter import (
     size,
     static,
 )  # fmt: skip
+from mcc.backends.relax.index import indexed_dims
 from mcc.errors import BackendError
 
 R = relax.op
@@ -34,9 +37,7 @@ def index_put(
     e: Emitter, x: Expression, indices: list[Expression | None], values: Expression, accumulate: bool = False
 ) -> Expression:
     """A tensor with x[i, :, j, …] = values, or += values; of several values for one place the last one stays."""
-    padded = list(indices) + [None] * (rank(x) - len(indices))
-    places = [k for k, v in enumerate(padded) if v is not None]
-    tensors = [padded[k] for k in places]
+    places, tensors = indexed_dims(indices)
     if any(dtype(t) == "bool" for t in tensors):
         return _masked_put(e, x, tensors if places == [0] else [], values, accumulate=accumulate)
     rest = [k for k in range(rank(x)) if k not in places]
@@ -78,15 +79,10 @@ def _row_numbers(given: Sequence[Expression], extents: Sequence[Expression]) -> 
     joint = broadcast(*[list(t.shape) for t in given])
 
     def row(*at: Expression) -> Expression:
-        return _number([_place(read_broadcast(t, at), n) for t, n in zip(given, extents, strict=True)], extents)
+        read = zip(given, extents, strict=True)
+        return _number([from_start(read_broadcast(t, at), n, str(t.dtype)) for t, n in read], extents)
 
     return te.compute(joint, row)
-
-
-def _place(index: Expression, extent: Expression) -> Expression:
-    """A place of a dim; a negative index counts from the end."""
-    wide = tirx.Cast("int64", index)
-    return tirx.Select(wide < 0, wide + extent, wide)
 
 
 def _number(places: Sequence[Expression], extents: Sequence[Expression]) -> Expression:
@@ -101,17 +97,13 @@ def _masked_put(
     e: Emitter, x: Expression, tensors: list[Expression], values: Expression, *, accumulate: bool
 ) -> Expression:
     (mask,) = tensors if len(tensors) == 1 else (None,)
-    if mask is None or rank(mask) > rank(x) or (is_tensor(values) and math.prod(_static(values)) != 1) or accumulate:
+    if mask is None or rank(mask) > rank(x) or not all(map(is_one, shape(values))) or accumulate:
         raise BackendError(
             "a boolean index is read that is not the first of several, adds, or has a value for each of its elements",
             remedy="use torch.where",
         )
     spread = e(R.reshape(mask, [*shape(mask), *[1] * (rank(x) - rank(mask))]))
     return e(R.where(spread, e(R.reshape(e.cast(values, dtype(x)), [1] * rank(x))), x))
-
-
-def _static(values: Expression) -> list[int]:
-    return [int(s) if isinstance(s, tirx.IntImm) else 0 for s in shape(values)]
 
 
 def scatter(*, accumulate: bool) -> Rule:
@@ -131,7 +123,8 @@ def scatter(*, accumulate: bool) -> Rule:
 
         def body(where: Expression, *extents: Expression) -> Expression:
             def element(*at: Expression) -> Expression:
-                return _number([_place(where(*at) if k == d else i, extents[k]) for k, i in enumerate(at)], extents)
+                written = from_start(where(*at), extents[d], str(where.dtype))
+                return _number([written if k == d else i for k, i in enumerate(at)], extents)
 
             return te.compute(where.shape, element)
 
