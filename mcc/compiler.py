@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 Measure = Literal["ends", "each", "never"]
 LATENCY_RUNS = 30
+LATENCY_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -358,14 +359,22 @@ def _manifest(graph: Graph, lowering: Lowering, report: Report) -> Manifest:
 
 
 def median_latency(artifact: Callable[..., Any], example: tuple[Any, ...]) -> float:
-    """Median time of a call in ms."""
+    """Median time of a call in ms, of the series of calls that other work on the machine disturbed least.
+
+    A call of microseconds is timed in many series: one would lie within a turn that the scheduler gives to another
+    process.
+    """
     artifact(*example)
-    times = []
-    for _ in range(LATENCY_RUNS):
-        started = time.perf_counter()
-        artifact(*example)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times) * 1e3
+    medians: list[float] = []
+    until = time.perf_counter() + LATENCY_SECONDS
+    while not medians or time.perf_counter() < until:
+        times = []
+        for _ in range(LATENCY_RUNS):
+            started = time.perf_counter()
+            artifact(*example)
+            times.append(time.perf_counter() - started)
+        medians.append(statistics.median(times))
+    return min(medians) * 1e3
 
 
 @contextmanager

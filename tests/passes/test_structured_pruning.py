@@ -108,9 +108,21 @@ def test_a_budget_that_cannot_be_met_is_refused_with_what_can():
         run(Chain(), images(), PruneChannels(ratio=0.99, of="macs", largest=0.5))
 
 
-def test_measured_latency_falls():
-    model = mlp(64, 2048, 64)
-    artifact = mcc.compile(model, (torch.randn(1, 64),), passes=[PruneNeurons(ratio=0.5, of="latency")], tuning="model")
+def test_what_goes_is_chosen_by_what_is_measured():
+    """Latency that is what multiply-adds are leaves what a budget of these leaves."""
+    graph = mcc.capture(Chain().eval(), (images(),), dynamic_shapes=({0: "batch"},))
+    target, step = parse_target("cpu:avx2"), PruneChannels(ratio=0.6, of="latency", align=4)
+    timed = Pipeline((step,), target, Data(), measure_latency=lambda state, _: float(graph_size(state).macs))
+    found, rows = timed.run(graph, (images(),))
+    wanted, _ = Pipeline((PruneChannels(ratio=0.6, of="macs", align=4),), target, Data()).run(graph, (images(),))
+    assert [found.tensor(f"{n}.weight").shape for n in "abc"] == [wanted.tensor(f"{n}.weight").shape for n in "abc"]
+    assert "latency fall by" in rows[1].notes[0]
+
+
+def test_latency_is_that_of_an_artifact_on_this_machine():
+    """A tenth is asked of what nine tenths fewer neurons give: how busy the machine is does not matter."""
+    model = mlp(64, 8192, 64)
+    artifact = mcc.compile(model, (torch.randn(1, 64),), passes=[PruneNeurons(ratio=0.1, of="latency")], tuning="model")
     assert "latency fall by" in str(artifact.report)
     with pytest.raises(PassError, match="latency cannot be measured here"):
         run(model, torch.randn(2, 64), PruneNeurons(of="latency"))
