@@ -9,7 +9,7 @@ are four vectors.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import tvm.tirx.script.builder.ir as B
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from mcc.backends.kernel import Region
 
+NARROWEST = 4
 FEWEST_MACS = 500_000  # for two threads: about 7 us of one
 
 
@@ -39,13 +40,15 @@ class Block:
 
     Attributes:
         first: channel.
-        vectors: their lanes are a quarter of the block's channels.
+        vectors: their lanes are a quarter of the block's channels, for all parts.
         slot: of its first channel in the packed arrays.
+        parts: of the width of the output that lie side by side in the vectors, which few channels would not fill.
     """
 
     first: Expression
     vectors: Vectors
     slot: Expression
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,16 @@ class Use:
 class DepthwiseBody(ConvolutionBody):
     """Packed weights: [block][kernel row][variant][quad][channel of the block][4].
 
+    Attributes:
+        most_parts: of the width, that a form can take side by side.
+
     Args:
         region: the convolution.
         vectors: of the target.
         tile: rows and columns of output pixels.
     """
+
+    most_parts: ClassVar[int] = 1
 
     def __init__(self, region: Region, vectors: Vectors, tile: tuple[int, int]) -> None:
         super().__init__(region, vectors)
@@ -85,10 +93,11 @@ class DepthwiseBody(ConvolutionBody):
         self.quads = [(f, -(-(f + shape.kernel[1]) // QUAD)) for f in firsts]
         self.variants = sorted(set(self.quads))
         self.variant_words = sum(count for _, count in self.variants)
-        self.full, self.rest = _blocks(shape.inputs, vectors.lanes)
         steps = steps_after_scale(region)
         step = steps[0] if len(steps) == 1 else None
         self.to_codes = step if isinstance(step, ToCodes) and step.fits else None
+        parts = min(self.most_parts, shape.result[1]) if self.to_codes else 1
+        self.full, self.rest = _blocks(shape.inputs, vectors.lanes, parts)
         self.direct = None if self.to_codes is None else direct_requantize(region, self.to_codes)
         self.packed = self._packed()
 
@@ -106,8 +115,9 @@ class DepthwiseBody(ConvolutionBody):
     def _channels(self) -> list[NDArray[np.int64]]:
         """Of every block, the channel of each slot."""
         wide = self.v.lanes * QUAD
-        blocks = [(i * wide, self.v.lanes) for i in range(self.full)] + self.rest
-        return [first + (interleaved(lanes) if self.to_codes else np.arange(lanes * QUAD)) for first, lanes in blocks]
+        blocks = [(i * wide, self.v.lanes, 1) for i in range(self.full)] + self.rest
+        slots = {n: interleaved(n) if self.to_codes else np.arange(n * QUAD) for _, n, _ in blocks}
+        return [first + slots[lanes] % (lanes * QUAD // parts) for first, lanes, parts in blocks]
 
     def _pack(self, weight: NDArray[np.int8]) -> NDArray[np.int8]:
         """[block][kernel row][variant][quad][channel of the block][4]."""
@@ -129,8 +139,8 @@ class DepthwiseBody(ConvolutionBody):
         wide = self.v.lanes * QUAD
         serial(self.full, lambda b: emit(Block(b * wide, self.v, b * wide)))
         slot = self.full * wide
-        for first, lanes in self.rest:
-            emit(Block(first, Vectors(self.v.target, lanes), slot))
+        for first, lanes, parts in self.rest:
+            emit(Block(first, Vectors(self.v.target, lanes), slot, parts))
             slot += lanes * QUAD
 
     def uses(self, rows: int, columns: int) -> list[Use]:
@@ -179,7 +189,11 @@ class DepthwiseBody(ConvolutionBody):
                     done.append(value)
         if self.to_codes is not None:
             for words, index in zip(values, targets, strict=True):
-                v.store(self.epilogue.out, index, self._codes(v, self.to_codes, words), v.lanes * QUAD)
+                self.write(block, index, B.Bind(self._codes(v, self.to_codes, words)))
+
+    def write(self, block: Block, index: Expression, codes: Expression) -> None:
+        """Write the codes of a block's channels for one pixel."""
+        block.vectors.store(self.epilogue.out, index, codes, block.vectors.lanes * QUAD)
 
     def _value(self, v: Vectors, total: Expression, scale: Expression, bias: Expression) -> Expression:
         """A sum as a value, or as the integer that is a code before it is held to its range."""
@@ -200,13 +214,17 @@ class DepthwiseBody(ConvolutionBody):
         return codes
 
 
-def _blocks(channels: int, lanes: int) -> tuple[int, list[tuple[int, int]]]:
-    """Whole blocks of channels, and (first channel, lanes) of the narrower ones; the last may overlap."""
+def _blocks(channels: int, lanes: int, parts: int) -> tuple[int, list[tuple[int, int, int]]]:
+    """Whole blocks of channels, and (first channel, lanes, parts) of the narrower ones; the last may overlap.
+
+    Instructions on 128 bits take no less time than those on 256: such blocks are of two parts where that can be.
+    """
     full, left = divmod(channels, lanes * QUAD)
     rest = []
-    fitting = [n for n in (4, 8, 16) if n <= lanes and n * QUAD <= channels]
+    fitting = [n for n in (NARROWEST, 8, 16) if n <= lanes and n * QUAD <= channels]
     while left > 0:
         width = next((n for n in fitting if n * QUAD >= left), fitting[-1])
-        rest.append((min(channels - left, channels - width * QUAD), width))
+        taken = min(parts, lanes // width) if width == NARROWEST else 1
+        rest.append((min(channels - left, channels - width * QUAD), width * taken, taken))
         left -= width * QUAD
     return full, rest

@@ -9,7 +9,7 @@ since a CPU loads but one 64-byte vector a cycle.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import tvm.tirx.script.builder.ir as B
@@ -48,15 +48,31 @@ class _Band:
 class PaddedBody(DepthwiseBody):
     """See the module's text."""
 
+    most_parts: ClassVar[int] = 2
+
     def __init__(self, region: Region, vectors: Vectors, tile: tuple[int, int]) -> None:
         super().__init__(region, vectors, tile)
         shape = self.shape
-        last = (shape.result[1] - 1) * shape.stride[1]
-        self.line = last // 2 + 2 * -(-(last % 2 + shape.kernel[1]) // QUAD)  # pairs of an image row
         self.reread = max(shape.rows_read(1) - shape.stride[0], 0)  # image rows that the output row before reads too
         self.band_rows = self._rows_of_a_band()
         # LLVM would take what all tiles read out of their loop and spill it: where that stands is read tile by tile
         self.packed["zeros"] = np.zeros(-(-shape.result[1] // self.columns), np.int32)
+
+    def _width(self, block: Block) -> int:
+        """Output columns of each part; the last part may overlap the one before."""
+        columns: int = -(-self.shape.result[1] // block.parts)
+        return columns
+
+    def _apart(self, block: Block) -> int:
+        """Output columns from one part to the next."""
+        columns: int = self.shape.result[1] - self._width(block)
+        return columns
+
+    def _line(self, columns: int) -> int:
+        """Pairs of an image row that so many output columns read."""
+        last = (columns - 1) * self.shape.stride[1]
+        pairs: int = last // 2 + 2 * -(-(last % 2 + self.shape.kernel[1]) // QUAD)
+        return pairs
 
     def _rows_of_a_band(self) -> int:
         """All rows, or a part for threads to share: not so few that rows read by two bands count much."""
@@ -81,14 +97,14 @@ class PaddedBody(DepthwiseBody):
         row = B.Bind(tirx.min(T.cast(band, "int64") * self.band_rows, shape.result[0] - self.band_rows))
         image = B.Bind(n * (shape.image[0] * shape.image[1] * shape.inputs))
         target = B.Bind((n * shape.result[0] + row) * (shape.result[1] * shape.outputs))
-        size = (self.reread + self.band_rows * shape.stride[0]) * self.line * 2 * self.v.lanes
+        size = (self.reread + self.band_rows * shape.stride[0]) * self._line(shape.result[1]) * 2 * self.v.lanes
         room = B.alloc_buffer((size,), "int32", layout=None)
         place = _Band(row * shape.stride[0] - shape.before[0], image, target, room)
         self.each_block(lambda block: self._block(block, place))
 
     def _block(self, block: Block, band: _Band) -> None:
         """Row by row of tiles: first the image rows that are new to them, which then are in the fastest cache."""
-        stride, (whole, left) = self.shape.stride[0], divmod(self.shape.result[1], self.columns)
+        stride, (whole, left) = self.shape.stride[0], divmod(self._width(block), self.columns)
         serial(self.reread, lambda y: self._image_row(block, band, y))
 
         def tiles(row: Expression, rows: int) -> None:
@@ -105,26 +121,34 @@ class PaddedBody(DepthwiseBody):
         """Write image row `y` of a band as pairs."""
         v, shape = block.vectors, self.shape
         row = B.Bind(band.top + y)
-        target = B.Bind(T.cast(y, "int64") * (self.line * 2 * v.lanes))
+        line = self._line(self._width(block))
+        target = B.Bind(T.cast(y, "int64") * (line * 2 * v.lanes))
         zeros = T.reinterpret(f"int32x{v.lanes}", self.zeros(v))
 
         def outside() -> None:
-            serial(self.line * 2, lambda k: v.store(band.room, target + k * v.lanes, zeros))
+            serial(line * 2, lambda k: v.store(band.room, target + k * v.lanes, zeros))
 
         def inside() -> None:
-            line = B.Bind(band.image + row * (shape.image[1] * shape.inputs) + block.first)
-            self._pairs(block, line, target, band.room)
+            start = B.Bind(band.image + row * (shape.image[1] * shape.inputs) + block.first)
+            self._pairs(block, start, target, band.room)
 
         branch(tirx.all(row >= 0, row < shape.image[0]), inside, outside)
 
-    def _pairs(self, block: Block, line: Expression, target: Expression, room: Expression) -> None:
-        """Write the pairs of the image row whose first code for the block stands at `line`."""
+    def _pairs(self, block: Block, start: Expression, target: Expression, room: Expression) -> None:
+        """Write the pairs of the image row whose first code for the block stands at `start`."""
         v, (_, width), left = block.vectors, self.shape.image, self.shape.before[1]
+        narrow, apart = Vectors(v.target, v.lanes // block.parts), self._apart(block) * self.shape.stride[1]
+        line = self._line(self._width(block))
 
         def pixel(x: Expression) -> Expression:
-            if isinstance(x, int) and not 0 <= x < width:
-                return self.zeros(v)
-            codes = v.load(self.x, line + x * self.shape.inputs, v.lanes * QUAD)
+            places = [x + n * apart for n in range(block.parts)]
+            parts = [
+                self.zeros(narrow)
+                if isinstance(x, int) and not 0 <= x < width
+                else v.load(self.x, start + x * self.shape.inputs, narrow.lanes * QUAD)
+                for x in places
+            ]
+            codes = parts[0] if block.parts == 1 else tirx.Shuffle(parts, list(range(v.lanes * QUAD)))
             return B.Bind(codes if self.to_codes else sort_channels(v, codes))
 
         def write(p: Expression) -> None:
@@ -132,9 +156,9 @@ class PaddedBody(DepthwiseBody):
             for half, words in enumerate(made):
                 v.store(room, target + (p * 2 + half) * v.lanes, T.reinterpret(f"int32x{v.lanes}", words))
 
-        begin = min(-(-left // 2), self.line)
-        end = max(begin, min((width + left) // 2, self.line))
-        for p in (*range(begin), *range(end, self.line)):
+        begin = min(-(-left // 2), line)
+        end = max(begin, min((width - (block.parts - 1) * apart + left) // 2, line))
+        for p in (*range(begin), *range(end, line)):
             write(p)
         serial(end - begin, lambda p: write(T.cast(p, "int64") + begin))
 
@@ -142,7 +166,8 @@ class PaddedBody(DepthwiseBody):
         """Compute rows times columns of output: from row `place[0]` of the band on, tile number `place[1]` there."""
         v, shape, (row, t) = block.vectors, self.shape, place
         column = T.cast(t, "int64") * self.columns
-        first = row * (shape.stride[0] * self.line) + tirx.floordiv(column * shape.stride[1], 2)
+        line = self._line(self._width(block))
+        first = row * (shape.stride[0] * line) + tirx.floordiv(column * shape.stride[1], 2)
         corner = B.Bind(first * (2 * v.lanes))
         block = replace(block, slot=B.Bind(block.slot + T.cast(self.arrays["zeros"][t], "int64")))
         targets = [
@@ -152,11 +177,22 @@ class PaddedBody(DepthwiseBody):
         ]
         self.finish(block, (self._sums(block, band.room, (corner, q), size) for q in range(QUAD)), targets)
 
+    def write(self, block: Block, index: Expression, codes: Expression) -> None:
+        """As the base does it, part by part."""
+        if block.parts == 1:
+            super().write(block, index, codes)
+            return
+        count = block.vectors.lanes * QUAD // block.parts
+        for n in range(block.parts):
+            part = tirx.Shuffle([codes], list(range(n * count, (n + 1) * count)))
+            place = index + n * self._apart(block) * self.shape.outputs
+            block.vectors.store(self.epilogue.out, place, part, count)
+
     def _sums(
         self, block: Block, room: Expression, place: tuple[Expression, int], size: tuple[int, int]
     ) -> list[Register]:
         """The sums of vector number `place[1]` of a block, for each pixel of a tile whose pairs begin at `place[0]`."""
-        v, (corner, q) = block.vectors, place
+        v, (corner, q), line = block.vectors, place, self._line(self._width(block))
         sums = self.new_sums(block, q, size[0] * size[1])
         quads: dict[tuple[int, int], Expression] = {}
         weights: dict[int, Expression] = {}
@@ -164,7 +200,7 @@ class PaddedBody(DepthwiseBody):
             if use.word not in weights:
                 weights[use.word] = B.Bind(self.weight(block, use.word, q))
             if (use.row, use.quad) not in quads:
-                index = corner + ((use.row * self.line + use.quad // 2) * 2 + q // 2) * v.lanes
+                index = corner + ((use.row * line + use.quad // 2) * 2 + q // 2) * v.lanes
                 first, second = (v.load(room, index + i * 2 * v.lanes) for i in range(2))
                 quads[use.row, use.quad] = interleave(v, first, second, q % 2)
             total = sums[use.pixel]
