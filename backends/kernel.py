@@ -176,7 +176,8 @@ class StoredWeight:
     Attributes:
         name: of the tensor in the model.
         shape: of the dense weight, [out, in / groups, …].
-        dense: float32 values or int8 codes, [out, in / groups, …]; None where it is sparse.
+        dense: float32 values, int8 codes or, int16, the bits of bfloat16, [out, in / groups, …]; None where it is
+            sparse.
         sparse: the sparse form; None where it is dense.
         scale: of codes, float32 [out]; or, for groups of a row's inputs, float16 or float32 [out, groups]; None for
             float values.
@@ -213,10 +214,10 @@ class StoredWeight:
 
     @property
     def dtype(self) -> str:
-        """Element type: float32 or int8."""
+        """Element type: float32, int8 or bfloat16."""
         stored = self.dense if self.dense is not None else self.sparse.values if self.sparse is not None else None
         assert stored is not None
-        return str(stored.dtype)
+        return "bfloat16" if stored.dtype == np.int16 else str(stored.dtype)
 
     @property
     def text(self) -> str:
@@ -252,7 +253,7 @@ class StoredWeight:
         """The dense codes or values."""
         if self.sparse is None:
             assert self.dense is not None
-            return self.dense
+            return from_bfloat16(self.dense) if self.dtype == "bfloat16" else self.dense
         if isinstance(self.sparse, NofMArrays):
             return self.sparse.decoded()
         sparse = self.sparse.by_element
@@ -275,6 +276,7 @@ class Region:
         activation: how the codes it reads are to be understood; None for float32.
         epilogue: what follows the anchor, in order; a Requantize comes last.
         inner: the nodes that the region runs besides its output.
+        rounds: whether the kernel rounds what it reads to bfloat16.
     """
 
     anchor: Node
@@ -285,6 +287,7 @@ class Region:
     activation: QuantizedInput | None
     epilogue: tuple[EpilogueStep, ...]
     inner: tuple[Node, ...] = ()
+    rounds: bool = False
 
     @property
     def joins(self) -> tuple[Join, ...]:
@@ -311,11 +314,16 @@ class Region:
         """Of the value the kernel gives."""
         return output_dtype(self.epilogue)
 
+    def as_read(self, source: NDArray[Any]) -> NDArray[Any]:
+        """Values that the kernel reads as it multiplies them."""
+        return from_bfloat16(to_bfloat16(source)) if self.rounds else source
+
     @property
     def text(self) -> str:
         """The op with its epilogue, for the report."""
         assert self.anchor.op is not None
         first = ("quantize per token",) if self.activation is not None and self.activation.per_token else ()
+        first = ("round to bfloat16",) if self.rounds else first
         return " + ".join((*first, self.anchor.op.name, *map(str, self.epilogue)))
 
 
@@ -385,6 +393,17 @@ def apply_epilogue(
                 codes = np.rint(values * np.float32(1 / scale)) + zero_point
                 values = np.clip(codes, low, high).astype(np.uint8)
     return values
+
+
+def to_bfloat16(values: NDArray[Any]) -> NDArray[np.int16]:
+    """The bits of float32 rounded to bfloat16, half to even; for what is no NaN."""
+    bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(np.int16)
+
+
+def from_bfloat16(bits: NDArray[Any]) -> NDArray[np.float32]:
+    """The float32 values of bits of bfloat16."""
+    return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def _sigmoid(x: NDArray[Any]) -> NDArray[Any]:

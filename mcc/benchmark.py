@@ -95,11 +95,11 @@ def openvino_engine(model: ModelProto | bytes, threads: int) -> Callable[..., li
     return compiled_openvino(openvino.Core().read_model(data, b""), threads)
 
 
-def compiled_openvino(model: Any, threads: int) -> Callable[..., list[NDArray[Any]]]:
-    """An OpenVINO model that is already in its own form, held to float32, as a function of numpy inputs."""
+def compiled_openvino(model: Any, threads: int, precision: str = "f32") -> Callable[..., list[NDArray[Any]]]:
+    """An OpenVINO model that is already in its own form, held to a precision, as a function of numpy inputs."""
     import openvino
 
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
 
     def run(*inputs: NDArray[Any]) -> list[NDArray[Any]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mcc import ops
+from mcc.bfloat16 import round_bfloat16
 from mcc.codebooks import entries_of
 from mcc.formats import along_axis, packed_bytes, unpack
 from mcc.graph import Graph, Node
@@ -17,8 +18,11 @@ from mcc.sparse_formats import smallest_form
 
 # bytes: a constant that is larger, and larger than what it is made of, is computed at every call instead of stored
 LARGEST_GROWTH = 1 << 20
+BFLOAT16_BYTES = 2
 WIDEST_PACKED = 4  # bits; wider codes are bytes, which every kernel reads
 _QUANTIZERS = (ops.FAKE_QUANTIZE, ops.QUANTIZE, ops.DEQUANTIZE, ops.FAKE_CODEBOOK, ops.DECODE_CODEBOOK)
+
+_ROUNDINGS = (ops.ROUND_BFLOAT16, ops.DECODE_BFLOAT16)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class WeightExpression:
         quantizer: the fake_quantize, quantize, dequantize, fake_codebook or decode_codebook node over it, or None.
         sparse: the decode_sparse or decode_n_of_m node over it, or None.
         packed: the unpack node over it, or None.
+        rounded: the round_bfloat16 or decode_bfloat16 node over it, or None.
     """
 
     root: Node
@@ -57,6 +62,7 @@ class WeightExpression:
     quantizer: Node | None
     sparse: Node | None
     packed: Node | None
+    rounded: Node | None
 
     @property
     def elements(self) -> int:
@@ -77,16 +83,23 @@ class WeightExpression:
         return int(torch.count_nonzero(self.values))
 
     @property
+    def rounds(self) -> bool:
+        """Whether the stored tensor is float32 that stands for bfloat16."""
+        return self.rounded is not None and self.rounded.op is ops.ROUND_BFLOAT16
+
+    @property
     def values(self) -> Tensor:
-        """The stored tensor, masked elements zero."""
+        """The stored tensor, rounded to bfloat16 where it is, masked elements zero."""
         values = self.root.tensor.detach()
+        if self.rounds:
+            values = round_bfloat16(values)
         return values if self.mask is None else values * self.mask
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of the weight with its indices and scales, in the format `encode` would choose by size."""
         element = self.root.tensor.element_size()
-        size = self.elements * element
+        size = self.elements * (BFLOAT16_BYTES if self.rounds and self.mask is None else element)
         if self.quantizer is not None and self.quantizer.op in (ops.FAKE_QUANTIZE, ops.FAKE_CODEBOOK):
             element, table = 1, _table(self.quantizer)
             codes = self.elements // (1 if table is None else table.shape[1])
@@ -125,6 +138,7 @@ def weight_expression(node: Node | None) -> WeightExpression | None:
     quantizer: Node | None = None
     sparse: Node | None = None
     packed: Node | None = None
+    rounded: Node | None = None
     while node is not None and not node.is_parameter:
         if node.op is ops.MUL:
             other = node.operand(1)
@@ -139,10 +153,12 @@ def weight_expression(node: Node | None) -> WeightExpression | None:
             sparse = node
         elif node.op is ops.UNPACK:
             packed = node
+        elif node.op in _ROUNDINGS:
+            rounded = node
         else:
             return None
         node = node.operand(0)
-    return None if node is None else WeightExpression(node, mask, quantizer, sparse, packed)
+    return None if node is None else WeightExpression(node, mask, quantizer, sparse, packed, rounded)
 
 
 def layer_costs(graph: Graph) -> tuple[LayerCost, ...]:
@@ -151,7 +167,7 @@ def layer_costs(graph: Graph) -> tuple[LayerCost, ...]:
     rows = []
     for node in graph.nodes:
         row = node.op
-        if row is None or row in (ops.MUL, *ops.WITHOUT_ZEROS, ops.UNPACK) or row in _QUANTIZERS:
+        if row is None or row in (ops.MUL, *ops.WITHOUT_ZEROS, ops.UNPACK, *_QUANTIZERS, *_ROUNDINGS):
             continue
         macs, parameters, stored = row.macs(node.fx), 0, 0
         for position in range(len(node.fx.args)):
@@ -174,7 +190,7 @@ def layer_costs(graph: Graph) -> tuple[LayerCost, ...]:
 
 def _is_weight(expression: WeightExpression) -> bool:
     """Whether this was trained: a parameter or its encoded form, not running statistics or a constant."""
-    encoded = expression.quantizer is not None or expression.sparse is not None
+    encoded = any(n is not None for n in (expression.quantizer, expression.sparse, expression.rounded))
     name = str(expression.root.fx.target)
     return encoded or isinstance(expression.root.tensor, torch.nn.Parameter) or name.endswith("_dense")
 

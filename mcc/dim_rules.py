@@ -323,7 +323,8 @@ _BY_NAME: dict[str, Callable[[Ties, Node], Any]] = {
     "ones": _filled, "full": _filled, "new_zeros": _filled, "new_ones": _filled, "new_full": _filled,
     "arange": _counted, "arange.start": _counted, "arange.start_step": _counted, "eye": _counted,
     "scalar_tensor": _counted, "mcc.lstm": _recurrent, "mcc.gru": _recurrent, "mcc.fake_quantize": _fake_quantize,
-    "mcc.fake_quantize_per_token": _quantize_per_token, "mcc.conv2d_nhwc": unknown, "mcc.attention": unknown,
+    "mcc.fake_quantize_per_token": _quantize_per_token, "mcc.round_bfloat16": _first,
+    "mcc.conv2d_nhwc": unknown, "mcc.attention": unknown,
     "mcc.grouped_matmul": unknown,
 }  # fmt: skip
 _BY_FAMILY: dict[str, Callable[[Ties, Node], Any]] = {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mcc import ops
+from mcc.bfloat16 import encode_bfloat16
 from mcc.codebooks import codebook_codes
 from mcc.cost import WIDEST_PACKED, WeightExpression, code_bits, weight_expression
 from mcc.formats import pack, packed_bytes, quantize
@@ -16,7 +17,7 @@ from mcc.report import Declined
 from mcc.rewrite import Rewriter
 from mcc.sparse_formats import Form, encode_n_of_m, encode_sparse, smallest_form
 
-_TOPS = (ops.MUL, ops.FAKE_QUANTIZE, ops.FAKE_CODEBOOK)
+_TOPS = (ops.MUL, ops.FAKE_QUANTIZE, ops.FAKE_CODEBOOK, ops.ROUND_BFLOAT16)
 GROUPED = 2  # dims of scales that belong to groups of inputs
 SparseVerdict = Callable[[Node, float, Form], str | None]
 """Given an op, its weight's density and form: why the backend would rather have the weight dense, or None if not."""
@@ -27,7 +28,7 @@ def encode(graph: Graph, prefer_dense: SparseVerdict) -> tuple[Graph, list[Decli
 
     A mask over a weight becomes `decode_sparse` where that stores fewer bytes and the backend profits, else zeros in
     a dense weight. `fake_quantize` of a weight becomes its codes under `dequantize`, packed where they have four bits
-    or fewer; of an activation, `quantize` under `dequantize`.
+    or fewer; of an activation, `quantize` under `dequantize`. A weight rounded to bfloat16 becomes its bits.
     """
     graph = graph.copy()
     dense: list[Declined] = []
@@ -47,7 +48,7 @@ def _is_weight_top(node: Node) -> bool:
     if node.op not in _TOPS:
         return False
     expression = weight_expression(node)
-    if expression is None or (expression.mask is None and expression.quantizer is None):
+    if expression is None or not (expression.mask is not None or expression.quantizer is not None or expression.rounds):
         return False
     return all(user.op not in _TOPS or weight_expression(user) is None for user in node.users)
 
@@ -77,6 +78,8 @@ def _encode_weight(node: Node, prefer_dense: SparseVerdict) -> str | None:
         made.rename(f"{identifier(name)}_sparse")
     elif expression.quantizer is not None:
         made = _read_codes(rewriter, name, stored, expression.quantizer)
+    elif expression.rounds:
+        made = rewriter.call(ops.DECODE_BFLOAT16, rewriter.read(f"{name}_bfloat16", encode_bfloat16(stored)))
     else:
         made = rewriter.read(f"{name}_dense", stored)
     if expression.quantizer is not None and expression.quantizer.op is ops.FAKE_CODEBOOK:

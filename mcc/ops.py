@@ -219,7 +219,7 @@ _TABLE = (
         "compression",
         "mcc.fake_quantize mcc.fake_quantize_per_token mcc.quantize mcc.dequantize mcc.decode_sparse mcc.decode_n_of_m "
         "mcc.unpack mcc.decode_codebook mcc.fake_codebook mcc.token_scales mcc.quantize_tokens "
-        "mcc.dequantize_tokens",
+        "mcc.dequantize_tokens mcc.round_bfloat16 mcc.decode_bfloat16",
     ),
 )
 
@@ -240,10 +240,12 @@ FAKE_QUANTIZE, QUANTIZE = OPS["mcc.fake_quantize"], OPS["mcc.quantize"]
 FAKE_QUANTIZE_PER_TOKEN = OPS["mcc.fake_quantize_per_token"]
 QUANTIZE_TOKENS, DEQUANTIZE_TOKENS = OPS["mcc.quantize_tokens"], OPS["mcc.dequantize_tokens"]
 FAKE_CODEBOOK, DECODE_CODEBOOK = OPS["mcc.fake_codebook"], OPS["mcc.decode_codebook"]
+ROUND_BFLOAT16, DECODE_BFLOAT16 = OPS["mcc.round_bfloat16"], OPS["mcc.decode_bfloat16"]
 DEQUANTIZE, UNPACK = OPS["mcc.dequantize"], OPS["mcc.unpack"]
 DECODE_SPARSE, DECODE_N_OF_M = OPS["mcc.decode_sparse"], OPS["mcc.decode_n_of_m"]
 WITHOUT_ZEROS = (DECODE_SPARSE, DECODE_N_OF_M)
-FIXED = (DEQUANTIZE, *WITHOUT_ZEROS, FAKE_CODEBOOK, DECODE_CODEBOOK)  # over weights that cannot be changed under them
+# over weights that cannot be changed under them
+FIXED = (DEQUANTIZE, *WITHOUT_ZEROS, FAKE_CODEBOOK, DECODE_CODEBOOK, DECODE_BFLOAT16)
 
 
 def op_name(target: object) -> str:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from mcc.errors import TargetError
 
-Isa = Literal["avx2", "avx512", "avx512vnni", "neon"]
+Isa = Literal["avx2", "avx512", "avx512vnni", "avx512bf16", "neon"]
 
 _V3 = ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _V4 = (*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
@@ -36,6 +36,14 @@ _ISAS: dict[Isa, _InstructionSet] = {
     "avx512": _InstructionSet(_V4, "x86_64", "x86-64-v4", ("-prefer-256-bit",), 16, 32),
     "avx512vnni": _InstructionSet(
         (*_V4, "avx512_vnni"), "x86_64", "x86-64-v4", ("-prefer-256-bit", "+avx512vnni"), 16, 32
+    ),
+    "avx512bf16": _InstructionSet(
+        (*_V4, "avx512_vnni", "avx512_bf16"),
+        "x86_64",
+        "x86-64-v4",
+        ("-prefer-256-bit", "+avx512vnni", "+avx512bf16"),
+        16,
+        32,
     ),
     "neon": _InstructionSet(("asimd", "asimddp"), "aarch64", "generic", ("+v8.2a", "+dotprod"), 4, 32),
 }
@@ -86,7 +94,12 @@ class Target:
     @property
     def exact_dot4(self) -> bool:
         """Whether one instruction adds four products of bytes, and does not saturate between them."""
-        return self.isa in ("avx512vnni", "neon")
+        return self.isa in ("avx512vnni", "avx512bf16", "neon")
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether one instruction adds two products of bfloat16 to a float32."""
+        return self.isa == "avx512bf16"
 
     @property
     def code_offset(self) -> int:
@@ -143,7 +156,7 @@ def host_target() -> Target:
 
 
 def parse_target(text: str) -> Target:
-    """Read "cpu" (this machine) or "cpu:avx2", "cpu:avx512", "cpu:avx512vnni", "cpu:neon".
+    """Read "cpu" (this machine) or "cpu:avx2", "cpu:avx512", "cpu:avx512vnni", "cpu:avx512bf16", "cpu:neon".
 
     Raises:
         TargetError: no such target.

@@ -136,7 +136,7 @@ def _rounded_outputs(graph: Graph) -> list[bool]:
     rounded: set[fx.Node] = set()
     for node in graph.nodes:
         rounds = node.op in (ops.QUANTIZE, ops.QUANTIZE_TOKENS, ops.FAKE_QUANTIZE_PER_TOKEN) or (
-            node.op is ops.FAKE_QUANTIZE and weight_expression(node) is None
+            node.op in (ops.FAKE_QUANTIZE, ops.ROUND_BFLOAT16) and weight_expression(node) is None
         )
         if rounds or not rounded.isdisjoint(node.fx.all_input_nodes):
             rounded.add(node.fx)

@@ -33,7 +33,8 @@ _KEEPING = _named(
     "square log1p dropout feature_dropout sum.dim_IntList sum mean.dim mean amax amin var.correction "
     "linalg_vector_norm max.dim cumsum roll flip to.dtype to.device to.dtype_layout _to_copy type_as prelu glu "
     "slice.Tensor select.int chunk unbind.int split_with_sizes split.Tensor repeat tril triu "
-    "repeat_interleave.self_int index.Tensor index_select gather mcc.fake_quantize_per_token remainder.Scalar"
+    "repeat_interleave.self_int index.Tensor index_select gather mcc.fake_quantize_per_token remainder.Scalar "
+    "mcc.round_bfloat16"
 )
 _DIVIDING = _named("div.Tensor div.Tensor_mode floor_divide remainder.Tensor")
 _INVERTING = _named("reciprocal rsqrt log")

@@ -21,6 +21,7 @@ from mcc.passes.quantize_codebook import QuantizeCodebook
 from mcc.passes.quantize_kv_cache import QuantizeKvCache
 from mcc.passes.regularize_channels import RegularizeChannels
 from mcc.passes.rigl import Rigl
+from mcc.passes.round_bfloat16 import RoundBfloat16
 from mcc.passes.smooth_quant import SmoothQuant
 from mcc.passes.sparse_gpt import SparseGpt
 from mcc.rewrite import Pass
@@ -28,12 +29,12 @@ from mcc.rewrite import Pass
 PASSES: tuple[type[Pass], ...] = (
     EliminateIdentity, FoldBatchNorm, FoldConstants, KeepZeros, PruneWeights, Rigl, SparseGpt, RegularizeChannels,
     PruneChannels, PruneHeads, PruneNeurons, PruneBlocks, FineTune, EqualizeLayers, SmoothQuant, Awq, Gptq, Quantize,
-    AdaRound, CorrectBias, QuantizeKvCache, QuantizeCodebook, Hqq,
+    AdaRound, CorrectBias, QuantizeKvCache, QuantizeCodebook, Hqq, RoundBfloat16,
 )  # fmt: skip
 
 __all__ = [
     "PASSES", "AdaRound", "Awq", "CorrectBias", "EliminateIdentity", "EqualizeLayers", "FineTune", "FoldBatchNorm",
     "FoldConstants", "Gptq", "Hqq", "KeepZeros", "PruneBlocks", "PruneChannels", "PruneHeads", "PruneNeurons",
-    "PruneWeights", "Quantize", "QuantizeCodebook", "QuantizeKvCache", "RegularizeChannels", "Rigl", "SmoothQuant",
-    "SparseGpt",
+    "PruneWeights", "Quantize", "QuantizeCodebook", "QuantizeKvCache", "RegularizeChannels", "Rigl", "RoundBfloat16",
+    "SmoothQuant", "SparseGpt",
 ]  # fmt: skip

@@ -408,6 +408,7 @@ _CONDITIONS: dict[ops.Op | None, Callable[[Node], bool]] = {
 FORMS: dict[str, Form] = {
     **{row.name: _pointwise for row in OPS.values() if row.family == "pointwise"},
     "mcc.quantize": _first_only, "mcc.dequantize": _first_only, "dropout": _first_only,
+    "mcc.round_bfloat16": _first_only,
     "cat": _with_dim(1), "chunk": _with_dim(2), "split.Tensor": _with_dim(2), "split_with_sizes": _with_dim(2),
     "slice.Tensor": _with_dim(1), "softmax.int": _with_dim(1), "getitem": _getitem, "permute": _permute,
     "mean.dim": _with_dim(1), "sum.dim_IntList": _with_dim(1), "amax": _with_dim(1), "amin": _with_dim(1),

@@ -26,6 +26,7 @@ from mcc.formats import dequantize, unpack
 if TYPE_CHECKING:
     from mcc.backends.cpu.lowering import Lowering
     from mcc.graph import Node
+    from mcc.target import Target
 
 _REASONS = dict.fromkeys(("matmul", "bmm"), "its operands are no float32 matrices, or have fewer than four rows")
 ANCHORS = (ops.LINEAR, ops.CONV2D_NHWC, ops.CONV2D)
@@ -61,8 +62,11 @@ def integerize(lowering: Lowering) -> Lowering:
             source = codes
         else:
             activation = None
+        rounded = _rounded(node, source, lowering.target)
+        if weight.dtype == "bfloat16":
+            source, weight = (rounded, weight) if rounded else (source, replace(weight, dense=weight.decoded()))
         array = None if bias is None else bias.tensor.detach().numpy().astype(np.float32)
-        regions[node.fx] = Region(node, source, node, weight, array, activation, ())
+        regions[node.fx] = Region(node, source, node, weight, array, activation, (), rounds=weight.dtype == "bfloat16")
     return replace(lowering, regions=regions, refused=refused)
 
 
@@ -138,6 +142,10 @@ def _stored_codes(inner: Node | None, shape: tuple[int, ...]) -> StoredWeight | 
         bits, low = inner.argument(1), inner.argument(2)
         codes = unpack(packed.tensor, bits, low, inner.argument(3)).numpy()
         return StoredWeight(str(packed.fx.target).removesuffix("_packed"), shape, codes, None, None, bits=bits)
+    if inner.op is ops.DECODE_BFLOAT16:
+        stored = inner.operand(0)
+        assert stored is not None
+        return StoredWeight(str(stored.fx.target).removesuffix("_bfloat16"), shape, stored.tensor.numpy(), None, None)
     if not inner.is_parameter or inner.dtype not in (torch.float32, torch.int8):
         return None
     name = str(inner.fx.target).removesuffix("_codes").removesuffix("_dense")
@@ -149,6 +157,12 @@ def _activation(node: Node, source: Node) -> tuple[QuantizedInput | None, Node |
     if node.op is ops.LINEAR and source.op is ops.FAKE_QUANTIZE_PER_TOKEN and source.argument(1) == PER_TOKEN_LIMIT:
         return PER_TOKEN, source.operand(0)
     return quantized_source(source)
+
+
+def _rounded(node: Node, source: Node, target: Target) -> Node | None:
+    """What a layer reads before it is rounded to bfloat16, where its kernel rounds it; else None."""
+    alone = node.op is ops.LINEAR or (node.op is ops.CONV2D_NHWC and node.argument(6, 1) == 1)
+    return source.operand(0) if alone and target.bfloat16 and source.op is ops.ROUND_BFLOAT16 else None
 
 
 def quantized_source(source: Node) -> tuple[QuantizedInput | None, Node | None]:

@@ -47,9 +47,12 @@ def layout(lowering: Lowering) -> Lowering:
 
 
 def _give_each_layer_its_dequantize(graph: Graph) -> None:
-    """Layers read codes under a dequantize of their own: what has to be transposed for one of them is the codes."""
+    """Layers read codes under a dequantize of their own: what has to be transposed for one of them is the codes.
+
+    What is rounded to bfloat16 likewise.
+    """
     for node in graph.nodes:
-        if node.op is not ops.DEQUANTIZE or weight_expression(node) is not None:
+        if node.op not in (ops.DEQUANTIZE, ops.ROUND_BFLOAT16) or weight_expression(node) is not None:
             continue
         for layer in [user for user in node.users if user.op in ops.LAYERS][1:]:
             own = graph.call(layer, node.fx.target, *node.fx.args)

@@ -366,6 +366,10 @@ class Vectors:
         (a0, a1), (b0, b1) = self._even_odd_unsigned(unsigned), self._even_odd_signed(signed)
         return accumulator + self._pairs_of_words(a0, b0) + self._pairs_of_words(a1, b1)
 
+    def dot2(self, accumulator: Expression, a: Expression, b: Expression) -> Expression:
+        """Add two products of bfloat16 to each float32 lane; pairs as int32 words, see kernels/bfloat16.py."""
+        return T.call_pure_extern(f"float32x{self.lanes}", "mcc_dot2", accumulator, a, b)
+
     def pack_to_words(self, low: Expression, high: Expression) -> Expression:
         """Two vectors of int32 as one of int16, saturated; of each 128 bits the two parts follow one another."""
         if self.neon:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import tvm
 import tvm.tirx.script.builder.ir as B
 from tvm import relax
+from tvm.script import tirx as T
 
 from mcc.backends.cpu.build import compile_module
+from mcc.backends.cpu.kernels.bfloat16 import PAIR, multiplying
 from mcc.backends.cpu.microkernel import (
     Expression,
     Parameter,
@@ -36,6 +39,7 @@ CHAINS = 12  # accumulators that hide the latency of a multiply-add on every CPU
 STEPS = 20_000
 KNOWN_TO = 0.05  # how well what being asked costs is known, relative: no call is said to take less
 INTEGER_KERNELS = ("dense_int8", "dense_per_token", "low_bit_per_token", "conv2d_int8", "depthwise_int8")
+BFLOAT16_KERNELS = ("dense_bf16", "conv2d_bf16")
 _BOOKKEEPING = "vm.builtin."
 
 
@@ -76,7 +80,8 @@ class Profiler:
         weights = [tvm.runtime.tensor(np.ascontiguousarray(w)) for w in lowering.weights.values()]
         workspace = [tvm.runtime.from_dlpack(x) for x in workspace_arrays(memory.workspace)]
         self._arguments = [*(tvm.runtime.tensor(x) for x in inputs), *map(tvm.runtime.convert, (weights, workspace))]
-        self._peaks = {kind: peak(lowering.target, kind) for kind in ("float32", "int8")}
+        kinds = ("float32", "int8", *(["bfloat16"] if lowering.target.bfloat16 else []))
+        self._peaks = {kind: peak(lowering.target, kind) for kind in kinds}
 
     def measure(self, runs: int, threads: int = 1) -> list[KernelTime]:
         """The least time of `runs` of every call, kernels using `threads`."""
@@ -151,25 +156,32 @@ def _row(layer: LayerRow | None, name: str, milliseconds: float, peaks: dict[str
         return KernelTime("", name, "op library", milliseconds, 0, None)
     # sparse codes are summed in float, and those of depthwise layers where only that is exact
     kind = "int8" if layer.kernel.startswith(INTEGER_KERNELS) else "float32"
+    kind = "bfloat16" if layer.kernel.startswith(BFLOAT16_KERNELS) else kind
     percent = 100 * layer.macs / (milliseconds * 1e-3) / peaks[kind] if layer.macs and milliseconds else None
     return KernelTime(layer.layer, layer.op, layer.kernel, milliseconds, layer.macs, percent)
 
 
 def peak(target: Target, kind: str) -> float:
-    """Multiply-accumulates a second that one core reaches from registers: float32, or int8 by `dot4`."""
+    """Multiply-accumulates a second of one core, from registers: float32, int8 by `dot4`, bfloat16 by `dot2`."""
     v = Vectors(target)
-    dtype = "float32" if kind == "float32" else "int32"
+    dtype, products = {"float32": ("float32", 1), "int8": ("int32", 4), "bfloat16": ("float32", PAIR)}[kind]
 
     def body(x: Expression, y: Expression) -> None:
         (sums,) = v.registers(1, CHAINS, dtype)
         for register in sums:
             register.set(v.load(x, 0))
         a, b = B.Bind(v.load(x, v.lanes)), B.Bind(v.load(x, 2 * v.lanes))
-        with B.serial(0, STEPS):
+        x_words, b_words = (T.reinterpret(f"int32x{v.lanes}", part) for part in (a, b))
+
+        def multiplied(total: Expression) -> Expression:
+            if kind == "bfloat16":
+                return v.dot2(total, x_words, b_words)
+            # codes from the sum itself: of two that stay the same the product would be taken once
+            return v.fma(a, b, total) if kind == "float32" else v.dot4(total, total, b, bounded=True)
+
+        with multiplying() if kind == "bfloat16" else nullcontext(), B.serial(0, STEPS):
             for register in sums:
-                total = register.get()
-                # codes from the sum itself: of two that stay the same the product would be taken once
-                register.set(v.fma(a, b, total) if kind == "float32" else v.dot4(total, total, b, bounded=True))
+                register.set(multiplied(register.get()))
         for i, register in enumerate(sums):
             v.store(y, i * v.lanes, register.get())
 
@@ -179,4 +191,4 @@ def peak(target: Target, kind: str) -> float:
     module = compiled_kernel(function, target)
     arrays = [tvm.runtime.tensor(np.zeros(n * v.lanes, dtype), tvm.cpu()) for n in (3, CHAINS)]
     seconds = min(module.time_evaluator("peak", tvm.cpu(), number=3, repeat=5)(*arrays).results)
-    return STEPS * CHAINS * v.lanes * (1 if kind == "float32" else 4) / float(seconds)
+    return STEPS * CHAINS * v.lanes * products / float(seconds)

@@ -1,12 +1,17 @@
-"""Formats of tokens that come at run time, in relax: see `mcc.token_formats`."""
+"""Formats of what comes at run time, in relax: see `mcc.token_formats` and `mcc.bfloat16`."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from tvm import relax, te, tirx
 
 from mcc.backends.relax.emitter import Emitter, Expression, shape
 from mcc.formats import SMALLEST_ROW
 from mcc.token_formats import LIMITS, ZERO
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 R = relax.op
 
@@ -61,7 +66,27 @@ def _dequantize_tokens(e: Emitter, codes: Expression, scale: Expression, bits: i
     return e.compute(body, codes, scale, name="dequantize_tokens")
 
 
-RULES = {
+def _round_bfloat16(e: Emitter, x: Expression) -> Expression:
+    def rounded(value: Expression) -> Expression:
+        bits = tirx.reinterpret("int32", value)
+        half = tirx.const(0x7FFF, "int32") + tirx.bitwise_and(bits >> 16, 1)
+        # of a NaN, whose bits without the sign are above infinity's, the sum might be a number
+        number = tirx.bitwise_and(bits, 0x7FFFFFFF) <= tirx.const(0x7F800000, "int32")
+        kept = tirx.Select(number, bits + half, tirx.bitwise_or(bits, 1 << 22))
+        return tirx.reinterpret("float32", tirx.bitwise_and(kept, tirx.const(-1 << 16, "int32")))
+
+    return e.compute(lambda v: te.compute(v.shape, lambda *i: rounded(v(*i))), x, name="round_bfloat16")
+
+
+def _decode_bfloat16(e: Emitter, stored: Expression) -> Expression:
+    def value(bits: Expression) -> Expression:
+        return tirx.reinterpret("float32", bits.astype("int32") << 16)
+
+    return e.compute(lambda v: te.compute(v.shape, lambda *i: value(v(*i))), stored, name="decode_bfloat16")
+
+
+RULES: dict[str, Callable[..., Expression]] = {
     "mcc.token_scales": _token_scales, "mcc.quantize_tokens": _quantize_tokens,
-    "mcc.dequantize_tokens": _dequantize_tokens,
+    "mcc.dequantize_tokens": _dequantize_tokens, "mcc.round_bfloat16": _round_bfloat16,
+    "mcc.decode_bfloat16": _decode_bfloat16,
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -391,6 +392,11 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
         S(lambda n: (f(n, 3, 12), positive(n, 3, 1) / 20, 8), (0, 1)),
         S(lambda n: (f(n, 2, 12), positive(n, 2, 3) / 2, 4), (0, 1)),
     ),
+    "mcc.round_bfloat16": (
+        S(lambda n: (f(n, 5, 7),)),
+        S(lambda n: (torch.tensor([math.inf, -math.inf, -0.0, 1.00390625, 1.01171875, 3.4e38]).repeat(n, 1),)),
+    ),
+    "mcc.decode_bfloat16": (S(lambda n: (f(n, 5).to(torch.bfloat16).view(torch.int16),)),),
     "mcc.dequantize_tokens": (
         S(lambda n: (i(256, n, 3, 12).to(torch.int8), positive(n, 3, 1), 8), (0, 1)),
         S(lambda n: (i(256, n, 2, 6).to(torch.uint8), positive(n, 2, 3), 4), (0, 1)),

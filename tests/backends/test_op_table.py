@@ -133,7 +133,7 @@ AS_IT_IS = {
     "index_put", "scatter.src", "scatter.value", "scatter_add", "mcc.grouped_matmul",
     "mcc.quantize", "mcc.dequantize", "mcc.decode_codebook", "mcc.fake_codebook", "mcc.token_scales",
     "mcc.quantize_tokens", "mcc.dequantize_tokens", "mcc.attention", "mcc.conv2d_nhwc", "mcc.max_pool2d_nhwc",
-    "mcc.avg_pool2d_nhwc", "mcc.upsample_nhwc", "mcc.group_norm_nhwc",
+    "mcc.avg_pool2d_nhwc", "mcc.upsample_nhwc", "mcc.group_norm_nhwc", "mcc.decode_bfloat16",
 }  # fmt: skip
 
 

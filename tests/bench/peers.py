@@ -21,6 +21,8 @@ def peers(
             "ONNX Runtime": lambda: onnxruntime_engine(proto, threads),
             "OpenVINO": lambda: openvino_engine(proto, threads),
         }
+    if precision == "bf16":  # ONNX Runtime's CPU kernels have none
+        return {"OpenVINO": lambda: _bfloat16_openvino(proto, threads)}
     if precision == "int4":
         return {
             "ONNX Runtime": lambda: onnxruntime_engine(_int4_onnx(proto), threads),
@@ -67,6 +69,13 @@ def _nncf_engine(proto: Any, calibration: list[tuple[Any, ...]], threads: int) -
     batches = [b[0] if len(b) == 1 else list(b) for b in calibration]
     quantized = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches))
     return compiled_openvino(quantized, threads)
+
+
+def _bfloat16_openvino(proto: Any, threads: int) -> Engine:
+    import openvino
+
+    model = openvino.Core().read_model(proto.SerializeToString(), b"")
+    return compiled_openvino(model, threads, "bf16")
 
 
 def _int4_onnx(proto: Any) -> bytes:

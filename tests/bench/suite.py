@@ -2,7 +2,7 @@
 
     python tests/bench/suite.py [--models ResNet-50,BERT-base] [--threads 1,2] [--precision fp32,int8] [--runs 15]
 
-`--models torchvision:NAME` takes any classifier of torchvision, `transformers:NAME` two layers of that kind of network. `--precision int4` quantizes the weights of linear layers, in groups of 32, and activations per token, as the peers do.
+`--models torchvision:NAME` takes any classifier of torchvision, `transformers:NAME` two layers of that kind of network. `--precision int4` quantizes the weights of linear layers, in groups of 32, and activations per token, as the peers do; `--precision bf16` is for CPUs that multiply bfloat16.
 Prints a Markdown table; `--json FILE` and `--plot FILE` keep the figures and draw them. An engine that cannot run a model
 is named with the reason. Beside each int8 time stands how far the engine's output is from eager float32.
 """
@@ -29,6 +29,7 @@ from mcc.benchmark import interleave
 CALIBRATION_BATCHES = 4
 PASSES = {
     "fp32": "fold-batch-norm",
+    "bf16": "fold-batch-norm; round-bfloat16",
     "int8": "fold-batch-norm; quantize",
     "int4": "fold-batch-norm; quantize{weights='int4', activations='dynamic', group_size=32}",
 }
@@ -62,8 +63,9 @@ def measure(name: str, case: Case, setting: tuple[str, int, int], runs: int, fai
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         text = text.partition(";")[2].strip()
     artifact = mcc.compile(
-        model, inputs, passes=text, data=mcc.Data(calibration=calibration), threads=threads, measure="never"
-    )
+        model, inputs, passes=text, data=mcc.Data(calibration=calibration), threads=threads, measure="never",
+        target="cpu:avx512bf16" if precision == "bf16" else "cpu",
+    )  # fmt: skip
     engines: dict[str, Engine] = {"mcc": artifact}
     proto = torch.onnx.export(model, inputs, dynamo=True, verbose=False).model_proto
     known = [tuple(x.numpy() for x in b) for b in calibration]

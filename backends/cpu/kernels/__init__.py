@@ -1,7 +1,9 @@
 """The kernels of the CPU backend, the first that takes a region is used."""
 
 from mcc.backends.cpu.kernels.conv2d import Conv2dFloat, Conv2dInt8
+from mcc.backends.cpu.kernels.conv2d_bfloat16 import Conv2dBfloat16
 from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8
+from mcc.backends.cpu.kernels.dense_bfloat16 import DenseBfloat16
 from mcc.backends.cpu.kernels.dense_per_token import DensePerToken
 from mcc.backends.cpu.kernels.depthwise import Depthwise
 from mcc.backends.cpu.kernels.depthwise_int8 import DepthwiseInt8
@@ -15,5 +17,6 @@ from mcc.backends.kernel import Kernel
 
 KERNELS: tuple[Kernel, ...] = (
     SparseDense(), SparseBlocks(), SparseNofM(), LowBitDense(), LowBitPerToken(), DenseInt8(), DensePerToken(),
-    DenseFloat(), DepthwiseInt8(), Depthwise(), SparseConv2d(), DepthwisePlanes(), Conv2dInt8(), Conv2dFloat(),
+    DenseBfloat16(), DenseFloat(), DepthwiseInt8(), Depthwise(), SparseConv2d(), DepthwisePlanes(), Conv2dInt8(),
+    Conv2dBfloat16(), Conv2dFloat(),
 )  # fmt: skip

@@ -106,7 +106,7 @@ def conv_reference(region: Region, source: NDArray[Any], operands: Sequence[NDAr
     shape = conv_shape(region)
     assert isinstance(shape, ConvShape)
     zero = 0 if region.activation is None else region.activation.zero_point
-    x = torch.from_numpy(source.astype(np.float64) - zero).permute(0, 3, 1, 2)
+    x = torch.from_numpy(region.as_read(source).astype(np.float64) - zero).permute(0, 3, 1, 2)
     x = torch.nn.functional.pad(x, [shape.before[1], shape.after[1], shape.before[0], shape.after[0]])
     weight = torch.from_numpy(region.weight.decoded().astype(np.float64))
     sums = torch.nn.functional.conv2d(x, weight, None, shape.stride, 0, shape.dilation, shape.groups)

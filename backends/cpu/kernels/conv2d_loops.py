@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MANY_IMAGES = 4  # from here on threads take images, not parts of one
 CACHE_BYTES = 192 << 10  # of the source that one pass over a block of channels reads: half of a small L2 cache
+BYTES = 4  # of a word
 FEWEST_PARTS = 4
 FEWEST_COPIED = 8  # parts of an image that each copy what they read, while it is in cache
 FEWEST_MACS = 600_000  # of an image for two threads: about 12 us of one in float
@@ -138,7 +139,7 @@ class Convolution(PackedConvolution):
 
     def _band_bytes(self) -> Expression:
         """Bytes of the source that a band moves on by."""
-        size = 1 if self.word > 1 else 4
+        size = BYTES // self.word
         return self.shape.padded[1] * (self.shape.inputs * size * self.shape.stride[0] * self.rows)
 
     def _chunk(self, bands: int) -> int:

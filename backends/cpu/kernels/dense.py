@@ -114,7 +114,7 @@ def lower_integers(name: str, region: Region, target: Target, tile: str, body: t
     plan = PanelPlan(region, Vectors(target), parse_tile(tile))
     weight = region.weight
     assert weight.dense is not None
-    packed = {"weight": pack_panels_of_four(weight.dense, plan.width, target.vector_lanes)}
+    packed = {"weight": pack_panels_of(4, weight.dense, plan.width, target.vector_lanes)}
     packed |= integer_vectors(region, plan.padded_outputs, target)
     function = plan.function(name, packed, body(plan, bounded=pairs_fit(weight.dense)).emit)
     groups = -(-plan.inputs // 4)
@@ -161,12 +161,12 @@ def pack_panels(weight: NDArray[Any], width: int, lanes: int) -> NDArray[Any]:
     return np.concatenate(panels) if panels else np.zeros(0, weight.dtype)
 
 
-def pack_panels_of_four(weight: NDArray[np.int8], width: int, lanes: int) -> NDArray[np.int8]:
-    """[out, in] -> panels [in / 4][width][4], `in` padded with zeros to a multiple of four."""
+def pack_panels_of(size: int, weight: NDArray[Any], width: int, lanes: int) -> NDArray[Any]:
+    """[out, in] -> panels [in / size][width][size], `in` padded with zeros to a multiple of `size`."""
     outputs, inputs = weight.shape
-    padded = np.pad(weight, ((0, -outputs % lanes), (0, -inputs % 4)))
+    padded = np.pad(weight, ((0, -outputs % lanes), (0, -inputs % size)))
     panels = [
-        padded[start : start + width].reshape(-1, padded.shape[1] // 4, 4).transpose(1, 0, 2).reshape(-1)
+        padded[start : start + width].reshape(-1, padded.shape[1] // size, size).transpose(1, 0, 2).reshape(-1)
         for start in range(0, len(padded), width)
     ]
     return np.concatenate(panels)
@@ -191,7 +191,7 @@ def dense_reference(region: Region, source: NDArray[Any], operands: Sequence[NDA
     weight = region.weight.decoded().reshape(region.weight.shape[0], -1)
     bias = np.float32(0) if region.bias is None else region.bias
     if region.activation is None:
-        sums = source.astype(np.float64) @ weight.T.astype(np.float64)
+        sums = region.as_read(source).astype(np.float64) @ weight.T.astype(np.float64)
         scaled = sums if region.weight.scale is None else sums * region.weight.scale
         return apply_epilogue((scaled + bias).astype(np.float32), region.epilogue, operands)
     assert region.weight.scale is not None

@@ -8,6 +8,7 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
+from mcc.backends.cpu.kernels.bfloat16 import PAIR, bits_of, rounded_pairs
 from mcc.backends.cpu.microkernel import branch, serial
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ def copy_rows(
     rows: tuple[Expression, Expression],
     loop: Callable[..., None],
 ) -> None:
-    """Copy some rows of an image, padded: `source` is buffer and first index, `target` is buffer and padding value."""
+    """Copy some rows of an image, padded: `source` is buffer and first index, `target` is buffer and padding value.
+
+    A target of int16 gets the bits of float32 rounded to bfloat16.
+    """
     (room, zero), pixel = target, shape.inputs
     height, width = shape.image
     line = shape.padded[1] * pixel
@@ -42,8 +46,11 @@ def copy_rows(
              else B.buffer_store(room, zero, [first + i]))  # fmt: skip
 
     def copy(from_index: Expression, to_index: Expression, pixels: Expression) -> None:
-        span(pixels, lambda i, n: v.store(room, to_index + i, v.load(source[0], from_index + i, n), n) if n > 1
-             else B.buffer_store(room, source[0][from_index + i], [to_index + i]))  # fmt: skip
+        def vector(i: Expression, n: int) -> None:
+            value = v.load(source[0], from_index + i, n)
+            v.store(room, to_index + i, rounded_pairs(v, value) if room.dtype == "int16" else value, n)
+
+        span(pixels, lambda i, n: vector(i, n) if n > 1 else _copy_one(source[0], from_index + i, room, to_index + i))
 
     def row(i: Expression) -> None:
         h = rows[0] + i
@@ -68,11 +75,12 @@ def copy_words(
     rows: tuple[Expression, Expression],
     loop: Callable[..., None],
 ) -> None:
-    """As `copy_rows`, but the channels of each pass, filled up to whole words of four."""
+    """As `copy_rows`, but the channels of each pass, filled up to whole words of 32 bits."""
     room, zero = target
+    word = 4 if room.dtype == "uint8" else PAIR
     (height, width), padded_width = shape.image, shape.padded[1]
     inputs = passes.joined * shape.group_inputs
-    depth = -(-inputs // 4) * 4
+    depth = -(-inputs // word) * word
     pixel = passes.count * depth
 
     def row(i: Expression) -> None:
@@ -86,7 +94,7 @@ def copy_words(
                 for c in range(depth):
                     # past the last channel any value will do: its weights are zero
                     channel = passes.first(p) * shape.group_inputs + min(c, inputs - 1)
-                    B.buffer_store(room, source[0][from_index + channel], [to_index + p * depth + c])
+                    _copy_one(source[0], from_index + channel, room, to_index + p * depth + c)
 
             def fill(i: Expression) -> None:
                 B.buffer_store(room, zero, [to_index + i])
@@ -96,3 +104,8 @@ def copy_words(
         serial(padded_width, column)
 
     loop(rows[1], row)
+
+
+def _copy_one(source: Expression, from_index: Expression, room: Expression, to_index: Expression) -> None:
+    value = source[from_index]
+    B.buffer_store(room, bits_of(value) if room.dtype == "int16" else value, [to_index])

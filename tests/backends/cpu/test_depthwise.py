@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from regions import NEON, TARGETS, Symbolic, assert_kernel_equals_reference, make_region, make_weight
+
 from mcc import ops
 from mcc.backends.cpu.kernels.conv_shape import conv_shape
 from mcc.backends.cpu.kernels.depthwise_body import _blocks
 from mcc.backends.cpu.kernels.depthwise_int8 import DepthwiseInt8
 from mcc.backends.kernel import QuantizedInput, Requantize
-from regions import NEON, TARGETS, Symbolic, assert_kernel_equals_reference, make_region, make_weight
 
 
 def test_the_narrowest_blocks_are_of_two_parts_where_vectors_have_room():

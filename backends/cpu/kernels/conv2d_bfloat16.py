@@ -1,0 +1,105 @@
+"""Convolutions in bfloat16 with channels last: the loops of conv2d.py over pairs of input channels.
+
+The image is rounded as it is copied with its padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import tvm.tirx.script.builder.ir as B
+from tvm.script import tirx as T
+
+from mcc import ops
+from mcc.backends.cpu.kernels.bfloat16 import PAIR, multiplying
+from mcc.backends.cpu.kernels.conv2d import conv_reference
+from mcc.backends.cpu.kernels.conv2d_loops import Convolution
+from mcc.backends.cpu.kernels.conv_shape import conv_shape, conv_tiles
+from mcc.backends.cpu.kernels.padded_copy import copy_rows, copy_words
+from mcc.backends.cpu.kernels.tiles import parse_tile
+from mcc.backends.cpu.microkernel import Expression, Vectors, flat
+from mcc.backends.kernel import Lowered, Region
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from mcc.target import Target
+
+
+@dataclass(frozen=True)
+class Conv2dBfloat16:
+    """float32 activations that the kernel rounds, weights stored as bfloat16."""
+
+    name: str = "conv2d_bf16"
+    anchor: ClassVar[ops.Op] = ops.CONV2D_NHWC
+
+    def refuses(self, region: Region, target: Target) -> str | None:
+        """Takes convolutions without groups that read what is rounded to bfloat16, with a weight that is."""
+        if not target.bfloat16:
+            return f"{target} does not multiply bfloat16"
+        if not region.rounds:
+            return "weight and activations are not both rounded to bfloat16"
+        shape = conv_shape(region)
+        if isinstance(shape, str):
+            return shape
+        return "it has groups" if shape.groups > 1 else None
+
+    def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
+        """See `conv_tiles`."""
+        return conv_tiles(region, target)
+
+    def lower(self, region: Region, target: Target, tile: str) -> Lowered:
+        """See the module's text."""
+        body = _Convolution(region, Vectors(target), parse_tile(tile))
+        return Lowered(body.function(self.name), body.packed)
+
+    def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
+        """Float64 sums of rounded values."""
+        return conv_reference(region, source, operands)
+
+
+class _Convolution(Convolution):
+    """Pairs of channels a word."""
+
+    sum_dtype = "float32"
+    word = PAIR
+    reads_copy = True
+
+    def loops(self) -> None:
+        """See `ConvolutionBody`."""
+        self.weight_words = flat(self.arrays["weight"], self.packed["weight"].size // PAIR, "int32")
+        with multiplying():
+            super().loops()
+
+    def plain_weight(self) -> NDArray[Any]:
+        """As bits."""
+        bits = self.region.weight.dense
+        assert bits is not None
+        return bits.reshape(*bits.shape[:2], *self.shape.kernel)
+
+    def copied(
+        self, n: Expression, rows: tuple[Expression, int], loop: Callable[..., None]
+    ) -> tuple[Expression, Expression]:
+        shape, room = self.shape, B.alloc_buffer((rows[1] * self.line * PAIR,), "int16", layout=None)
+        source, target = (self.x, self._first(n)), (room, T.int16(0))
+        if self.whole_words:
+            copy_rows(self.v, shape, source, target, rows, loop)
+        else:
+            copy_words(shape, self.passes, source, target, rows, loop)
+        return flat(room, rows[1] * self.line, "int32"), -rows[0] * self.line
+
+    def start(self, index: Expression) -> Expression:
+        return self.v.load(self.arrays["bias"], index)
+
+    def load_weight(self, index: Expression) -> Expression:
+        return self.v.load(self.weight_words, index)
+
+    def multiply(self, total: Expression, value: Expression, weight: Expression) -> Expression:
+        return self.v.dot2(total, value, weight)
+
+    def finish(self, total: Expression, index: Expression) -> Expression:
+        del index
+        return total
