@@ -18,6 +18,7 @@ from mcc.backends.cpu.kernels.norm import NormShape, norm_function
 from mcc.backends.cpu.kernels.quantize import quantize_function
 from mcc.backends.cpu.kernels.recurrent import NARROWEST, RecurrentShape, recurrent_function
 from mcc.backends.cpu.kernels.softmax import SoftmaxShape, softmax_function
+from mcc.backends.cpu.kernels.transpose import takes_transpose, transpose_function
 from mcc.backends.cpu.permutes import order_of
 from mcc.backends.kernel import Requantize, output_dtype
 from mcc.backends.relax.emitter import known_dims, static
@@ -205,7 +206,7 @@ class Unweighted:
             source = node.operand(0)
             assert source is not None
             return self._quantize(emitter, source, step)
-        return None
+        return self._transpose(emitter, node)
 
     def kernel_name(self, node: Node) -> str:
         """The kernel of a node that has an own one here, for the report."""
@@ -294,6 +295,18 @@ class Unweighted:
         operands = [source, *(self._value(p.fx) for p in affine if p is not None)]
         output = relax.TensorType(list(source.ty.shape), output_dtype(norm.steps))
         return emitter(relax.call_tir(function, operands, output))
+
+    def _transpose(self, emitter: Emitter, node: Node) -> Any:
+        order = order_of(node)
+        if order is None:
+            return None
+        source, kind = self._value(node.fx.all_input_nodes[0]), str(node.dtype).removeprefix("torch.")
+        if not takes_transpose(known_dims(source), order, kind, self.target):
+            return None
+        function = transpose_function(known_dims(source), order, kind, self.target)
+        result = [source.ty.shape[d] for d in order]
+        made = emitter.builder.add_func(function, "transpose")
+        return emitter(relax.call_tir(made, [source], relax.TensorType(result, kind)))
 
     def _quantize(self, emitter: Emitter, node: Node, step: Requantize) -> Any:
         source = self._value(node.fx)

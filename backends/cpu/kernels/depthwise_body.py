@@ -96,7 +96,8 @@ class DepthwiseBody(ConvolutionBody):
         steps = steps_after_scale(region)
         step = steps[0] if len(steps) == 1 else None
         self.to_codes = step if isinstance(step, ToCodes) and step.fits else None
-        parts = min(self.most_parts, shape.result[1]) if self.to_codes else 1
+        wide = not shape.varies and shape.result[1] >= self.most_parts
+        parts = self.most_parts if self.to_codes and wide else 1
         self.full, self.rest = _blocks(shape.inputs, vectors.lanes, parts)
         self.direct = None if self.to_codes is None else direct_requantize(region, self.to_codes)
         self.packed = self._packed()
