@@ -26,6 +26,7 @@ def bench_model(
     inputs: Annotated[list[str] | None, typer.Option("--input", "-i", help="name=f32[batch:8,784]")] = None,
     passes: Annotated[str, typer.Option("--passes", "-p", help="pass list, or a .yaml recipe")] = "",
     data: Annotated[Path | None, typer.Option(help=".npz for passes that need data")] = None,
+    target: Annotated[str, typer.Option(help="see `mcc targets`")] = "cpu",
     threads: Annotated[int, typer.Option(help="for every engine")] = 1,
     runs: Annotated[int, typer.Option(help="of every engine")] = 200,
     layers: Annotated[bool, typer.Option(help="time every kernel instead, beside the peak")] = False,
@@ -43,7 +44,7 @@ def bench_model(
         graph = compiler.load_graph(found, example, {}, dims)
         example = example or compiler.example_of(graph)
         if layers:
-            options = compiler.Options(data=read_data(data) or Data())
+            options = compiler.Options(target, read_data(data) or Data())
             profiler = compiler.layer_profiler(graph, example, compiler.resolve_passes(passes), options)
             _print_layers(profiler.measure(LAYER_RUNS, threads), threads, as_json=as_json)
             return
@@ -53,7 +54,7 @@ def bench_model(
         engines["torch eager"] = lambda: _without_gradients(eager, example)
         arrays = [x.numpy() for x in example]
         missing = _add_peers(engines, found, example, arrays, threads)
-        artifact = compiler.compile(graph, example, passes=passes, data=read_data(data), threads=threads)
+        artifact = compiler.compile(graph, example, passes=passes, data=read_data(data), target=target, threads=threads)
         if len(artifact.inputs) != len(arrays):
             raise SpecError(
                 f"{passes} changes what the model takes: there is nothing to compare it with",
