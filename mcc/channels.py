@@ -51,8 +51,8 @@ def _refusal(node: Node, source: Node | None) -> str | None:
     if node.dtype is not torch.float32:
         return f"it computes in {str(node.dtype).removeprefix('torch.')}, not float32"
     expression = weight_expression(node.operand(1))
-    if expression is None or expression.quantizer is not None or expression.sparse is not None:
-        return "its weight is computed or quantized"
+    if expression is None or any((expression.quantizer, expression.sparse, expression.rounded)):
+        return "its weight is computed, quantized or rounded"
     return "its weight is shared" if weight_is_shared(node) else None
 
 

@@ -23,7 +23,7 @@ from mcc.text import graph_text
 
 WEIGHT_WRAPPERS = (
     ops.MUL, ops.FAKE_QUANTIZE, ops.DEQUANTIZE, *ops.WITHOUT_ZEROS, ops.UNPACK, ops.QUANTIZE, ops.FAKE_CODEBOOK,
-    ops.DECODE_CODEBOOK,
+    ops.DECODE_CODEBOOK, ops.ROUND_BFLOAT16, ops.DECODE_BFLOAT16,
 )  # fmt: skip
 
 

@@ -218,6 +218,8 @@ def _unmaskable(node: Node) -> str | None:
     direct = node.operand(1)
     if direct is not None and direct.op in ops.FIXED:
         return "its weight is already encoded: prune before that"
+    if direct is not None and direct.op is ops.ROUND_BFLOAT16:
+        return "its weight is rounded to bfloat16, which no sparse kernel reads"
     zero = direct.operand(2) if direct is not None and direct.op is ops.FAKE_QUANTIZE else None
     if zero is not None and bool((zero.tensor % 1 != 0).any()):
         return "its pruned weights would not stay zero: no code stands for it"

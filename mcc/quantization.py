@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from mcc.rewrite import Pass
 
+ROUNDED = "its weight is rounded to bfloat16"
 QUANTIZERS = (ops.FAKE_QUANTIZE, ops.FAKE_QUANTIZE_PER_TOKEN, ops.FAKE_CODEBOOK)
 GROUP_STEP = 32  # whole words of every width
 MANY_CODES = 63
@@ -214,6 +215,8 @@ def not_in_float(node: Node) -> str | None:
         return f"it computes in {str(node.dtype).removeprefix('torch.')}, not float32"
     if expression.quantizer is not None or expression.sparse is not None:
         return "its weight is already quantized or encoded"
+    if expression.rounded is not None:
+        return ROUNDED
     return None
 
 

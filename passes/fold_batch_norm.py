@@ -50,8 +50,9 @@ class FoldBatchNorm(Rewrite):
         if weight is None or (bias is not None and not bias.is_parameter):
             return Reject(node, f"the weight or bias of %{producer.name} is computed")
         direct = producer.operand(1)
-        if direct is not None and direct.op in ops.FIXED:
-            return Reject(node, f"the weight of %{producer.name} is encoded: fold before that")
+        if direct is not None and direct.op in (*ops.FIXED, ops.ROUND_BFLOAT16):
+            how = "rounded" if direct.op is ops.ROUND_BFLOAT16 else "encoded"
+            return Reject(node, f"the weight of %{producer.name} is {how}: fold before that")
         quantizer = direct if direct is not None and direct.op is ops.FAKE_QUANTIZE else None
         if quantizer is not None and not _scales_by_output(quantizer, producer, _affine(node)[0]):
             return Reject(node, f"the weight of %{producer.name} is quantized, but not symmetrically by output channel")

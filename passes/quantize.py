@@ -19,6 +19,7 @@ from mcc.errors import PassError, SpecError
 from mcc.pairs import LARGEST, LARGEST_SUM, fit_pairs, reads_pairs
 from mcc.quantization import (
     QUANTIZERS,
+    ROUNDED,
     channel_scales,
     check_group_size,
     code_range,
@@ -418,6 +419,8 @@ class Quantize(Pass):
             return f"no kernel of {node.op} reads codes that stand for halves"
         if self._halves and expression.mask is not None:
             return "its pruned weights would not stay zero: no code stands for it"
+        if expression.rounded is not None:
+            return ROUNDED
         if expression.quantizer is not None:
             return None if self._only_activations(node) else "its weight is already quantized"
         return ragged(node, self.group_size) if self._grouped and node.op is ops.LINEAR else None
@@ -437,6 +440,8 @@ class Quantize(Pass):
             return "its weight is computed"
         if node.dtype is not torch.float32:
             return f"its weight is {str(node.dtype).removeprefix('torch.')}, not float32"
+        if expression.rounded is not None:
+            return ROUNDED
         if expression.quantizer is not None:
             return "its weight is already quantized"
         tied = any(reader.op in ops.LAYERS for reader in top.users)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,13 +11,17 @@ from mcc import ops
 from mcc.cost import weight_expression
 from mcc.errors import PassError
 from mcc.graph import identifier
+from mcc.patterns import Patterns
 from mcc.quantization import nodes_taken
 from mcc.rewrite import Context, Lossy, Pass, Rewriter
 
 if TYPE_CHECKING:
+    from torch import fx
+
     from mcc.graph import Graph, Node
 
 TAKEN = (ops.LINEAR, ops.CONV2D)
+IMAGES = 4  # dims
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,25 @@ class RoundBfloat16(Pass):
     guarantee = Lossy()
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        """Round every layer that a kernel multiplies in bfloat16."""
+        """Round every layer that a kernel multiplies in bfloat16, and the embeddings that are tied to one."""
         if not context.target.bfloat16:
             raise PassError(
                 f"{self}: {context.target} does not multiply bfloat16",
                 remedy="compile for target='cpu:avx512bf16', or leave the pass out",
             )
-        layers = nodes_taken((n for n in graph.nodes if n.op in ops.LAYERS), context, self._refusal)
-        if not layers:
-            raise PassError(f"{self}: there is no layer to round: {context.reasons}", remedy="leave the pass out")
-        for node in layers:
+        layers = [n for n in graph.nodes if n.op in ops.LAYERS]
+        patterns = Patterns(self.include, self.exclude)
+        taken = nodes_taken(layers, context, lambda n: patterns.refusal([n.layer]) or _refusal(n))
+        if patterns.unmatched or not taken:
+            unmatched = f"pattern {patterns.unmatched!r} matches no layer"
+            raise PassError(
+                f"{self}: {unmatched if patterns.unmatched else f'there is no layer to round: {context.reasons}'}",
+                remedy=f"layers of this model: {', '.join(n.layer for n in layers) or 'none'}",
+            )
+        made: dict[fx.Node, fx.Node] = {}
+        for node in taken:
             for position in (0, 1):
-                _round(node, position)
+                _round(node, position, made)
             context.edited()
         return graph
 
@@ -76,32 +86,35 @@ class RoundBfloat16(Pass):
                 plain.fx.update_arg(position, rewriter.call(ops.OPS["_to_copy"], short, dtype=torch.float32).fx)
         return rounded.clean()
 
-    def _refusal(self, node: Node) -> str | None:
-        """Why a layer stays in float32, or None."""
-        if not any(fnmatchcase(node.layer, p) for p in self.include):
-            return "not included"
-        if (pattern := next((p for p in self.exclude if fnmatchcase(node.layer, p)), None)) is not None:
-            return f"excluded by {pattern!r}"
-        if node.op not in TAKEN:
-            return f"no kernel of {node.op} multiplies bfloat16"
-        if node.op is ops.CONV2D and node.argument(6, 1) != 1:
-            return "it has groups, which their kernels multiply in float32"
-        expression = weight_expression(node.operand(1))
-        if expression is None:
-            return "its weight is computed"
-        if node.dtype is not torch.float32:
-            return f"it computes in {str(node.dtype).removeprefix('torch.')}, not float32"
-        if expression.quantizer is not None or expression.mask is not None or expression.sparse is not None:
-            return "its weight is quantized or has a mask, which no kernel reads in bfloat16"
-        return "its weight is rounded already" if expression.rounded is not None else None
+
+def _refusal(node: Node) -> str | None:
+    """Why a layer stays in float32, or None."""
+    expression, source, bias = weight_expression(node.operand(1)), node.operand(0), node.operand(2)
+    assert source is not None
+    if node.op not in TAKEN:
+        return f"no kernel of {node.op} multiplies bfloat16"
+    if node.op is ops.CONV2D and (node.argument(6, 1) != 1 or len(source.shape) != IMAGES):
+        return "it has groups, or no batch: such convolutions run in float32"
+    if expression is None or (bias is not None and not bias.is_parameter):
+        return "its weight or bias is computed"
+    if node.dtype is not torch.float32:
+        return f"it computes in {str(node.dtype).removeprefix('torch.')}, not float32"
+    if expression.rounded is not None:
+        return "its weight is rounded already"
+    if expression.quantizer is not None or expression.mask is not None or expression.sparse is not None:
+        return "its weight is quantized or has a mask, which no kernel reads in bfloat16"
+    return None if expression.elements else "its weight has no elements"
 
 
-def _round(node: Node, position: int) -> None:
-    """Let a layer read an operand rounded; those that read one value share it."""
+def _round(node: Node, position: int, made: dict[fx.Node, fx.Node]) -> None:
+    """Let a layer read an operand rounded, which all that read it here share; of a weight tied embeddings too."""
     x = node.operand(position)
     assert x is not None
-    made = next((user for user in x.users if user.op is ops.ROUND_BFLOAT16), None)
-    if made is None:
-        made = Rewriter(node.graph, node).call(ops.ROUND_BFLOAT16, x)
-        made.rename(f"{identifier(str(x.fx.target)) if x.is_parameter else x.name}_rounded")
-    node.fx.replace_input_with(x.fx, made.fx)
+    if x.fx not in made:
+        tied = [user for user in x.users if position == 1 and user.op is ops.EMBEDDING]
+        rounded = Rewriter(node.graph, min((node, *tied), key=lambda n: n.fx)).call(ops.ROUND_BFLOAT16, x)
+        rounded.rename(f"{identifier(str(x.fx.target)) if x.is_parameter else x.name}_rounded")
+        made[x.fx] = rounded.fx
+        for embedding in tied:
+            embedding.fx.replace_input_with(x.fx, rounded.fx)
+    node.fx.replace_input_with(x.fx, made[x.fx])

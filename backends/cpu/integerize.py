@@ -162,7 +162,11 @@ def _activation(node: Node, source: Node) -> tuple[QuantizedInput | None, Node |
 def _rounded(node: Node, source: Node, target: Target) -> Node | None:
     """What a layer reads before it is rounded to bfloat16, where its kernel rounds it; else None."""
     alone = node.op is ops.LINEAR or (node.op is ops.CONV2D_NHWC and node.argument(6, 1) == 1)
-    return source.operand(0) if alone and target.bfloat16 and source.op is ops.ROUND_BFLOAT16 else None
+    if not alone or not target.bfloat16:
+        return None
+    if source.op is ops.DECODE_BFLOAT16:  # a constant that is rounded: to round it again changes nothing
+        return source
+    return source.operand(0) if source.op is ops.ROUND_BFLOAT16 else None
 
 
 def quantized_source(source: Node) -> tuple[QuantizedInput | None, Node | None]:

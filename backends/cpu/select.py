@@ -98,6 +98,8 @@ def select(lowering: Lowering) -> Lowering:
 def _decoded(region: Region) -> str:
     """What of a region is stored in codes that no kernel reads, and why; empty where there is nothing."""
     weight, source = region.anchor.weight_operand, region.source
+    if weight is not None and weight.op is ops.DECODE_BFLOAT16 and not region.rounds:
+        return "weight decoded at build time: no kernel multiplies bfloat16 here, or what it reads is not rounded"
     if weight is not None and weight.op is ops.DEQUANTIZE and region.weight.scale is None:
         return "weight decoded at build time: no kernel reads codes with zero points of channels, or a scale of inputs"
     codes = source.operand(0) if source.op is ops.DEQUANTIZE else None

@@ -25,6 +25,7 @@ def inspect_model(
     inputs: Annotated[list[str] | None, typer.Option("--input", "-i", help="name=f32[batch:8,784]")] = None,
     passes: Annotated[str, typer.Option("--passes", "-p", help="show the model after these passes, too")] = "",
     data: Annotated[Path | None, typer.Option(help=".npz for passes that need data")] = None,
+    target: Annotated[str, typer.Option(help="that passes are for, see `mcc targets`")] = "cpu",
     sensitivity: Annotated[bool, typer.Option("--sensitivity", help="rank layers by what few bits do to them")] = False,
     prunable: Annotated[bool, typer.Option("--prunable", help="show what channels, heads and neurons can go")] = False,
     plot: Annotated[Path | None, typer.Option(help="with --sensitivity or --prunable: an .svg, .png or .pdf")] = None,
@@ -52,7 +53,7 @@ def inspect_model(
         states, taken = {"before": before}, example or compiler.example_of(before)
         steps = compiler.resolve_passes(passes)
         if steps:
-            pipeline = Pipeline(steps, parse_target("cpu"), read_data(data))
+            pipeline = Pipeline(steps, parse_target(target), read_data(data))
             states["after"], _, taken = pipeline.run_with_inputs(before, taken)
         if sensitivity:
             show_sensitivity(states.get("after", before), taken, read_data(data), plot, as_json=as_json)

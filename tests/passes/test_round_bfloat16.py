@@ -12,7 +12,7 @@ from mcc import ops
 from mcc.cost import graph_size
 from mcc.data import Data
 from mcc.errors import PassError
-from mcc.passes import PruneWeights, RoundBfloat16
+from mcc.passes import FoldConstants, PruneWeights, Quantize, RoundBfloat16
 from mcc.pipeline import Pipeline
 from mcc.target import missing_features, parse_target
 
@@ -63,7 +63,7 @@ return %linear_2
 def test_layers_that_read_one_value_share_what_is_rounded_and_others_are_named():
     graph, rows = run(Block(), torch.randn(2, 3, 8, 8), RoundBfloat16(exclude=("point",)))
     assert {d.layer: d.reason for d in rows[1].declined} == {
-        "alone": "it has groups, which their kernels multiply in float32", "point": "excluded by 'point'",
+        "alone": "it has groups, or no batch: such convolutions run in float32", "point": "excluded by 'point'",
     }  # fmt: skip
     left, right = (next(n for n in graph.nodes if n.layer == name and n.op is ops.LINEAR) for name in ("left", "right"))
     assert left.operand(0).fx is right.operand(0).fx
@@ -84,14 +84,82 @@ def test_stored_bytes_are_halved_and_the_graph_trains():
 def test_targets_without_the_instruction_are_refused_and_so_is_nothing_to_round():
     with pytest.raises(PassError, match="cpu:avx2 does not multiply bfloat16"):
         run(mlp(8, 8), torch.randn(2, 8), RoundBfloat16(), target="cpu:avx2")
-    with pytest.raises(PassError, match="no layer to round: 0: not included"):
-        run(mlp(8, 8), torch.randn(2, 8), RoundBfloat16(include=("fc",)))
+    with pytest.raises(PassError, match="pattern 'fc' matches no layer"):
+        run(mlp(8, 8), torch.randn(2, 8), RoundBfloat16(exclude=("fc",)))
     with pytest.raises(PassError, match="its weight is rounded already"):
         run(mlp(8, 8), torch.randn(2, 8), RoundBfloat16(), RoundBfloat16())
     with pytest.raises(PassError, match="has a mask"):
         run(mlp(8, 8), torch.randn(2, 8), PruneWeights(ratio=0.5), RoundBfloat16())
-    with pytest.raises(PassError, match="no layer to prune: 0: its weight is computed"):
+    with pytest.raises(PassError, match="no layer to prune: 0: its weight is rounded to bfloat16"):
         run(mlp(8, 8), torch.randn(2, 8), RoundBfloat16(), PruneWeights(ratio=0.5))
+    with pytest.raises(PassError, match="no layer to quantize: 0: its weight is rounded to bfloat16"):
+        run(mlp(8, 8), torch.randn(2, 8), RoundBfloat16(), Quantize(activations=None))
+
+
+def test_two_passes_over_layers_that_read_one_value_each_round_it():
+    for first, second in (("left", "right"), ("right", "left")):
+        steps = (RoundBfloat16(include=(first,)), RoundBfloat16(include=(second,)))
+        graph, rows = run(Block(), torch.randn(2, 3, 8, 8), *steps)
+        assert [row.edits for row in rows[1:]] == [1, 1]
+        assert sum(n.op is ops.ROUND_BFLOAT16 for n in graph.nodes) == 4
+
+
+def test_rounded_layers_keep_their_names_and_their_weights():
+    graph, rows = run(
+        Block(), torch.randn(2, 3, 8, 8), RoundBfloat16(include=("first", "left")), FoldConstants(),
+        Quantize(activations=None, exclude=("point",)),
+    )  # fmt: skip
+    assert [n.layer for n in graph.nodes if n.op is ops.LINEAR] == ["left", "right"]
+    assert {d.layer: d.reason for d in rows[-1].declined} == {
+        "first": "its weight is rounded to bfloat16", "left": "its weight is rounded to bfloat16",
+        "point": "excluded by 'point'",
+    }  # fmt: skip
+    assert graph.tensor("left.weight").requires_grad
+
+
+class Tied(nn.Module):
+    """A head with the embedding's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(40, 16), nn.Linear(16, 40, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.embed(ids)))
+
+
+@needs_bfloat16
+def test_a_tied_embedding_reads_the_rows_of_the_rounded_head():
+    model, ids = Tied().eval(), torch.randint(0, 40, (2, 5))
+    artifact = mcc.compile(model, (ids,), passes="round-bfloat16", target=TARGET, measure="never", tuning="model")
+    weight = model.head.weight.detach().to(torch.bfloat16).float()
+    wanted = torch.tanh(weight[ids]).to(torch.bfloat16).float() @ weight.T
+    torch.testing.assert_close(artifact(ids), wanted, rtol=1e-5, atol=1e-5)
+    assert graph_size(mcc.capture(model, (ids,))).parameters == 40 * 16
+    assert [row.kernel.split()[0] for row in artifact.report.layers] == ["lookup", "dense_bf16"]
+    assert [row.stored for row in artifact.report.layers] == ["that of head", "bfloat16"]
+
+
+@needs_bfloat16
+def test_odd_channels_and_constant_inputs():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 5, 3), nn.Linear(6, 4)
+            self.register_buffer("queries", torch.randn(7, 6))
+
+        def forward(self, x):
+            return self.conv(x), self.fc(self.queries)
+
+    model, x = Odd().eval(), torch.randn(1, 3, 6, 6)
+    x[0, 1, 2, 2] = torch.inf
+    artifact = mcc.compile(model, (x,), passes="round-bfloat16", target=TARGET, measure="never", tuning="model")
+    image, rows = artifact(x)
+    assert not image.isnan().any()
+    assert torch.equal(image.isinf(), model(x)[0].isinf())
+    torch.testing.assert_close(rows, model(x)[1].detach(), rtol=2e-2, atol=2e-2)
+    assert {row.kernel.split()[0] for row in artifact.report.layers} == {"conv2d_bf16", "dense_bf16"}
 
 
 @needs_bfloat16

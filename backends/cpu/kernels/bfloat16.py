@@ -39,8 +39,8 @@ def bits_of(value: Expression) -> Expression:
     return T.cast(_rounded(T.reinterpret("int32", value), tirx.const(1, "int32")), "int16")
 
 
-def rounded_pairs(v: Vectors, value: Expression) -> Expression:
-    """A vector of float32 as the bits of bfloat16, int16 in as many lanes."""
+def vector_bits_of(v: Vectors, value: Expression) -> Expression:
+    """The same of a vector."""
     bits = B.Bind(T.reinterpret(f"int32x{v.lanes}", value))
     return T.cast(_rounded(bits, v.constant(1, "int32")), f"int16x{v.lanes}")
 

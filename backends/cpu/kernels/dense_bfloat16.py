@@ -16,7 +16,7 @@ from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.epilogue import channel_vectors
-from mcc.backends.cpu.kernels.bfloat16 import PAIR, bits_of, decoded_element, multiplying, rounded_pairs
+from mcc.backends.cpu.kernels.bfloat16 import PAIR, bits_of, decoded_element, multiplying, vector_bits_of
 from mcc.backends.cpu.kernels.dense import dense_reference, dense_tiles, pack_panels_of
 from mcc.backends.cpu.kernels.panels import PanelPlan
 from mcc.backends.cpu.kernels.tiles import PanelWidth, parse_tile, shared_rows
@@ -99,7 +99,7 @@ class _Body:
         start, target = B.Bind(row * inputs), B.Bind(row * (self.words * PAIR))
         serial(
             inputs // v.lanes,
-            lambda i: v.store(room, target + i * v.lanes, rounded_pairs(v, v.load(x, start + i * v.lanes))),
+            lambda i: v.store(room, target + i * v.lanes, vector_bits_of(v, v.load(x, start + i * v.lanes))),
         )
         for i in range(inputs // v.lanes * v.lanes, inputs):
             B.buffer_store(room, bits_of(x[start + i]), [target + i])

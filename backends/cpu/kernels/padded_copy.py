@@ -8,7 +8,7 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
-from mcc.backends.cpu.kernels.bfloat16 import PAIR, bits_of, rounded_pairs
+from mcc.backends.cpu.kernels.bfloat16 import PAIR, bits_of, vector_bits_of
 from mcc.backends.cpu.microkernel import branch, serial
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def copy_rows(
     def copy(from_index: Expression, to_index: Expression, pixels: Expression) -> None:
         def vector(i: Expression, n: int) -> None:
             value = v.load(source[0], from_index + i, n)
-            v.store(room, to_index + i, rounded_pairs(v, value) if room.dtype == "int16" else value, n)
+            v.store(room, to_index + i, vector_bits_of(v, value) if room.dtype == "int16" else value, n)
 
         span(pixels, lambda i, n: vector(i, n) if n > 1 else _copy_one(source[0], from_index + i, room, to_index + i))
 
@@ -92,7 +92,10 @@ def copy_words(
 
             def copy(p: Expression) -> None:
                 for c in range(depth):
-                    # past the last channel any value will do: its weights are zero
+                    if c >= inputs and room.dtype == "int16":  # an infinity times a weight of zero is none
+                        B.buffer_store(room, zero, [to_index + p * depth + c])
+                        continue
+                    # past the last channel any code will do: its weights are zero
                     channel = passes.first(p) * shape.group_inputs + min(c, inputs - 1)
                     _copy_one(source[0], from_index + channel, room, to_index + p * depth + c)
 
