@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 def _refusal(region: Region) -> str | None:
     if region.weight.sparse is not None:
         return "the weight is sparse"
+    if region.rounds:
+        return "the weight is bfloat16"
     shape = conv_shape(region)
     return shape if isinstance(shape, str) else None
 

@@ -138,6 +138,8 @@ def not_plain(weight: StoredWeight) -> str | None:
     """Why a weight is not dense with one scale for each output, or None if it is."""
     if weight.sparse is not None:
         return "the weight is sparse"
+    if weight.dtype == "bfloat16":
+        return "the weight is bfloat16"
     return "groups of the weight's inputs have scales of their own" if weight.grouped else None
 
 

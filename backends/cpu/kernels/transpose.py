@@ -165,4 +165,4 @@ class _Matrix:
 
 
 def _few(size: Any) -> bool:
-    return isinstance(size, int) and size <= MOST_INTERLEAVED
+    return isinstance(size, int) and 0 < size <= MOST_INTERLEAVED

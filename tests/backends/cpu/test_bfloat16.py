@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from regions import Symbolic, Value, assert_kernel_equals_reference, make_region, make_weight, run_kernel
 
 from mcc import ops
+from mcc.backends.cpu.kernels.conv2d import Conv2dFloat
 from mcc.backends.cpu.kernels.conv2d_bfloat16 import Conv2dBfloat16
 from mcc.backends.cpu.kernels.dense import DenseFloat
 from mcc.backends.cpu.kernels.dense_bfloat16 import DenseBfloat16
@@ -80,6 +81,7 @@ def test_what_is_not_rounded_or_has_groups_is_refused():
     options = ([1, 1], [0, 0, 0, 0], [1, 1], 2)
     grouped = rounding_region(ops.CONV2D_NHWC, (1, 4, 4, 8), rounded_weight((8, 4, 1, 1)), (), options)
     assert Conv2dBfloat16().refuses(grouped, TARGET) == "it has groups"
+    assert Conv2dFloat().refuses(grouped, TARGET) == "the weight is bfloat16"
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1))

@@ -31,6 +31,7 @@ def test_sides_need_a_vector_of_float_or_few_elements_beside_one():
     assert not takes_transpose((1, 40, 8, 9), (0, 2, 3, 1), "uint8", target)
     assert not takes_transpose((1, 40, 8, 9), (0, 2, 3, 1), "int64", target)
     assert not takes_transpose((1, 3, 2, 2), (0, 2, 3, 1), "float32", target)
+    assert not takes_transpose((2, 0, 64), (0, 2, 1), "float32", target)
     assert takes_transpose((VARIES, 3, VARIES, VARIES), (0, 2, 3, 1), "float32", target)
 
 
