@@ -20,14 +20,14 @@ def test_the_narrowest_blocks_are_of_two_parts_where_vectors_have_room():
     assert _blocks(20, NEON.vector_lanes, 2) == (1, [(4, 4, 1)])
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("target", dict.fromkeys([TARGETS[0], TARGETS[-1]]), ids=str)
 @pytest.mark.parametrize(("size", "stride", "padding"), [
     ((3, 3), [1, 1], [1, 1, 1, 1]),
     ((3, 3), [2, 2], [0, 1, 1, 1]),
     ((5, 5), [1, 1], [2, 2, 2, 2]),
     ((2, 7), [1, 3], [1, 6, 0, 5]),
 ])  # fmt: skip
-@pytest.mark.parametrize("image", [(4, 13), (3, 8), (5, 2), (3, 1)])
+@pytest.mark.parametrize("image", [(4, 13), (5, 2), (3, 1)])
 def test_parts_of_the_width_meet(target, size, stride, padding, image):
     channels = 24
     weight = make_weight((channels, 1, *size), "int8", 3, target.int8_weight_limit)

@@ -11,6 +11,7 @@ from tvm import tirx
 
 from mcc.backends.cpu.kernels.transpose import Sides, sides, takes_transpose, transpose_function
 
+NARROW_AND_WIDE = list(dict.fromkeys([TARGETS[0], TARGETS[-1]]))
 VARIES = tirx.Var("n", "int64")  # a dim that is read at run time
 
 
@@ -35,16 +36,16 @@ def test_sides_need_a_vector_of_float_or_few_elements_beside_one():
     assert takes_transpose((VARIES, 3, VARIES, VARIES), (0, 2, 3, 1), "float32", target)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("target", NARROW_AND_WIDE, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "uint8"])
 @pytest.mark.parametrize("few", [2, 3, 4])
 def test_few_channels_are_interleaved_and_taken_apart(target, dtype, few):
-    for size, varies in itertools.product([(4, 9), (16, 16), (5, 41)], [False, True]):
+    for size, varies in itertools.product([(4, 9), (5, 41)], [False, True]):
         check((2, few, *size), (0, 2, 3, 1), dtype, target, varies=varies)
         check((2, *size, few), (0, 3, 1, 2), dtype, target, varies=varies)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("target", NARROW_AND_WIDE, ids=str)
 @pytest.mark.parametrize("size", [(16, 16), (17, 35), (40, 16), (131, 19)])
 def test_blocks_cover_sides_that_are_no_multiple_of_a_vector(target, size):
     check((3, *size), (0, 2, 1), "float32", target)
