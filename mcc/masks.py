@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mcc import ops
 from mcc.cost import weight_expression
-from mcc.errors import PassError, SpecError
+from mcc.errors import SpecError
 from mcc.graph import Graph, Node, identifier
 from mcc.patterns import Patterns
 from mcc.rewrite import Context, Pass, Rewriter
@@ -205,10 +205,7 @@ class Layers:
             assert root is not None
             found.setdefault(str(root.fx.target), []).append(node)
         if patterns.unmatched or not found:
-            names = ", ".join(sorted({n.layer for n in layers})) or "none"
-            unmatched = f"pattern {patterns.unmatched!r} matches no layer"
-            what = unmatched if patterns.unmatched else f"no layer to prune: {context.reasons}"
-            raise PassError(f"{step}: {what}", remedy=f"layers of this model: {names}")
+            raise patterns.failure(step, f"no layer to prune: {context.reasons}", (n.layer for n in layers))
         return found
 
 

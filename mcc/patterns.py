@@ -5,6 +5,8 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from mcc.errors import PassError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -37,3 +39,8 @@ class Patterns:
     def unmatched(self) -> str | None:
         """The first pattern that has matched nothing so far, besides one for everything; None if all have."""
         return next((p for p in (*self.include, *self.exclude) if p not in self._matched and p != "*"), None)
+
+    def failure(self, step: object, nothing: str, layers: Iterable[str]) -> PassError:
+        """What a pass raises where a pattern matches nothing, or where it takes nothing: `nothing` says so then."""
+        what = nothing if self.unmatched is None else f"pattern {self.unmatched!r} matches no layer"
+        return PassError(f"{step}: {what}", remedy=f"layers of this model: {', '.join(sorted(set(layers))) or 'none'}")

@@ -59,11 +59,7 @@ class RoundBfloat16(Pass):
         patterns = Patterns(self.include, self.exclude)
         taken = nodes_taken(layers, context, lambda n: patterns.refusal([n.layer]) or _refusal(n))
         if patterns.unmatched or not taken:
-            unmatched = f"pattern {patterns.unmatched!r} matches no layer"
-            raise PassError(
-                f"{self}: {unmatched if patterns.unmatched else f'there is no layer to round: {context.reasons}'}",
-                remedy=f"layers of this model: {', '.join(n.layer for n in layers) or 'none'}",
-            )
+            raise patterns.failure(self, f"there is no layer to round: {context.reasons}", (n.layer for n in layers))
         made: dict[fx.Node, fx.Node] = {}
         for node in taken:
             for position in (0, 1):

@@ -8,21 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import tvm.tirx.script.builder.ir as B
-from tvm.script import tirx as T
+from tvm import tirx
 
 from mcc import ops
 from mcc.backends.cpu.kernels.bfloat16 import PAIR, multiplying
 from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv2d_loops import Convolution
 from mcc.backends.cpu.kernels.conv_shape import conv_shape, conv_tiles
-from mcc.backends.cpu.kernels.padded_copy import copy_rows, copy_words
 from mcc.backends.cpu.kernels.tiles import parse_tile
 from mcc.backends.cpu.microkernel import Expression, Vectors, flat
 from mcc.backends.kernel import Lowered, Region
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -80,16 +78,9 @@ class _Convolution(Convolution):
         assert bits is not None
         return bits.reshape(*bits.shape[:2], *self.shape.kernel)
 
-    def copied(
-        self, n: Expression, rows: tuple[Expression, int], loop: Callable[..., None]
-    ) -> tuple[Expression, Expression]:
-        shape, room = self.shape, B.alloc_buffer((rows[1] * self.line * PAIR,), "int16", layout=None)
-        source, target = (self.x, self._first(n)), (room, T.int16(0))
-        if self.whole_words:
-            copy_rows(self.v, shape, source, target, rows, loop)
-        else:
-            copy_words(shape, self.passes, source, target, rows, loop)
-        return flat(room, rows[1] * self.line, "int32"), -rows[0] * self.line
+    @property
+    def padding(self) -> Expression:
+        return tirx.const(0, "int16")
 
     def start(self, index: Expression) -> Expression:
         return self.v.load(self.arrays["bias"], index)

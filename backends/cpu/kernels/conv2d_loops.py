@@ -168,6 +168,19 @@ class Convolution(PackedConvolution):
         self, n: Expression, rows: tuple[Expression, int], loop: Callable[..., None]
     ) -> tuple[Expression, Expression]:
         """The same of a copy of some rows of the padded image, first and number; the index is still that of row 0."""
+        zero = self.padding
+        room = B.alloc_buffer((rows[1] * self.line * self.word,), str(zero.ty.dtype), layout=None)
+        source = (self.x, self._first(n))
+        if self.whole_words:
+            copy_rows(self.v, self.shape, source, (room, zero), rows, loop)
+        else:
+            copy_words(self.shape, self.passes, source, (room, zero), rows, loop)
+        words = room if self.word == 1 else flat(room, rows[1] * self.line, "int32")
+        return words, -rows[0] * self.line
+
+    @property
+    def padding(self) -> Expression:
+        """What the copy has beyond the border, and where words are not filled."""
         raise NotImplementedError
 
     def _band(
@@ -295,12 +308,9 @@ class FloatConvolution(Convolution):
     def direct(self, n: Expression) -> tuple[Expression, Expression]:
         return self.x, self._first(n)
 
-    def copied(
-        self, n: Expression, rows: tuple[Expression, int], loop: Callable[..., None]
-    ) -> tuple[Expression, Expression]:
-        room = B.alloc_buffer((rows[1] * self.line,), "float32", layout=None)
-        copy_rows(self.v, self.shape, (self.x, self._first(n)), (room, T.float32(0)), rows, loop)
-        return room, -rows[0] * self.line
+    @property
+    def padding(self) -> Expression:
+        return tirx.const(0.0, "float32")
 
     def start(self, index: Expression) -> Expression:
         return self.v.constant(0.0) if "scale" in self.packed else self.v.load(self.arrays["bias"], index)
@@ -341,18 +351,10 @@ class IntegerConvolution(Convolution):
         words = self.shape.image[0] * self.shape.image[1] * self.pixel_words
         return flat(self.x, self.batch * words, "int32"), n * words
 
-    def copied(
-        self, n: Expression, rows: tuple[Expression, int], loop: Callable[..., None]
-    ) -> tuple[Expression, Expression]:
-        shape = self.shape
+    @property
+    def padding(self) -> Expression:
         assert self.region.activation is not None
-        zero = tirx.const(self.region.activation.zero_point, "uint8")
-        room = B.alloc_buffer((rows[1] * self.line * 4,), "uint8", layout=None)
-        if self.whole_words:
-            copy_rows(self.v, shape, (self.x, self._first(n)), (room, zero), rows, loop)
-        else:
-            copy_words(shape, self.passes, (self.x, self._first(n)), (room, zero), rows, loop)
-        return flat(room, rows[1] * self.line, "int32"), -rows[0] * self.line
+        return tirx.const(self.region.activation.zero_point, "uint8")
 
     def start(self, index: Expression) -> Expression:
         return self.v.load(self.arrays["start"], index)

@@ -333,23 +333,12 @@ class IntegerBody:
         self.code_words = flat(x, rows * self.groups, "int32") if self.whole else self.codes
 
     def _tile(self, panel: Expression, width: PanelWidth, first: Expression, count: int) -> None:
-        plan, v, vectors = self.plan, self.plan.vectors, width.vectors
+        plan, v = self.plan, self.plan.vectors
         source, base = (self.code_words, first * self.groups) if self.whole else (self._padded_rows(first, count), 0)
-        sums = v.registers(count, vectors, "int32")
-        for row in sums:
-            for j, register in enumerate(row):
-                register.set(v.load(self.start, panel * plan.width + j * v.lanes))
-
-        def step(k: Expression) -> None:
-            at = panel * (plan.width * self.groups) + k * (vectors * v.lanes)
-            w = [B.Bind(v.load(self.words, at + j * v.lanes)) for j in range(vectors)]
-            for i in range(count):
-                a = B.Bind(v.splat(source[base + i * self.groups + k]))
-                for j in range(vectors):
-                    sums[i][j].set(v.dot4(sums[i][j].get(), a, w[j], bounded=self.bounded))
-
-        serial(self.groups, step)
-        for j in range(vectors):
+        multiply = partial(v.dot4, bounded=self.bounded)
+        operands = (self.words, source, base)
+        sums = plan.sums_of_words((panel, width, count), self.start, operands, self.groups, multiply)
+        for j in range(width.vectors):
             column = panel * plan.width + j * v.lanes
             gain, offset = B.Bind(v.load(self.scale, column)), B.Bind(v.load(self.bias, column))
             for i in range(count):

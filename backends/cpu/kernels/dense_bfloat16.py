@@ -107,22 +107,10 @@ class _Body:
             B.buffer_store(room, T.int16(0), [target + inputs])
 
     def _tile(self, panel: Expression, width: PanelWidth, first: Expression, count: int) -> None:
-        plan, v, vectors = self.plan, self.plan.vectors, width.vectors
-        sums = v.registers(count, vectors, "float32")
-        for row in sums:
-            for j, register in enumerate(row):
-                register.set(v.load(self.bias, panel * plan.width + j * v.lanes))
-
-        def step(k: Expression) -> None:
-            at = panel * (plan.width * self.words) + k * (vectors * v.lanes)
-            w = [B.Bind(v.load(self.weight, at + j * v.lanes)) for j in range(vectors)]
-            for i in range(count):
-                a = B.Bind(v.splat(self.source[(first + i) * self.words + k]))
-                for j in range(vectors):
-                    sums[i][j].set(v.dot2(sums[i][j].get(), a, w[j]))
-
-        serial(self.words, step)
-        for j in range(vectors):
+        plan, v = self.plan, self.plan.vectors
+        operands = (self.weight, self.source, first * self.words)
+        sums = plan.sums_of_words((panel, width, count), self.bias, operands, self.words, v.dot2)
+        for j in range(width.vectors):
             column = panel * plan.width + j * v.lanes
             for i in range(count):
                 plan.store(first + i, column, sums[i][j].get(), width.used_lanes(j, v.lanes))

@@ -58,19 +58,19 @@ class PaddedBody(DepthwiseBody):
         # LLVM would take what all tiles read out of their loop and spill it: where that stands is read tile by tile
         self.packed["zeros"] = np.zeros(-(-shape.result[1] // self.columns), np.int32)
 
-    def _width(self, block: Block) -> int:
-        """Output columns of each part; the last part may overlap the one before."""
-        columns: int = -(-self.shape.result[1] // block.parts)
+    def _width(self, parts: int) -> int:
+        """Output columns of each of so many parts; the last part may overlap the one before."""
+        columns: int = -(-self.shape.result[1] // parts)
         return columns
 
-    def _apart(self, block: Block) -> int:
+    def _apart(self, parts: int) -> int:
         """Output columns from one part to the next."""
-        columns: int = self.shape.result[1] - self._width(block)
+        columns: int = self.shape.result[1] - self._width(parts)
         return columns
 
-    def _line(self, columns: int) -> int:
-        """Pairs of an image row that so many output columns read."""
-        last = (columns - 1) * self.shape.stride[1]
+    def _line(self, parts: int) -> int:
+        """Pairs of an image row that the output columns of a part read."""
+        last = (self._width(parts) - 1) * self.shape.stride[1]
         pairs: int = last // 2 + 2 * -(-(last % 2 + self.shape.kernel[1]) // QUAD)
         return pairs
 
@@ -97,14 +97,14 @@ class PaddedBody(DepthwiseBody):
         row = B.Bind(tirx.min(T.cast(band, "int64") * self.band_rows, shape.result[0] - self.band_rows))
         image = B.Bind(n * (shape.image[0] * shape.image[1] * shape.inputs))
         target = B.Bind((n * shape.result[0] + row) * (shape.result[1] * shape.outputs))
-        size = (self.reread + self.band_rows * shape.stride[0]) * self._line(shape.result[1]) * 2 * self.v.lanes
+        size = (self.reread + self.band_rows * shape.stride[0]) * self._line(1) * 2 * self.v.lanes
         room = B.alloc_buffer((size,), "int32", layout=None)
         place = _Band(row * shape.stride[0] - shape.before[0], image, target, room)
         self.each_block(lambda block: self._block(block, place))
 
     def _block(self, block: Block, band: _Band) -> None:
         """Row by row of tiles: first the image rows that are new to them, which then are in the fastest cache."""
-        stride, (whole, left) = self.shape.stride[0], divmod(self._width(block), self.columns)
+        stride, (whole, left) = self.shape.stride[0], divmod(self._width(block.parts), self.columns)
         serial(self.reread, lambda y: self._image_row(block, band, y))
 
         def tiles(row: Expression, rows: int) -> None:
@@ -121,7 +121,7 @@ class PaddedBody(DepthwiseBody):
         """Write image row `y` of a band as pairs."""
         v, shape = block.vectors, self.shape
         row = B.Bind(band.top + y)
-        line = self._line(self._width(block))
+        line = self._line(block.parts)
         target = B.Bind(T.cast(y, "int64") * (line * 2 * v.lanes))
         zeros = T.reinterpret(f"int32x{v.lanes}", self.zeros(v))
 
@@ -137,8 +137,8 @@ class PaddedBody(DepthwiseBody):
     def _pairs(self, block: Block, start: Expression, target: Expression, room: Expression) -> None:
         """Write the pairs of the image row whose first code for the block stands at `start`."""
         v, (_, width), left = block.vectors, self.shape.image, self.shape.before[1]
-        narrow, apart = Vectors(v.target, v.lanes // block.parts), self._apart(block) * self.shape.stride[1]
-        line = self._line(self._width(block))
+        narrow, apart = Vectors(v.target, v.lanes // block.parts), self._apart(block.parts) * self.shape.stride[1]
+        line = self._line(block.parts)
 
         def pixel(x: Expression) -> Expression:
             places = [x + n * apart for n in range(block.parts)]
@@ -166,7 +166,7 @@ class PaddedBody(DepthwiseBody):
         """Compute rows times columns of output: from row `place[0]` of the band on, tile number `place[1]` there."""
         v, shape, (row, t) = block.vectors, self.shape, place
         column = T.cast(t, "int64") * self.columns
-        line = self._line(self._width(block))
+        line = self._line(block.parts)
         first = row * (shape.stride[0] * line) + tirx.floordiv(column * shape.stride[1], 2)
         corner = B.Bind(first * (2 * v.lanes))
         block = replace(block, slot=B.Bind(block.slot + T.cast(self.arrays["zeros"][t], "int64")))
@@ -185,14 +185,14 @@ class PaddedBody(DepthwiseBody):
         count = block.vectors.lanes * QUAD // block.parts
         for n in range(block.parts):
             part = tirx.Shuffle([codes], list(range(n * count, (n + 1) * count)))
-            place = index + n * self._apart(block) * self.shape.outputs
+            place = index + n * self._apart(block.parts) * self.shape.outputs
             block.vectors.store(self.epilogue.out, place, part, count)
 
     def _sums(
         self, block: Block, room: Expression, place: tuple[Expression, int], size: tuple[int, int]
     ) -> list[Register]:
         """The sums of vector number `place[1]` of a block, for each pixel of a tile whose pairs begin at `place[0]`."""
-        v, (corner, q), line = block.vectors, place, self._line(self._width(block))
+        v, (corner, q), line = block.vectors, place, self._line(block.parts)
         sums = self.new_sums(block, q, size[0] * size[1])
         quads: dict[tuple[int, int], Expression] = {}
         weights: dict[int, Expression] = {}

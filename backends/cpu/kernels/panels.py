@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 
 from mcc.backends.cpu.kernels.region_function import region_function
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, leading_dims, panel_widths, row_blocks
-from mcc.backends.cpu.microkernel import Expression, Vectors, branch, parallel, product, serial
+from mcc.backends.cpu.microkernel import Expression, Register, Vectors, branch, parallel, product, serial
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -96,6 +97,40 @@ class PanelPlan:
         few = rows * (self.inputs * self.outputs) < SERIAL_MACS
         total = self._panels * count
         branch(few, lambda: serial(total, block), lambda: parallel(total, block))
+
+    def sums_of_words(
+        self,
+        place: tuple[Expression, PanelWidth, int],
+        start: Expression,
+        operands: tuple[Expression, Expression, Expression],
+        words: int,
+        multiply: Callable[[Expression, Expression, Expression], Expression],
+    ) -> list[list[Register]]:
+        """The sums of a tile of a panel over words that hold several inputs, from a value for each output on.
+
+        Args:
+            place: the panel, its width and the rows of the tile.
+            start: what sums begin with, by output.
+            operands: the words of weights and of rows, and where the tile's first row begins.
+            words: of a row.
+            multiply: adds to a sum the products of a word of a row and one of weights.
+        """
+        (panel, width, count), v, (weight, source, base) = place, self.vectors, operands
+        sums = v.registers(count, width.vectors, start.dtype)
+        for row in sums:
+            for j, register in enumerate(row):
+                register.set(v.load(start, panel * self.width + j * v.lanes))
+
+        def step(k: Expression) -> None:
+            at = panel * (self.width * words) + k * (width.vectors * v.lanes)
+            w = [B.Bind(v.load(weight, at + j * v.lanes)) for j in range(width.vectors)]
+            for i in range(count):
+                a = B.Bind(v.splat(source[base + i * words + k]))
+                for register, part in zip(sums[i], w, strict=True):
+                    register.set(multiply(register.get(), a, part))
+
+        serial(words, step)
+        return sums
 
     def store(self, row: Expression, column: Expression, value: Expression, used: int) -> None:
         """Finish an output vector and write its first `used` lanes."""
