@@ -201,6 +201,11 @@ class Vectors:
         """Write a vector at `index`."""
         B.buffer_store(buffer, value, [T.ramp(index, 1, lanes or self.lanes)])
 
+    def prefetch(self, buffer: Expression, index: Expression) -> None:
+        """Ask for the line of an element that is read later, into the second level of the cache."""
+        address = T.address_of(buffer[index])
+        T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch.p0", address, T.int32(0), T.int32(2), T.int32(1)))
+
     def splat(self, value: Expression) -> Expression:
         """A scalar in every lane."""
         return T.broadcast(value, self.lanes)

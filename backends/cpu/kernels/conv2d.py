@@ -61,7 +61,7 @@ class Conv2dFloat:
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text, and winograd.py."""
         if tile.startswith(PREFIX):
-            fast = WinogradConvolution(region, Vectors(target), parse_tile(tile.removeprefix(PREFIX)))
+            fast = WinogradConvolution(region, Vectors(target), tile)
             return Lowered(fast.function(self.name), fast.packed)
         vectors = group_vectors(region, target)
         form = FloatSmallGroups if shares_vectors(region, vectors.lanes, FloatSmallGroups.word) else FloatConvolution

@@ -85,8 +85,9 @@ class _Convolution(Convolution):
     def start(self, index: Expression) -> Expression:
         return self.v.load(self.arrays["bias"], index)
 
-    def load_weight(self, index: Expression) -> Expression:
-        return self.v.load(self.weight_words, index)
+    @property
+    def weights(self) -> Expression:
+        return self.weight_words
 
     def multiply(self, total: Expression, value: Expression, weight: Expression) -> Expression:
         return self.v.dot2(total, value, weight)

@@ -10,6 +10,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc.backends.cpu.integer_sums import pairs_fit
+from mcc.backends.cpu.kernels.ahead import NextPanel
 from mcc.backends.cpu.kernels.conv2d_packing import PackedConvolution
 from mcc.backends.cpu.kernels.padded_copy import copy_rows, copy_words
 from mcc.backends.cpu.kernels.tiles import TileShape, cover, loop_for
@@ -29,6 +30,25 @@ FEWEST_MACS = 600_000  # of an image for two threads: about 12 us of one in floa
 
 
 @dataclass(frozen=True)
+class Block:
+    """Outputs that are computed together, in some rows of an image.
+
+    Attributes:
+        number: of the pass.
+        within: number of the block in it.
+        vectors: that it has.
+        first: row of the output.
+        pixels: of all these rows; where sizes vary, None.
+    """
+
+    number: Expression
+    within: Expression
+    vectors: int
+    first: Expression
+    pixels: int | None
+
+
+@dataclass(frozen=True)
 class Tile:
     """Sums that are held in registers.
 
@@ -38,6 +58,7 @@ class Tile:
         source: the words that it reads.
         corner: index of the first word that the first pixel reads.
         weight: index of the first weight.
+        ask: what it does at each step, by number, besides: it asks for weights that are read later.
     """
 
     sums: list[list[Register]]
@@ -45,6 +66,7 @@ class Tile:
     source: Expression
     corner: Expression
     weight: Expression
+    ask: Callable[[Expression], None]
 
 
 class Convolution(PackedConvolution):
@@ -77,7 +99,7 @@ class Convolution(PackedConvolution):
 
         def part(source: tuple[Expression, Expression], c: Expression, b: Expression) -> None:
             count = chunk if bands % chunk == 0 else tirx.min(chunk, bands - c * chunk)
-            self._part(n, source, (c * chunk, count), b)
+            self._part(n, source, (c * chunk, count), b, chunk * self.rows * shape.result[1])
 
         if self.reads_copy and chunks >= FEWEST_COPIED:
             loop(chunks, lambda c: self._copied_part(n, (c, chunk), lambda source, b: part(source, c, b)))
@@ -87,13 +109,15 @@ class Convolution(PackedConvolution):
         loop(chunks * blocks, lambda i: part(source, tirx.floordiv(i, blocks), tirx.floormod(i, blocks)))
 
     def _part(
-        self, n: Expression, source: tuple[Expression, Expression], bands: tuple[Expression, Expression], b: Expression
-    ) -> None:
+        self, n: Expression, source: tuple[Expression, Expression], bands: tuple[Expression, Expression], b: Expression,
+        pixels: int | None = None,
+    ) -> None:  # fmt: skip
         """Some bands of an image, first and number, for block number `b` of the outputs of all passes."""
         number, block = tirx.floordiv(b, self.blocks), tirx.floormod(b, self.blocks)
 
         def panel(vectors: int) -> None:
-            serial(bands[1], lambda r: self._band(n, source, (number, block, vectors), bands[0] + r))
+            outputs = Block(number, block, vectors, bands[0] * self.rows, pixels)
+            serial(bands[1], lambda r: self._band(n, source, outputs, bands[0] + r))
 
         if not self.tail or not self.full:
             panel(self.tail or self.tile.vectors)
@@ -183,9 +207,7 @@ class Convolution(PackedConvolution):
         """What the copy has beyond the border, and where words are not filled."""
         raise NotImplementedError
 
-    def _band(
-        self, n: Expression, source: tuple[Expression, Expression], block: tuple[Expression, Expression, int], r: Any
-    ) -> None:
+    def _band(self, n: Expression, source: tuple[Expression, Expression], block: Block, r: Any) -> None:
         """A few rows of output for one block of channels."""
         height, width = self.shape.result
         first = r * self.rows
@@ -213,11 +235,11 @@ class Convolution(PackedConvolution):
         self,
         n: Expression,
         source: tuple[Expression, Expression],
-        block: tuple[Expression, Expression, int],
+        block: Block,
         place: tuple[Expression, Expression, int, int],
     ) -> None:
         v, shape = self.v, self.shape
-        number, within, vectors = block
+        number, within, vectors = block.number, block.within, block.vectors
         row, column, height, width = place
         pixels = [(i, j) for i in range(height) for j in range(width)]
         sums = v.registers(len(pixels), vectors, self.sum_dtype)
@@ -229,7 +251,8 @@ class Convolution(PackedConvolution):
         taps = self.depth * shape.kernel[0] * shape.kernel[1]
         first = row * (shape.stride[0] * self.line) + column * (shape.stride[1] * self.pixel_words)
         corner = B.Bind(source[1] + first + self.first_word(number))
-        self.accumulate(Tile(sums, pixels, source[0], corner, B.Bind(vector * (taps * v.lanes))))
+        weight = B.Bind(vector * (taps * v.lanes))
+        self.accumulate(Tile(sums, pixels, source[0], corner, weight, self._ahead(block, place, weight, taps)))
         first = B.Bind(((n * shape.result[0] + row) * shape.result[1] + column) * shape.outputs)
         for j in range(vectors):
             channel = self._channel(number, within, j)
@@ -238,12 +261,30 @@ class Convolution(PackedConvolution):
                 index = first + (y * shape.result[1] + x) * shape.outputs + channel
                 self.epilogue.store(total, index, min(v.lanes, self.outputs))
 
+    def _ahead(
+        self, block: Block, place: tuple[Expression, Expression, int, int], weight: Expression, steps: int
+    ) -> Callable[[Expression], None]:
+        """What a tile does at each of so many steps for the next block's weights; see ahead.py."""
+        words, (row, column, height, width) = block.vectors * self.v.lanes, place
+        if block.pixels is None or self.blocks * self.passes.count == 1:
+            return lambda _: None
+        size = self.passes.count * self.vectors * self.v.lanes * steps
+        following = NextPanel(self.weights, size, weight + words * steps, words, steps)
+        before = (row - block.first) * self.shape.result[1] + column * height
+        return following.share(self.v, (before, height * width, block.pixels))
+
+    @property
+    def weights(self) -> Expression:
+        """The buffer that `load_weight` reads."""
+        raise NotImplementedError
+
     def accumulate(self, tile: Tile) -> None:
         """Add up all that a tile reads."""
         v, loops = self.v, self._loops()
         vectors = len(tile.sums[0])
 
         def step(at: Expression, begin: Expression) -> None:
+            tile.ask(at)
             weights = tile.weight + at * (vectors * v.lanes)
             w = [B.Bind(self.load_weight(weights + j * v.lanes)) for j in range(vectors)]
             for pixel, registers in zip(tile.pixels, tile.sums, strict=True):
@@ -288,7 +329,7 @@ class Convolution(PackedConvolution):
 
     def load_weight(self, index: Expression) -> Expression:
         """A vector of weights."""
-        raise NotImplementedError
+        return self.v.load(self.weights, index)
 
     def multiply(self, total: Expression, value: Expression, weight: Expression) -> Expression:
         """One step."""
@@ -315,8 +356,12 @@ class FloatConvolution(Convolution):
     def start(self, index: Expression) -> Expression:
         return self.v.constant(0.0) if "scale" in self.packed else self.v.load(self.arrays["bias"], index)
 
+    @property
+    def weights(self) -> Expression:
+        return self.arrays["weight"]
+
     def load_weight(self, index: Expression) -> Expression:
-        value = self.v.load(self.arrays["weight"], index)
+        value = super().load_weight(index)
         return self.v.to_float(value) if "scale" in self.packed else value
 
     def multiply(self, total: Expression, value: Expression, weight: Expression) -> Expression:
@@ -359,8 +404,9 @@ class IntegerConvolution(Convolution):
     def start(self, index: Expression) -> Expression:
         return self.v.load(self.arrays["start"], index)
 
-    def load_weight(self, index: Expression) -> Expression:
-        return self.v.load(self.weight_words, index)
+    @property
+    def weights(self) -> Expression:
+        return self.weight_words
 
     def multiply(self, total: Expression, value: Expression, weight: Expression) -> Expression:
         return self.v.dot4(total, value, weight, bounded=self.bounded)

@@ -261,7 +261,10 @@ class _FloatBody:
                     start = v.load(self.bias, panel * plan.width + j * v.lanes) if from_bias else v.constant(0.0)
                     register.set(start)
 
+        ask = plan.ahead((panel, width, first, count), self.weight, plan.inputs)
+
         def step(k: Expression, chain: int) -> None:
+            ask(k)
             base = panel * (plan.width * plan.inputs) + k * (vectors * v.lanes)
             loaded = [v.load(self.weight, base + j * v.lanes) for j in range(vectors)]
             w = [B.Bind(v.to_float(part) if self.scaled else part) for part in loaded]
@@ -337,7 +340,7 @@ class IntegerBody:
         source, base = (self.code_words, first * self.groups) if self.whole else (self._padded_rows(first, count), 0)
         multiply = partial(v.dot4, bounded=self.bounded)
         operands = (self.words, source, base)
-        sums = plan.sums_of_words((panel, width, count), self.start, operands, self.groups, multiply)
+        sums = plan.sums_of_words((panel, width, first, count), self.start, operands, self.groups, multiply)
         for j in range(width.vectors):
             column = panel * plan.width + j * v.lanes
             gain, offset = B.Bind(v.load(self.scale, column)), B.Bind(v.load(self.bias, column))

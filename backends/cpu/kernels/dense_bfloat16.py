@@ -109,7 +109,7 @@ class _Body:
     def _tile(self, panel: Expression, width: PanelWidth, first: Expression, count: int) -> None:
         plan, v = self.plan, self.plan.vectors
         operands = (self.weight, self.source, first * self.words)
-        sums = plan.sums_of_words((panel, width, count), self.bias, operands, self.words, v.dot2)
+        sums = plan.sums_of_words((panel, width, first, count), self.bias, operands, self.words, v.dot2)
         for j in range(width.vectors):
             column = panel * plan.width + j * v.lanes
             for i in range(count):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 
+from mcc.backends.cpu.kernels.ahead import NextPanel
 from mcc.backends.cpu.kernels.region_function import region_function
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, leading_dims, panel_widths, row_blocks
 from mcc.backends.cpu.microkernel import Expression, Register, Vectors, branch, parallel, product, serial
@@ -98,9 +99,18 @@ class PanelPlan:
         total = self._panels * count
         branch(few, lambda: serial(total, block), lambda: parallel(total, block))
 
+    def ahead(
+        self, place: tuple[Expression, PanelWidth, Expression, int], weight: Expression, steps: int
+    ) -> Callable[[Expression], None]:
+        """What a tile does for the next panel at each of so many steps, given the weights in words; see ahead.py."""
+        (panel, width, first, count), v, rows = place, self.vectors, product(self.leading)
+        words = width.vectors * v.lanes
+        begin = (panel + 1) * (self.width * steps)
+        return NextPanel(weight, self.padded_outputs * steps, begin, words, steps).share(v, (first, count, rows))
+
     def sums_of_words(
         self,
-        place: tuple[Expression, PanelWidth, int],
+        place: tuple[Expression, PanelWidth, Expression, int],
         start: Expression,
         operands: tuple[Expression, Expression, Expression],
         words: int,
@@ -109,19 +119,22 @@ class PanelPlan:
         """The sums of a tile of a panel over words that hold several inputs, from a value for each output on.
 
         Args:
-            place: the panel, its width and the rows of the tile.
+            place: the panel, its width, the tile's first row and its rows.
             start: what sums begin with, by output.
             operands: the words of weights and of rows, and where the tile's first row begins.
             words: of a row.
             multiply: adds to a sum the products of a word of a row and one of weights.
         """
-        (panel, width, count), v, (weight, source, base) = place, self.vectors, operands
+        (panel, width, _, count), v, (weight, source, base) = place, self.vectors, operands
         sums = v.registers(count, width.vectors, start.dtype)
         for row in sums:
             for j, register in enumerate(row):
                 register.set(v.load(start, panel * self.width + j * v.lanes))
 
+        ask = self.ahead(place, weight, words)
+
         def step(k: Expression) -> None:
+            ask(k)
             at = panel * (self.width * words) + k * (width.vectors * v.lanes)
             w = [B.Bind(v.load(weight, at + j * v.lanes)) for j in range(width.vectors)]
             for i in range(count):

@@ -18,9 +18,10 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc.backends.cpu.epilogue import channel_vectors
+from mcc.backends.cpu.kernels.ahead import NextPanel
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
 from mcc.backends.cpu.kernels.convolution_body import ConvolutionBody
-from mcc.backends.cpu.kernels.tiles import TileShape, balanced, loop_for
+from mcc.backends.cpu.kernels.tiles import TileShape, balanced, loop_for, parse_tile
 from mcc.backends.cpu.microkernel import Expression, Vectors, branch, serial
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ PREFIX = "winograd "
 FEWEST_CHANNELS = 32
 POINTS = 16
 FEWEST_PIXELS = 64  # of the output; below, reading the larger weights takes longer than what is saved
-CACHE_BYTES = 256 << 10  # of transformed input that a block of tiles has
+# of transformed input that a block of tiles has: few where the weights stay in the second level of the cache beside
+# it, many where each block reads them from further away
+FEW_BYTES, MANY_BYTES = 256 << 10, 1 << 20
 FEWEST_BLOCKS = 4  # from here on threads take blocks of tiles, not parts of one
 FEWEST_MACS = 600_000  # of an image, in the direct form, for two threads
 _G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
@@ -47,21 +50,24 @@ def winograd_tiles(region: Region, target: Target) -> tuple[str, ...]:
     enough = min(shape.inputs, shape.outputs) >= FEWEST_CHANNELS and math.prod(shape.result) >= FEWEST_PIXELS
     if not fits or not enough or shape.varies or region.weight.scale is not None:
         return ()
-    return (PREFIX + ("14x2" if target.vector_registers == 32 else "6x2"),)
+    register = TileShape(14 if target.vector_registers == 32 else 6, 2)
+    size = register.rows * POINTS * shape.inputs * 4
+    count = math.prod(-(-s // 2) for s in shape.result)
+    blocks = [-(-count // (n * register.rows)) for n in (max(1, FEW_BYTES // size), -(-MANY_BYTES // size))]
+    return tuple(dict.fromkeys(f"{PREFIX}{-(-count // n)} {register}" for n in blocks))
 
 
 class WinogradConvolution(ConvolutionBody):
-    """The loops of one such convolution."""
+    """The loops of one such convolution, by the text of its tile: tiles of a block, and the register tile."""
 
-    def __init__(self, region: Region, vectors: Vectors, tile: TileShape) -> None:
+    def __init__(self, region: Region, vectors: Vectors, text: str) -> None:
         super().__init__(region, vectors)
-        self.tile, shape = tile, self.shape
-        self.width = min(tile.vectors * vectors.lanes, shape.outputs // vectors.lanes * vectors.lanes)
+        size, register = text.removeprefix(PREFIX).split()
+        self.tile, shape = parse_tile(register), self.shape
+        self.width = min(self.tile.vectors * vectors.lanes, shape.outputs // vectors.lanes * vectors.lanes)
         self.grid = tuple(-(-s // 2) for s in shape.result)
-        count = self.grid[0] * self.grid[1]
-        most = max(1, CACHE_BYTES // (POINTS * shape.inputs * 4) // tile.rows) * tile.rows
-        self.count = min(count, most)  # tiles of a block
-        self.tile_blocks = -(-count // self.count)
+        self.count = int(size)  # tiles of a block
+        self.tile_blocks = -(-self.grid[0] * self.grid[1] // self.count)
         self.output_blocks = -(-shape.outputs // self.width)
         self.packed: dict[str, NDArray[Any]] = {
             "weight": self._transformed(region.weight.decoded()), **channel_vectors(region)
@@ -145,7 +151,11 @@ class WinogradConvolution(ConvolutionBody):
                 register.set(v.constant(0.0))
         weights = B.Bind(T.cast(o * POINTS + e, "int64") * (inputs * self.width))
         start = B.Bind(T.cast(e * self.count + first, "int64"))
+        size = self.packed["weight"].size
+        following = NextPanel(self.arrays["weight"], size, weights + inputs * self.width, self.width, inputs)
+        ask = following.share(v, (first, count, self.count))
         with B.serial(0, inputs) as k:
+            ask(k)
             w = [B.Bind(v.load(self.arrays["weight"], weights + k * self.width + j * v.lanes)) for j in range(vectors)]
             for i, row in enumerate(sums):
                 value = B.Bind(v.splat(room[(start + i) * inputs + k]))

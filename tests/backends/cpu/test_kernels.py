@@ -113,9 +113,10 @@ def test_winograd_equals_the_direct_form(target, image, inputs, outputs, padding
     options = ([1, 1], [padding, padding, padding, padding + 1], [1, 1], 1)
     region = make_region(ops.CONV2D_NHWC, (Symbolic(), *image, inputs), weight, epilogue, None, options)
     kernel = Conv2dFloat()
-    tile = kernel.tiles(region, target)[0]
-    assert tile.startswith("winograd")
-    assert_kernel_equals_reference(kernel, region, target, tile, [(n, *image, inputs) for n in (1, 2, 5, 0)])
+    tiles = [t for t in kernel.tiles(region, target) if t.startswith("winograd")]
+    assert len(tiles) == (2 if image == (30, 31) else 1), "blocks of few tiles, and of many where that differs"
+    for tile in tiles:
+        assert_kernel_equals_reference(kernel, region, target, tile, [(n, *image, inputs) for n in (1, 2, 5, 0)])
 
 
 @pytest.mark.parametrize(("options", "channels", "why"), [
