@@ -15,6 +15,7 @@ from mcc.backends.cpu.kernels.concatenate import SHORTEST_RUN, Part, concatenate
 from mcc.backends.cpu.kernels.group_norm import GroupNormShape, group_norm_function
 from mcc.backends.cpu.kernels.matmul import matmul_function, matmul_shape
 from mcc.backends.cpu.kernels.norm import NormShape, norm_function
+from mcc.backends.cpu.kernels.pool import FEWEST_CHANNELS, PoolShape, pool_function
 from mcc.backends.cpu.kernels.quantize import quantize_function
 from mcc.backends.cpu.kernels.recurrent import NARROWEST, RecurrentShape, recurrent_function
 from mcc.backends.cpu.kernels.softmax import SoftmaxShape, softmax_function
@@ -41,6 +42,7 @@ RECURRENT = (OPS["mcc.lstm"], OPS["mcc.gru"])
 NORMS = (OPS["layer_norm"], OPS["rms_norm"])
 GROUP_NORM = OPS["mcc.group_norm_nhwc"]
 SOFTMAXES = (OPS["softmax.int"], OPS["log_softmax.int"])
+MAX_POOL, AVG_POOL = OPS["mcc.max_pool2d_nhwc"], OPS["mcc.avg_pool2d_nhwc"]
 FEWEST_ROWS = 4  # of a product, for which a copy of its right matrix pays
 
 
@@ -160,6 +162,11 @@ def takes_norm(node: Node, target: Target) -> bool:
     return plain and isinstance(width, int) and width >= target.vector_lanes
 
 
+def takes_pool(node: Node) -> bool:
+    """Whether the kernel of windows takes this node: images with channels last, a few channels and more."""
+    return node.op in (MAX_POOL, AVG_POOL) and int(node.shape[3]) >= FEWEST_CHANNELS
+
+
 def takes_group_norm(node: Node, target: Target) -> bool:
     """Whether the kernel of group norms takes this node: images with channels last, a vector of channels and more."""
     return node.op is GROUP_NORM and int(node.shape[3]) >= target.vector_lanes
@@ -202,6 +209,8 @@ class Unweighted:
             return self._softmax(emitter, node)
         if takes_matmul(node):
             return self._matmul(emitter, node)
+        if takes_pool(node):
+            return self._pool(emitter, node)
         if node.op is ops.QUANTIZE and (step := requantize_step(node)) is not None:
             source = node.operand(0)
             assert source is not None
@@ -236,6 +245,20 @@ class Unweighted:
         shape = matmul_shape(*map(known_dims, operands), turned=turned)
         function = emitter.builder.add_func(matmul_function(shape, self.target), "matmul")
         return emitter(relax.call_tir(function, operands, relax.TensorType([*self._sizes(node)], "float32")))
+
+    def _pool(self, emitter: Emitter, node: Node) -> Any:
+        assert node.op is not None
+        source, sizes = self._value(node.fx.all_input_nodes[0]), self._sizes(node)
+        kernel, stride, padding = (tuple(node.argument(i)) for i in (1, 2, 3))
+        kind = str(source.ty.dtype)
+        result = [s if (n := static(s)) is None else n for s in sizes[1:3]]
+        shape = PoolShape(
+            known_dims(source), (result[0], result[1]), kernel, stride, padding[:2], node.op is MAX_POOL,
+            node.op is MAX_POOL or bool(node.argument(4)), kind,
+        )  # fmt: skip
+        name = node.op.name.removeprefix("mcc.")
+        function = emitter.builder.add_func(pool_function(shape, self.target), name)
+        return emitter(relax.call_tir(function, [source], relax.TensorType(sizes, kind)))
 
     def _cat(self, emitter: Emitter, node: Node) -> Any:
         parts, read = [], []
