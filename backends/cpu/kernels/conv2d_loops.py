@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from mcc.backends.kernel import Region
 
 MANY_IMAGES = 4  # from here on threads take images, not parts of one
-CACHE_BYTES = 192 << 10  # of the source that one pass over a block of channels reads: half of a small L2 cache
+# of the source that one pass over a block of channels reads: half of a small L2 cache; and where the weights, which
+# are read again for each part of the source, do not stay in such a cache
+CACHE_BYTES, MORE_BYTES = 192 << 10, 448 << 10
+MANY_WEIGHTS = 1536 << 10  # bytes
 BYTES = 4  # of a word
 FEWEST_PARTS = 4
 FEWEST_COPIED = 8  # parts of an image that each copy what they read, while it is in cache
@@ -168,7 +171,8 @@ class Convolution(PackedConvolution):
 
     def _chunk(self, bands: int) -> int:
         """Bands of rows that one part goes over: its source should stay in cache, and the threads need parts alike."""
-        most: int = max(1, CACHE_BYTES // self._band_bytes())
+        fitting = CACHE_BYTES if self.packed["weight"].nbytes < MANY_WEIGHTS else MORE_BYTES
+        most: int = max(1, fitting // self._band_bytes())
         chunks = -(-bands // most)
         blocks = self.passes.count * self.blocks
         while chunks < bands and (chunks * blocks < FEWEST_PARTS or chunks * blocks % 2):
