@@ -106,6 +106,11 @@ class Epilogue:
         other.v = vectors
         return other
 
+    def ask(self, index: Expression) -> None:
+        """Ask for what `store` reads at an index, before its value is computed."""
+        for operand in self.operands:
+            self.v.prefetch(operand, index)
+
     def store(self, value: Expression, index: Expression, used: int) -> None:
         """Apply the steps to float32 lanes and write the first `used` of them at `index`."""
         v = self.v

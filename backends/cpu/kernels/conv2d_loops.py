@@ -256,13 +256,22 @@ class Convolution(PackedConvolution):
         first = row * (shape.stride[0] * self.line) + column * (shape.stride[1] * self.pixel_words)
         corner = B.Bind(source[1] + first + self.first_word(number))
         weight = B.Bind(vector * (taps * v.lanes))
-        self.accumulate(Tile(sums, pixels, source[0], corner, weight, self._ahead(block, place, weight, taps)))
         first = B.Bind(((n * shape.result[0] + row) * shape.result[1] + column) * shape.outputs)
-        for j in range(vectors):
-            channel = self._channel(number, within, j)
-            for (y, x), pixel in zip(pixels, sums, strict=True):
+        channels = [first + self._channel(number, within, j) for j in range(vectors)]
+        targets = [[c + (y * shape.result[1] + x) * shape.outputs for y, x in pixels] for c in channels]
+        for indices in targets:
+            for index in indices:
+                self.epilogue.ask(index)
+        asks = self._ahead(block, place, weight, taps), self._next_pixels(source[0], corner, len(pixels))
+
+        def ask(step: Expression) -> None:
+            for one in asks:
+                one(step)
+
+        self.accumulate(Tile(sums, pixels, source[0], corner, weight, ask))
+        for j, indices in enumerate(targets):
+            for index, pixel in zip(indices, sums, strict=True):
                 total = self.finish(pixel[j].get(), (vector + j) * v.lanes)
-                index = first + (y * shape.result[1] + x) * shape.outputs + channel
                 self.epilogue.store(total, index, min(v.lanes, self.outputs))
 
     def _ahead(
@@ -276,6 +285,15 @@ class Convolution(PackedConvolution):
         following = NextPanel(self.weights, size, weight + words * steps, words, steps)
         before = (row - block.first) * self.shape.result[1] + column * height
         return following.share(self.v, (before, height * width, block.pixels))
+
+    def _next_pixels(self, source: Expression, corner: Expression, count: int) -> Callable[[Expression], None]:
+        """The same for the pixels of the next tile, where they lie behind those of this one."""
+        shape = self.shape
+        if self.reads_copy or shape.kernel != (1, 1) or shape.stride != (1, 1):
+            return lambda _: None
+        size = self.batch * (shape.image[0] * shape.image[1] * self.pixel_words)
+        begin = B.Bind(tirx.max(0, tirx.min(corner + count * self.pixel_words, size - count * self.depth)))
+        return lambda step: self.v.prefetch(source, begin + step * count)
 
     @property
     def weights(self) -> Expression:
