@@ -5,19 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
-from mcc.backends.cpu.integer_sums import pairs_fit
+from mcc.backends.cpu.integer_sums import pairs_fit, zero_sum_factor
 from mcc.backends.cpu.kernels.ahead import NextPanel
 from mcc.backends.cpu.kernels.conv2d_packing import PackedConvolution
+from mcc.backends.cpu.kernels.packed_codes import PACKED, PackedCodes
 from mcc.backends.cpu.kernels.padded_copy import copy_rows, copy_words
 from mcc.backends.cpu.kernels.tiles import TileShape, cover, loop_for
 from mcc.backends.cpu.microkernel import Expression, Register, Vectors, branch, flat, parallel, serial
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from numpy.typing import NDArray
 
     from mcc.backends.kernel import Region
 
@@ -270,9 +274,12 @@ class Convolution(PackedConvolution):
 
         self.accumulate(Tile(sums, pixels, source[0], corner, weight, ask))
         for j, indices in enumerate(targets):
-            for index, pixel in zip(indices, sums, strict=True):
-                total = self.finish(pixel[j].get(), (vector + j) * v.lanes)
-                self.epilogue.store(total, index, min(v.lanes, self.outputs))
+            self.write((vector + j) * v.lanes, [pixel[j] for pixel in sums], indices)
+
+    def write(self, lane: Expression, sums: list[Register], indices: list[Expression]) -> None:
+        """Finish the sums of a vector of outputs, whose first lane is `lane`, for pixels to write at `indices`."""
+        for total, index in zip(sums, indices, strict=True):
+            self.epilogue.store(self.finish(total.get(), lane), index, min(self.v.lanes, self.outputs))
 
     def _ahead(
         self, block: Block, place: tuple[Expression, Expression, int, int], weight: Expression, steps: int
@@ -402,8 +409,18 @@ class IntegerConvolution(Convolution):
     word = 4
 
     def __init__(self, region: Region, vectors: Vectors, tile: TileShape) -> None:
+        self.codes = PackedCodes.of(region)
         super().__init__(region, vectors, tile)
         self.bounded = pairs_fit(region.weight.decoded())
+
+    def channel_arrays(self) -> dict[str, NDArray[Any]]:
+        if self.outputs < self.v.lanes:
+            self.codes = None
+        sums = self.plain_weight().reshape(self.shape.outputs, -1).sum(1, dtype=np.int64)
+        start = zero_sum_factor(self.region, self.v.target) * sums
+        if self.codes is None:
+            return super().channel_arrays() | {"start": start.astype(np.int32)}
+        return self.codes.arrays(start)
 
     def loops(self) -> None:
         """See `ConvolutionBody`."""
@@ -436,3 +453,17 @@ class IntegerConvolution(Convolution):
     def finish(self, total: Expression, index: Expression) -> Expression:
         scale, bias = self.v.load(self.arrays["scale"], index), self.v.load(self.arrays["bias"], index)
         return self.v.fma(self.v.to_float(total), scale, bias)
+
+    def write(self, lane: Expression, sums: list[Register], indices: list[Expression]) -> None:
+        v = self.v
+        if self.codes is None:
+            super().write(lane, sums, indices)
+            return
+        scale, bias = (B.Bind(v.load(self.arrays[key], lane)) for key in ("scale", "bias"))
+        for first in range(0, len(sums), PACKED):
+            places = indices[first : first + PACKED]
+            integers = [B.Bind(self.codes.integer(v, s.get(), scale, bias)) for s in sums[first : first + PACKED]]
+            integers += integers[-1:] * (PACKED - len(integers))
+            codes = B.Bind(self.codes.in_turn(v, integers))
+            for n, index in enumerate(places):
+                v.store(self.epilogue.out, index, tirx.Shuffle([codes], list(range(n * v.lanes, (n + 1) * v.lanes))))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from mcc.backends.cpu.epilogue import channel_vectors
-from mcc.backends.cpu.integer_sums import zero_sum_factor
 from mcc.backends.cpu.kernels.convolution_body import ConvolutionBody
 
 if TYPE_CHECKING:
@@ -104,11 +103,11 @@ class PackedConvolution(ConvolutionBody):
 
     def _pack_vectors(self) -> dict[str, NDArray[Any]]:
         """Per-channel arrays, one value a lane."""
-        region, channels = self.region, self.shape.group_outputs
+        channels = self.shape.group_outputs
         firsts = np.array([self.passes.first(p) * channels for p in range(self.passes.count)])
         outputs = (firsts[:, None, None] + self._lanes()).reshape(-1)
-        vectors: dict[str, NDArray[Any]] = dict(channel_vectors(region))
-        if region.activation is not None:
-            sums = self.plain_weight().reshape(self.shape.outputs, -1).astype(np.int64).sum(1)
-            vectors["start"] = (zero_sum_factor(region, self.v.target) * sums).astype(np.int32)
-        return {key: values[outputs] for key, values in vectors.items()}
+        return {key: values[outputs] for key, values in self.channel_arrays().items()}
+
+    def channel_arrays(self) -> dict[str, NDArray[Any]]:
+        """The same, one value a channel."""
+        return dict(channel_vectors(self.region))

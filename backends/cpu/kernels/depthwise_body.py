@@ -16,12 +16,12 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
-from mcc.backends.cpu.epilogue import ToCodes, channel_vectors, steps_after_scale
-from mcc.backends.cpu.integer_sums import LARGEST_CODE, zero_sum_factor
+from mcc.backends.cpu.epilogue import channel_vectors
+from mcc.backends.cpu.integer_sums import zero_sum_factor
 from mcc.backends.cpu.kernels.convolution_body import ConvolutionBody
+from mcc.backends.cpu.kernels.packed_codes import PackedCodes
 from mcc.backends.cpu.kernels.quads import QUAD, interleaved
 from mcc.backends.cpu.microkernel import Expression, Register, Vectors, flat, serial
-from mcc.backends.cpu.requantize import direct_requantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -93,22 +93,19 @@ class DepthwiseBody(ConvolutionBody):
         self.quads = [(f, -(-(f + shape.kernel[1]) // QUAD)) for f in firsts]
         self.variants = sorted(set(self.quads))
         self.variant_words = sum(count for _, count in self.variants)
-        steps = steps_after_scale(region)
-        step = steps[0] if len(steps) == 1 else None
-        self.to_codes = step if isinstance(step, ToCodes) and step.fits else None
+        self.to_codes = PackedCodes.of(region)
         wide = not shape.varies and shape.result[1] >= self.most_parts
         parts = self.most_parts if self.to_codes and wide else 1
         self.full, self.rest = _blocks(shape.inputs, vectors.lanes, parts)
-        self.direct = None if self.to_codes is None else direct_requantize(region, self.to_codes)
         self.packed = self._packed()
 
     def _packed(self) -> dict[str, NDArray[Any]]:
         weight = self.region.weight.decoded()[:, 0]  # [channel][kernel row][kernel column]
         start = zero_sum_factor(self.region, self.v.target) * weight.sum((1, 2), dtype=np.int64)
-        by_channel: dict[str, NDArray[Any]] = dict(channel_vectors(self.region))
-        if self.direct is not None:
-            start, by_channel = start + self.direct.start, {"scale": self.direct.scale, "bias": self.direct.shift}
-        by_channel["start"] = start.astype(np.int32)
+        if self.to_codes is None:
+            by_channel: dict[str, NDArray[Any]] = {**channel_vectors(self.region), "start": start.astype(np.int32)}
+        else:
+            by_channel = self.to_codes.arrays(start)
         return {"weight": self._pack(weight)} | {
             key: np.concatenate([a[c] for c in self._channels()]) for key, a in by_channel.items()
         }
@@ -181,38 +178,19 @@ class DepthwiseBody(ConvolutionBody):
         for q, totals in enumerate(sums):
             scale, bias = (B.Bind(v.load(self.arrays[k], block.slot + q * v.lanes)) for k in ("scale", "bias"))
             for done, total, index in zip(values, totals, targets, strict=True):
-                value = B.Bind(self._value(v, total.get(), scale, bias))
                 if self.to_codes is None:
+                    value = B.Bind(v.fma(v.to_float(total.get()), scale, bias))
                     self.epilogue.narrowed(v).store(value, index + q * v.lanes, v.lanes)
-                elif q % 2:
-                    done.append(B.Bind(v.pack_to_words(done.pop(), value)))
-                else:
-                    done.append(value)
+                    continue
+                integer = B.Bind(self.to_codes.integer(v, total.get(), scale, bias))
+                done.append(B.Bind(v.pack_to_words(done.pop(), integer)) if q % 2 else integer)
         if self.to_codes is not None:
             for words, index in zip(values, targets, strict=True):
-                self.write(block, index, B.Bind(self._codes(v, self.to_codes, words)))
+                self.write(block, index, B.Bind(self.to_codes.codes(v, *words)))
 
     def write(self, block: Block, index: Expression, codes: Expression) -> None:
         """Write the codes of a block's channels for one pixel."""
         block.vectors.store(self.epilogue.out, index, codes, block.vectors.lanes * QUAD)
-
-    def _value(self, v: Vectors, total: Expression, scale: Expression, bias: Expression) -> Expression:
-        """A sum as a value, or as the integer that is a code before it is held to its range."""
-        if self.direct is not None:
-            made = v.fma(T.reinterpret(f"float32x{v.lanes}", total), scale, bias)
-            return T.reinterpret(f"int32x{v.lanes}", made) - v.constant(self.direct.offset, "int32")
-        value = v.fma(v.to_float(total), scale, bias)
-        if self.to_codes is None:
-            return value
-        return v.to_nearest_integer(value) + v.constant(self.to_codes.zero_point, "int32")
-
-    def _codes(self, v: Vectors, step: ToCodes, words: list[Expression]) -> Expression:
-        codes = v.pack_to_codes(*words)
-        if step.low > 0:
-            codes = T.max(codes, T.broadcast(tirx.const(step.low, "uint8"), v.lanes * QUAD))
-        if step.high < LARGEST_CODE:
-            codes = T.min(codes, T.broadcast(tirx.const(step.high, "uint8"), v.lanes * QUAD))
-        return codes
 
 
 def _blocks(channels: int, lanes: int, parts: int) -> tuple[int, list[tuple[int, int, int]]]:

@@ -1,0 +1,76 @@
+"""Codes of sums that are requantized and nothing else, four vectors at a time.
+
+Integers are packed to words and these to bytes, which holds them to the range of codes, in a third of the instructions
+that vectors take one by one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tvm import tirx
+from tvm.script import tirx as T
+
+from mcc.backends.cpu.epilogue import ToCodes, channel_vectors, steps_after_scale
+from mcc.backends.cpu.integer_sums import LARGEST_CODE
+from mcc.backends.cpu.requantize import direct_requantize
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from mcc.backends.cpu.microkernel import Expression, Vectors
+    from mcc.backends.kernel import Region
+
+PACKED = 4  # vectors
+
+
+class PackedCodes:
+    """How the sums of a region become codes.
+
+    Args:
+        region: whose epilogue is `step` alone.
+        step: of which the values fit int32.
+    """
+
+    def __init__(self, region: Region, step: ToCodes) -> None:
+        self.region, self.step = region, step
+        self.direct = direct_requantize(region, step)
+
+    @classmethod
+    def of(cls, region: Region) -> PackedCodes | None:
+        """Of a region, or None where its sums become something else."""
+        steps = steps_after_scale(region)
+        step = steps[0] if len(steps) == 1 else None
+        return cls(region, step) if isinstance(step, ToCodes) and step.fits else None
+
+    def arrays(self, start: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """The scale, the bias, and what sums begin with, of each channel, given what they would begin with."""
+        if self.direct is None:
+            return {**channel_vectors(self.region), "start": start.astype(np.int32)}
+        start = start + self.direct.start
+        return {"scale": self.direct.scale, "bias": self.direct.shift, "start": start.astype(np.int32)}
+
+    def integer(self, v: Vectors, total: Expression, scale: Expression, bias: Expression) -> Expression:
+        """A sum as the integer that is a code before it is held to its range."""
+        if self.direct is not None:
+            made = v.fma(T.reinterpret(f"float32x{v.lanes}", total), scale, bias)
+            return T.reinterpret(f"int32x{v.lanes}", made) - v.constant(self.direct.offset, "int32")
+        value = v.fma(v.to_float(total), scale, bias)
+        return v.to_nearest_integer(value) + v.constant(self.step.zero_point, "int32")
+
+    def codes(self, v: Vectors, low: Expression, high: Expression) -> Expression:
+        """Two vectors of words as codes; of each 128 bits the two parts follow one another."""
+        codes = v.pack_to_codes(low, high)
+        if self.step.low > 0:
+            codes = T.max(codes, T.broadcast(tirx.const(self.step.low, "uint8"), v.lanes * PACKED))
+        if self.step.high < LARGEST_CODE:
+            codes = T.min(codes, T.broadcast(tirx.const(self.step.high, "uint8"), v.lanes * PACKED))
+        return codes
+
+    def in_turn(self, v: Vectors, integers: list[Expression]) -> Expression:
+        """The codes of four vectors of integers, one vector's behind the other's."""
+        low, high = (v.pack_to_words(*integers[i : i + 2]) for i in (0, 2))
+        order = np.arange(v.lanes).reshape(-1, PACKED).T.reshape(-1)
+        words = T.reinterpret(f"int32x{v.lanes}", self.codes(v, low, high))
+        return T.reinterpret(f"uint8x{v.lanes * PACKED}", tirx.Shuffle([words], order.tolist()))
