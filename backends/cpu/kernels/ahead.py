@@ -44,19 +44,26 @@ class NextPanel:
 
         Nothing where so many rows share a panel that its weights count little.
         """
-        first, count, total = rows
-        known = isinstance(total, int)
-        if count < FEWEST_ROWS or (known and total > self.words * count):
+        _, count, total = rows
+        if count < FEWEST_ROWS or (isinstance(total, int) and total > self.words * count):
             return lambda _: None
-        total = total if known else tirx.max(total, 1)
-        stride = tirx.floordiv(self.words * count + total - 1, total)
-        # the last panel has none behind it, and asks for its own end
-        last = tirx.max(0, self.size - stride * self.steps)
-        begin = B.Bind(tirx.min(self.first + tirx.floordiv(first * (self.words * self.steps), total), last))
-        lines = -(-int(stride) // v.lanes) if known else 1
+        begin, stride = self.words_of(rows)
+        begin, lines = B.Bind(begin), -(-stride // v.lanes) if isinstance(stride, int) else 1
 
         def ask(k: Expression) -> None:
             for line in range(lines):
                 v.prefetch(self.weights, begin + k * stride + line * v.lanes)
 
         return ask
+
+    def words_of(self, rows: tuple[Expression, int, Expression]) -> tuple[Expression, Expression]:
+        """Where such a tile's share begins, and how many words of it belong to each step."""
+        first, count, total = rows
+        if isinstance(total, int):
+            stride: Expression = -(-self.words * count // total)
+        else:
+            total = tirx.max(total, 1)
+            stride = tirx.floordiv(self.words * count + total - 1, total)
+        # the last panel has none behind it, and asks for its own end
+        last = tirx.max(0, self.size - stride * self.steps)
+        return tirx.min(self.first + tirx.floordiv(first * (self.words * self.steps), total), last), stride
