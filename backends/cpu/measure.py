@@ -20,7 +20,10 @@ ALL_BUT_SOURCE = "cache_flush_cpu_non_first_arg"
 
 
 def measure(lowered: Lowered, region: Region, target: Target) -> float:
-    """Least seconds of one call, on random data of the example's shapes; many weights are read from memory."""
+    """Least seconds of one call, on random data of the example's shapes.
+
+    Where there are many weights, all but the source is read from memory.
+    """
     module = compiled_kernel(lowered.function, target)
     random = np.random.default_rng(0)
     source_shape = tuple(extent(s) for s in region.source.shape)

@@ -15,7 +15,7 @@ from mcc.backends.cpu.kernels.concatenate import SHORTEST_RUN, Part, concatenate
 from mcc.backends.cpu.kernels.group_norm import GroupNormShape, group_norm_function
 from mcc.backends.cpu.kernels.matmul import matmul_function, matmul_shape
 from mcc.backends.cpu.kernels.norm import NormShape, norm_function
-from mcc.backends.cpu.kernels.pool import FEWEST_CHANNELS, PoolShape, pool_function
+from mcc.backends.cpu.kernels.pool import FEWEST_CHANNELS, WIDEST_WINDOW, PoolShape, pool_function
 from mcc.backends.cpu.kernels.quantize import quantize_function
 from mcc.backends.cpu.kernels.recurrent import NARROWEST, RecurrentShape, recurrent_function
 from mcc.backends.cpu.kernels.softmax import SoftmaxShape, softmax_function
@@ -163,8 +163,12 @@ def takes_norm(node: Node, target: Target) -> bool:
 
 
 def takes_pool(node: Node) -> bool:
-    """Whether the kernel of windows takes this node: images with channels last, a few channels and more."""
-    return node.op in (MAX_POOL, AVG_POOL) and int(node.shape[3]) >= FEWEST_CHANNELS
+    """Whether the kernel of windows takes this node: images with channels last, of a few channels and more."""
+    return (
+        node.op in (MAX_POOL, AVG_POOL)
+        and int(node.shape[3]) >= FEWEST_CHANNELS
+        and node.argument(1)[1] <= WIDEST_WINDOW
+    )
 
 
 def takes_group_norm(node: Node, target: Target) -> bool:

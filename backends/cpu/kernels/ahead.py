@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import tvm
 import tvm.tirx.script.builder.ir as B
 from tvm import tirx
+from tvm.script import tirx as T
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from mcc.backends.cpu.microkernel import Expression, Vectors
 
 FEWEST_ROWS = 2  # of a tile; a single row reads its weights as fast as they come
+LINE_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class NextPanel:
     """The panel of weights behind the one that tiles read.
 
     Attributes:
-        weights: all of them, in words.
+        weights: all of them, in words of any type.
         size: how many words.
         first: where the panel begins.
         words: that one step of a tile takes from a panel.
@@ -39,20 +42,26 @@ class NextPanel:
     words: int
     steps: Expression
 
-    def share(self, v: Vectors, rows: tuple[Expression, int, Expression]) -> Callable[[Expression], None]:
+    def share(
+        self, v: Vectors, rows: tuple[Expression, int, Expression], example: int = 1
+    ) -> Callable[[Expression], None]:
         """What a tile does at each step, given its first row, how many it has, and how many all tiles have together.
 
-        Nothing where so many rows share a panel that its weights count little.
+        Nothing where so many rows share a panel that its weights count little. Where the number of all rows varies, a
+        step asks for as many lines as the `example` wants.
         """
         _, count, total = rows
-        if count < FEWEST_ROWS or (isinstance(total, int) and total > self.words * count):
+        example = max(count, total if isinstance(total, int) else example)
+        if count < FEWEST_ROWS or example > self.words * count:
             return lambda _: None
         begin, stride = self.words_of(rows)
-        begin, lines = B.Bind(begin), -(-stride // v.lanes) if isinstance(stride, int) else 1
+        begin, line = B.Bind(begin), LINE_BYTES // tvm.DataType(self.weights.dtype).itemsize
+        wanted = -(-self.words * count // example)  # words of a step
+        lines = -(-wanted // line)
 
         def ask(k: Expression) -> None:
-            for line in range(lines):
-                v.prefetch(self.weights, begin + k * stride + line * v.lanes)
+            for n in range(lines):
+                v.prefetch(self.weights, begin + k * stride + n * line)
 
         return ask
 
@@ -66,4 +75,5 @@ class NextPanel:
             stride = tirx.floordiv(self.words * count + total - 1, total)
         # the last panel has none behind it, and asks for its own end
         last = tirx.max(0, self.size - stride * self.steps)
-        return tirx.min(self.first + tirx.floordiv(first * (self.words * self.steps), total), last), stride
+        before = tirx.floordiv(first * T.int64(self.words * self.steps), total)
+        return tirx.min(self.first + before, last), stride

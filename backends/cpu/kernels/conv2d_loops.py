@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class Tile:
         source: the words that it reads.
         corner: index of the first word that the first pixel reads.
         weight: index of the first weight.
-        ask: what it does at each step, by number, besides: it asks for weights that are read later.
+        ask: what it does at each step, by number, besides: it asks for weights and pixels that are read later.
     """
 
     sums: list[list[Register]]
@@ -117,7 +118,7 @@ class Convolution(PackedConvolution):
 
     def _part(
         self, n: Expression, source: tuple[Expression, Expression], bands: tuple[Expression, Expression], b: Expression,
-        pixels: int | None = None,
+        pixels: int | None,
     ) -> None:  # fmt: skip
         """Some bands of an image, first and number, for block number `b` of the outputs of all passes."""
         number, block = tirx.floordiv(b, self.blocks), tirx.floormod(b, self.blocks)
@@ -152,7 +153,7 @@ class Convolution(PackedConvolution):
         loop = loop_for(shape.macs, FEWEST_MACS, self.batch)
 
         def part(n: Expression, source: tuple[Expression, Expression], c: Expression, b: Expression) -> None:
-            self._part(n, source, (c * chunk, tirx.min(chunk, bands - c * chunk)), b)
+            self._part(n, source, (c * chunk, tirx.min(chunk, bands - c * chunk)), b, None)
 
         def copied(i: Expression) -> None:
             n, c = B.Bind(tirx.floordiv(i, chunks)), B.Bind(tirx.floormod(i, chunks))
@@ -296,7 +297,7 @@ class Convolution(PackedConvolution):
     def _next_pixels(self, source: Expression, corner: Expression, count: int) -> Callable[[Expression], None]:
         """The same for the pixels of the next tile, where they lie behind those of this one."""
         shape = self.shape
-        if self.reads_copy or shape.kernel != (1, 1) or shape.stride != (1, 1):
+        if self.reads_copy or self.passes.count > 1 or shape.kernel != (1, 1) or shape.stride != (1, 1):
             return lambda _: None
         size = self.batch * (shape.image[0] * shape.image[1] * self.pixel_words)
         begin = B.Bind(tirx.max(0, tirx.min(corner + count * self.pixel_words, size - count * self.depth)))
@@ -409,13 +410,15 @@ class IntegerConvolution(Convolution):
     word = 4
 
     def __init__(self, region: Region, vectors: Vectors, tile: TileShape) -> None:
-        self.codes = PackedCodes.of(region)
         super().__init__(region, vectors, tile)
         self.bounded = pairs_fit(region.weight.decoded())
 
+    @cached_property
+    def codes(self) -> PackedCodes | None:
+        """What makes codes of sums, a whole vector of outputs and more."""
+        return PackedCodes.of(self.region) if self.outputs >= self.v.lanes else None
+
     def channel_arrays(self) -> dict[str, NDArray[Any]]:
-        if self.outputs < self.v.lanes:
-            self.codes = None
         sums = self.plain_weight().reshape(self.shape.outputs, -1).sum(1, dtype=np.int64)
         start = zero_sum_factor(self.region, self.v.target) * sums
         if self.codes is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -12,6 +13,7 @@ from mcc.backends.cpu.kernels.ahead import NextPanel
 from mcc.backends.cpu.kernels.region_function import region_function
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, leading_dims, panel_widths, row_blocks
 from mcc.backends.cpu.microkernel import Expression, Register, Vectors, branch, parallel, product, serial
+from mcc.ops import extent
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -105,8 +107,11 @@ class PanelPlan:
         """What a tile does for the next panel at each of so many steps, given the weights in words; see ahead.py."""
         (panel, width, first, count), v, rows = place, self.vectors, product(self.leading)
         words = width.vectors * v.lanes
+        if self._panels == 1:
+            return lambda _: None
         begin = (panel + 1) * (self.width * steps)
-        return NextPanel(weight, self.padded_outputs * steps, begin, words, steps).share(v, (first, count, rows))
+        following = NextPanel(weight, self.padded_outputs * steps, begin, words, steps)
+        return following.share(v, (first, count, rows), math.prod(map(extent, self.region.source.shape[:-1])))
 
     def sums_of_words(
         self,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mcc.target import Target
 
 FEWEST_CHANNELS = 4
+WIDEST_WINDOW = 64  # columns; each has a register, or what LLVM makes of one
 MOST_OUTPUTS = 4  # of a tile
 BLOCK_BYTES = 64 << 10  # that one task reads
 

@@ -72,8 +72,10 @@ class _SharedVectors(Convolution):
         lanes = [[place for place in by_group for _ in range(self.shape.group_outputs)] for by_group in places]
 
         def tap(row: Expression, column: Expression) -> None:
-            at = tile.weight + (row * columns + column) * (self.depth * v.lanes)
-            weights = [B.Bind(self.load_weight(at + c * v.lanes)) for c in range(self.depth)]
+            step = (row * columns + column) * self.depth
+            for c in range(self.depth):
+                tile.ask(step + c)
+            weights = [B.Bind(self.load_weight(tile.weight + (step + c) * v.lanes)) for c in range(self.depth)]
             begin = tile.corner + row * (down * self.line) + column * (across * self.pixel_words)
             for pixel, (total,) in zip(tile.pixels, tile.sums, strict=True):
                 held = B.Bind(v.load(tile.source, begin + self.pixel_offset(pixel), words))

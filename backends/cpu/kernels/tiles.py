@@ -72,7 +72,7 @@ def loop_for(macs: Any, fewest: int, images: Any = 1) -> Callable[[Any, Callable
     return loop
 
 
-def shared_rows(rows: Expression, block: int, row: Callable[[Expression], None]) -> None:
+def shared_rows(rows: Expression, block: Expression, row: Callable[[Expression], None]) -> None:
     """Rows by themselves, in blocks that threads share where there is more than one."""
     count = tirx.floordiv(rows + block - 1, block)
 

@@ -43,7 +43,7 @@ _G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 
 
 def winograd_tiles(region: Region, target: Target) -> tuple[str, ...]:
-    """The register tiles for a region, or none where it has no such form."""
+    """Tiles of a block and register tile for a region, few and many; none where it has no such form."""
     shape = conv_shape(region)
     assert isinstance(shape, ConvShape)
     fits = (shape.kernel, shape.stride, shape.dilation, shape.groups) == ((3, 3), (1, 1), (1, 1), 1)

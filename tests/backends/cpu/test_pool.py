@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from regions import TARGETS, run_function
+from torch import nn
 from torch.nn import functional as F
 from tvm import tirx
 
+import mcc
 from mcc.backends.cpu.kernels.pool import PoolShape, pool_function
 
 NARROW_AND_WIDE = list(dict.fromkeys([TARGETS[0], TARGETS[-1]]))
@@ -45,6 +47,15 @@ def test_no_images_and_windows_in_padding_alone():
     shape = PoolShape(x.shape, (1, 3), (1, 1), (1, 2), (0, 2), True, True, "float32")
     (found,) = run_function(named(shape, TARGETS[0]), TARGETS[0], [[x, np.zeros((1, 1, 3, 8), np.float32)]])
     np.testing.assert_array_equal(found[0, 0, :, 0], [-np.inf, 1, -np.inf])
+
+
+@pytest.mark.parametrize("channels", [3, 5])
+def test_a_network_pools_what_the_kernel_takes_and_what_it_does_not(channels):
+    torch.manual_seed(0)
+    pools = nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.AvgPool2d((1, 3), 1), nn.AvgPool2d((4, 66), 1)
+    model = nn.Sequential(nn.Conv2d(2, channels, 1), *pools).eval()
+    x = torch.randn(2, 2, 12, 140)
+    np.testing.assert_allclose(mcc.compile(model, (x,))(x.numpy()), model(x).detach(), rtol=1e-5, atol=1e-5)
 
 
 def named(shape, target):

@@ -368,8 +368,9 @@ def test_tiles_that_were_timed_beyond_the_candidates_count_too(tmp_path):
     assert Tuner("measure", measure, tmp_path / "tune.sqlite").choose(ManyTiles(), region, target) == "4x1"
 
 
-def test_a_measured_time_is_a_time():
-    graph = mcc.capture(mlp(40, 70), (torch.randn(3, 40),))
+@pytest.mark.parametrize("size", [70, 2000])  # of the weights few bytes, or so many that they are read from memory
+def test_a_measured_time_is_a_time(size):
+    graph = mcc.capture(mlp(40, size), (torch.randn(3, 40),))
     tuner = Tuner("measure", measure, None)
     lowering = fuse(integerize(Lowering(graph, parse_target("cpu"), tuner)))
     (region,) = lowering.regions.values()
