@@ -56,8 +56,7 @@ class NextPanel:
             return lambda _: None
         begin, stride = self.words_of(rows)
         begin, line = B.Bind(begin), LINE_BYTES // tvm.DataType(self.weights.dtype).itemsize
-        wanted = -(-self.words * count // example)  # words of a step
-        lines = -(-wanted // line)
+        lines = -(-self._words_of_a_step(count, example) // line)
 
         def ask(k: Expression) -> None:
             for n in range(lines):
@@ -68,12 +67,13 @@ class NextPanel:
     def words_of(self, rows: tuple[Expression, int, Expression]) -> tuple[Expression, Expression]:
         """Where such a tile's share begins, and how many words of it belong to each step."""
         first, count, total = rows
-        if isinstance(total, int):
-            stride: Expression = -(-self.words * count // total)
-        else:
-            total = tirx.max(total, 1)
-            stride = tirx.floordiv(self.words * count + total - 1, total)
+        total = total if isinstance(total, int) else tirx.max(total, 1)
+        stride = self._words_of_a_step(count, total)
         # the last panel has none behind it, and asks for its own end
         last = tirx.max(0, self.size - stride * self.steps)
         before = tirx.floordiv(first * T.int64(self.words * self.steps), total)
         return tirx.min(self.first + before, last), stride
+
+    def _words_of_a_step(self, count: int, total: Expression) -> Expression:
+        """Of the next panel, for a tile of `count` of `total` rows."""
+        return (self.words * count + total - 1) // total

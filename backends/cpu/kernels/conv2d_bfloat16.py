@@ -16,7 +16,7 @@ from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv2d_loops import Convolution
 from mcc.backends.cpu.kernels.conv_shape import conv_shape, conv_tiles
 from mcc.backends.cpu.kernels.tiles import parse_tile
-from mcc.backends.cpu.microkernel import Expression, Vectors, flat
+from mcc.backends.cpu.microkernel import Expression, Vectors
 from mcc.backends.kernel import Lowered, Region
 
 if TYPE_CHECKING:
@@ -68,7 +68,6 @@ class _Convolution(Convolution):
 
     def loops(self) -> None:
         """See `ConvolutionBody`."""
-        self.weight_words = flat(self.arrays["weight"], self.packed["weight"].size // PAIR, "int32")
         with multiplying():
             super().loops()
 
@@ -84,10 +83,6 @@ class _Convolution(Convolution):
 
     def start(self, index: Expression) -> Expression:
         return self.v.load(self.arrays["bias"], index)
-
-    @property
-    def weights(self) -> Expression:
-        return self.weight_words
 
     def multiply(self, total: Expression, value: Expression, weight: Expression) -> Expression:
         return self.v.dot2(total, value, weight)

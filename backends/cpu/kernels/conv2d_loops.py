@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 from mcc.backends.cpu.integer_sums import pairs_fit, zero_sum_factor
 from mcc.backends.cpu.kernels.ahead import NextPanel
 from mcc.backends.cpu.kernels.conv2d_packing import PackedConvolution
-from mcc.backends.cpu.kernels.packed_codes import PACKED, PackedCodes
+from mcc.backends.cpu.kernels.packed_codes import PACKED, PackedCodes, sum_arrays
 from mcc.backends.cpu.kernels.padded_copy import copy_rows, copy_words
 from mcc.backends.cpu.kernels.tiles import TileShape, cover, loop_for
 from mcc.backends.cpu.microkernel import Expression, Register, Vectors, branch, flat, parallel, serial
@@ -84,6 +84,8 @@ class Convolution(PackedConvolution):
 
     def loops(self) -> None:
         """See `ConvolutionBody`."""
+        stored = self.arrays["weight"]
+        self.weights = stored if self.word == 1 else flat(stored, self.packed["weight"].size // self.word, "int32")
         if self.shape.varies:
             self._parts_of_any_size()
             return
@@ -303,11 +305,6 @@ class Convolution(PackedConvolution):
         begin = B.Bind(tirx.max(0, tirx.min(corner + count * self.pixel_words, size - count * self.depth)))
         return lambda step: self.v.prefetch(source, begin + step * count)
 
-    @property
-    def weights(self) -> Expression:
-        """The buffer that `load_weight` reads."""
-        raise NotImplementedError
-
     def accumulate(self, tile: Tile) -> None:
         """Add up all that a tile reads."""
         v, loops = self.v, self._loops()
@@ -386,10 +383,6 @@ class FloatConvolution(Convolution):
     def start(self, index: Expression) -> Expression:
         return self.v.constant(0.0) if "scale" in self.packed else self.v.load(self.arrays["bias"], index)
 
-    @property
-    def weights(self) -> Expression:
-        return self.arrays["weight"]
-
     def load_weight(self, index: Expression) -> Expression:
         value = super().load_weight(index)
         return self.v.to_float(value) if "scale" in self.packed else value
@@ -421,14 +414,7 @@ class IntegerConvolution(Convolution):
     def channel_arrays(self) -> dict[str, NDArray[Any]]:
         sums = self.plain_weight().reshape(self.shape.outputs, -1).sum(1, dtype=np.int64)
         start = zero_sum_factor(self.region, self.v.target) * sums
-        if self.codes is None:
-            return super().channel_arrays() | {"start": start.astype(np.int32)}
-        return self.codes.arrays(start)
-
-    def loops(self) -> None:
-        """See `ConvolutionBody`."""
-        self.weight_words = flat(self.arrays["weight"], self.packed["weight"].size // self.word, "int32")
-        super().loops()
+        return sum_arrays(self.region, self.codes, start)
 
     @property
     def reads_copy(self) -> bool:
@@ -445,10 +431,6 @@ class IntegerConvolution(Convolution):
 
     def start(self, index: Expression) -> Expression:
         return self.v.load(self.arrays["start"], index)
-
-    @property
-    def weights(self) -> Expression:
-        return self.weight_words
 
     def multiply(self, total: Expression, value: Expression, weight: Expression) -> Expression:
         return self.v.dot4(total, value, weight, bounded=self.bounded)

@@ -16,10 +16,9 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
-from mcc.backends.cpu.epilogue import channel_vectors
 from mcc.backends.cpu.integer_sums import zero_sum_factor
 from mcc.backends.cpu.kernels.convolution_body import ConvolutionBody
-from mcc.backends.cpu.kernels.packed_codes import PackedCodes
+from mcc.backends.cpu.kernels.packed_codes import PackedCodes, sum_arrays
 from mcc.backends.cpu.kernels.quads import QUAD, interleaved
 from mcc.backends.cpu.microkernel import Expression, Register, Vectors, flat, serial
 
@@ -102,10 +101,7 @@ class DepthwiseBody(ConvolutionBody):
     def _packed(self) -> dict[str, NDArray[Any]]:
         weight = self.region.weight.decoded()[:, 0]  # [channel][kernel row][kernel column]
         start = zero_sum_factor(self.region, self.v.target) * weight.sum((1, 2), dtype=np.int64)
-        if self.to_codes is None:
-            by_channel: dict[str, NDArray[Any]] = {**channel_vectors(self.region), "start": start.astype(np.int32)}
-        else:
-            by_channel = self.to_codes.arrays(start)
+        by_channel = sum_arrays(self.region, self.to_codes, start)
         return {"weight": self._pack(weight)} | {
             key: np.concatenate([a[c] for c in self._channels()]) for key, a in by_channel.items()
         }

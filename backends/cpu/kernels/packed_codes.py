@@ -34,7 +34,7 @@ class PackedCodes:
     """
 
     def __init__(self, region: Region, step: ToCodes) -> None:
-        self.region, self.step = region, step
+        self.step = step
         self.direct = direct_requantize(region, step)
 
     @classmethod
@@ -43,13 +43,6 @@ class PackedCodes:
         steps = steps_after_scale(region)
         step = steps[0] if len(steps) == 1 else None
         return cls(region, step) if isinstance(step, ToCodes) and step.fits else None
-
-    def arrays(self, start: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """The scale, the bias, and what sums begin with, of each channel, given what they would begin with."""
-        if self.direct is None:
-            return {**channel_vectors(self.region), "start": start.astype(np.int32)}
-        start = start + self.direct.start
-        return {"scale": self.direct.scale, "bias": self.direct.shift, "start": start.astype(np.int32)}
 
     def integer(self, v: Vectors, total: Expression, scale: Expression, bias: Expression) -> Expression:
         """A sum as the integer that is a code before it is held to its range."""
@@ -74,3 +67,11 @@ class PackedCodes:
         order = np.arange(v.lanes).reshape(-1, PACKED).T.reshape(-1)
         words = T.reinterpret(f"int32x{v.lanes}", self.codes(v, low, high))
         return T.reinterpret(f"uint8x{v.lanes * PACKED}", tirx.Shuffle([words], order.tolist()))
+
+
+def sum_arrays(region: Region, codes: PackedCodes | None, start: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """The scale, the bias, and what sums begin with, of each channel, given what they would begin with."""
+    if codes is None or codes.direct is None:
+        return {**channel_vectors(region), "start": start.astype(np.int32)}
+    direct = codes.direct
+    return {"scale": direct.scale, "bias": direct.shift, "start": (start + direct.start).astype(np.int32)}

@@ -99,12 +99,8 @@ class _Body:
         # outputs whose windows lie within the image's width are [inner, outer)
         inner = -(-shape.before[1] // shape.stride[1])
         reached = tirx.floordiv(width + (shape.before[1] - shape.kernel[1]), shape.stride[1]) + 1
-        if isinstance(width, int) and isinstance(wide, int):
-            inner = min(inner, wide)
-            outer: Any = max(inner, min(wide, (width + shape.before[1] - shape.kernel[1]) // shape.stride[1] + 1))
-        else:
-            inner = self.v.held_integer(tirx.min(inner, wide))
-            outer = self.v.held_integer(tirx.max(inner, tirx.min(wide, reached)))
+        inner, outer = tirx.min(inner, wide), tirx.max(inner, tirx.min(wide, reached))
+        inner, outer = (int(e) if isinstance(e, tirx.IntImm) else self.v.held_integer(e) for e in (inner, outer))
 
         def row(r: Expression) -> None:
             n, i = tirx.floordiv(r, self.result[1]), tirx.floormod(r, self.result[1])
