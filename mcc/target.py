@@ -14,10 +14,12 @@ from typing import Literal
 
 from mcc.errors import TargetError
 
-Isa = Literal["avx2", "avx512", "avx512vnni", "avx512bf16", "neon"]
+Isa = Literal["avx2", "avx512", "avx512vnni", "avx512bf16", "amx", "neon"]
 
 _V3 = ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _V4 = (*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
+_BFLOAT16 = (*_V4, "avx512_vnni", "avx512_bf16")
+_TILES = ("amx_bf16", "amx_int8", "amx_tile")
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,13 @@ _ISAS: dict[Isa, _InstructionSet] = {
         (*_V4, "avx512_vnni"), "x86_64", "x86-64-v4", ("-prefer-256-bit", "+avx512vnni"), 16, 32
     ),
     "avx512bf16": _InstructionSet(
-        (*_V4, "avx512_vnni", "avx512_bf16"),
+        _BFLOAT16, "x86_64", "x86-64-v4", ("-prefer-256-bit", "+avx512vnni", "+avx512bf16"), 16, 32
+    ),
+    "amx": _InstructionSet(
+        (*_BFLOAT16, *_TILES),
         "x86_64",
         "x86-64-v4",
-        ("-prefer-256-bit", "+avx512vnni", "+avx512bf16"),
+        ("-prefer-256-bit", "+avx512vnni", "+avx512bf16", "+amx-tile", "+amx-int8", "+amx-bf16"),
         16,
         32,
     ),
@@ -49,6 +54,8 @@ _ISAS: dict[Isa, _InstructionSet] = {
 }
 # bits of the two words in which Linux names an aarch64's features
 _AARCH64 = {"asimd": (16, 1), "asimddp": (16, 20)}
+# Linux saves the tile registers of those processes alone that ask for it
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA = 158, 0x1023, 18
 
 
 @dataclass(frozen=True)
@@ -94,12 +101,17 @@ class Target:
     @property
     def exact_dot4(self) -> bool:
         """Whether one instruction adds four products of bytes, and does not saturate between them."""
-        return self.isa in ("avx512vnni", "avx512bf16", "neon")
+        return self.isa in ("avx512vnni", "avx512bf16", "amx", "neon")
 
     @property
     def bfloat16(self) -> bool:
         """Whether one instruction adds two products of bfloat16 to a float32."""
-        return self.isa == "avx512bf16"
+        return self.isa in ("avx512bf16", "amx")
+
+    @property
+    def tiles(self) -> bool:
+        """Whether it has tile registers, of 16 rows of 64 bytes, and instructions that multiply two of them."""
+        return self.isa == "amx"
 
     @property
     def code_offset(self) -> int:
@@ -121,7 +133,10 @@ class Target:
 
 @cache
 def host_features() -> frozenset[str]:
-    """The CPU flags of this machine; empty where they cannot be read."""
+    """The CPU flags of this machine; empty where they cannot be read.
+
+    Those of tile registers are among them where the system lets this process use them, which it is asked for here.
+    """
     if platform.machine() == "aarch64":
         words = {number: ctypes.CDLL(None).getauxval(number) for number, _ in _AARCH64.values()}
         return frozenset(name for name, (number, bit) in _AARCH64.items() if words[number] >> bit & 1)
@@ -129,8 +144,13 @@ def host_features() -> frozenset[str]:
         return frozenset()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("flags"):
-            return frozenset(line.partition(":")[2].split())
+            flags = frozenset(line.partition(":")[2].split())
+            return flags if flags.isdisjoint(_TILES) or _tiles_permitted() else flags.difference(_TILES)
     return frozenset()
+
+
+def _tiles_permitted() -> bool:
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA) == 0
 
 
 def missing_features(target: Target) -> tuple[str, ...]:
@@ -144,7 +164,7 @@ def host_target() -> Target:
     Raises:
         TargetError: the CPU is neither an x86-64 with AVX2 and FMA nor an aarch64 with dot products.
     """
-    for isa in ("avx512vnni", "avx512", "avx2", "neon"):
+    for isa in ("amx", "avx512vnni", "avx512", "avx2", "neon"):
         target = Target(isa)
         if not missing_features(target):
             return target
@@ -156,7 +176,7 @@ def host_target() -> Target:
 
 
 def parse_target(text: str) -> Target:
-    """Read "cpu" (this machine) or "cpu:avx2", "cpu:avx512", "cpu:avx512vnni", "cpu:avx512bf16", "cpu:neon".
+    """Read "cpu" (this machine) or "cpu:" and an instruction set, as `target_names` has them.
 
     Raises:
         TargetError: no such target.

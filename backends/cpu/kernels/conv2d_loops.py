@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 from mcc.backends.cpu.integer_sums import pairs_fit, zero_sum_factor
 from mcc.backends.cpu.kernels.ahead import NextPanel
 from mcc.backends.cpu.kernels.conv2d_packing import PackedConvolution
-from mcc.backends.cpu.kernels.packed_codes import PACKED, PackedCodes, sum_arrays
+from mcc.backends.cpu.kernels.packed_codes import PackedCodes, sum_arrays
 from mcc.backends.cpu.kernels.padded_copy import copy_rows, copy_words
 from mcc.backends.cpu.kernels.tiles import TileShape, cover, loop_for
 from mcc.backends.cpu.microkernel import Expression, Register, Vectors, branch, flat, parallel, serial
@@ -445,10 +445,4 @@ class IntegerConvolution(Convolution):
             super().write(lane, sums, indices)
             return
         scale, bias = (B.Bind(v.load(self.arrays[key], lane)) for key in ("scale", "bias"))
-        for first in range(0, len(sums), PACKED):
-            places = indices[first : first + PACKED]
-            integers = [B.Bind(self.codes.integer(v, s.get(), scale, bias)) for s in sums[first : first + PACKED]]
-            integers += integers[-1:] * (PACKED - len(integers))
-            codes = B.Bind(self.codes.in_turn(v, integers))
-            for n, index in enumerate(places):
-                v.store(self.epilogue.out, index, tirx.Shuffle([codes], list(range(n * v.lanes, (n + 1) * v.lanes))))
+        self.codes.store(v, sums, (scale, bias), (self.epilogue.out, indices))

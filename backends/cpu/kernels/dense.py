@@ -9,6 +9,7 @@ neural network inference. ICML 2020.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,10 +22,14 @@ from tvm.script import tirx as T
 from mcc import ops
 from mcc.backends.cpu.epilogue import channel_vectors
 from mcc.backends.cpu.integer_sums import pairs_fit, sums_overflow, zero_sum_factor
+from mcc.backends.cpu.kernels.packed_codes import PackedCodes, sum_arrays
 from mcc.backends.cpu.kernels.panels import PanelPlan
+from mcc.backends.cpu.kernels.tile_registers import PAIR_OF_TILES, TILE, words_of_a_step
+from mcc.backends.cpu.kernels.tiled_panels import FEWEST_ROWS, TiledPanels
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, parse_tile
 from mcc.backends.cpu.microkernel import Expression, Register, Vectors, branch, flat, product, serial
 from mcc.backends.kernel import PER_TOKEN, Lowered, Region, apply_epilogue
+from mcc.ops import extent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -97,8 +102,9 @@ class DenseInt8:
         return not_plain(region.weight) or sums_overflow(region)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
-        """As for float, with registers left for what replaces `vpdpbusd`."""
-        return dense_tiles(region, target)
+        """As for float, with registers left for what replaces `vpdpbusd`; tile registers where there are any."""
+        inputs = region.weight.shape[1]
+        return (*register_tiles(region, target, inputs // 4 if inputs % 4 == 0 else 0), *dense_tiles(region, target))
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text; k goes in groups of four bytes, padded with zero weights."""
@@ -111,13 +117,13 @@ class DenseInt8:
 
 def lower_integers(name: str, region: Region, target: Target, tile: str, body: type[IntegerBody]) -> Lowered:
     """A kernel of int8 weights and codes of activations, which `body` reads or makes."""
-    plan = PanelPlan(region, Vectors(target), parse_tile(tile))
+    plan = PanelPlan(region, Vectors(target), dense_tile(tile))
     weight = region.weight
     assert weight.dense is not None
     packed = {"weight": pack_panels_of(4, weight.dense, plan.width, target.vector_lanes)}
-    packed |= integer_vectors(region, plan.padded_outputs, target)
-    function = plan.function(name, packed, body(plan, bounded=pairs_fit(weight.dense)).emit)
-    groups = -(-plan.inputs // 4)
+    loops = body(plan, tiled=tile == TILE)
+    packed |= loops.arrays()
+    function, groups = plan.function(name, packed, loops.emit), loops.groups
 
     def element(arrays: Mapping[str, Expression], output: Expression, k: Expression) -> Expression:
         first, width, lane = plan.place(output)
@@ -141,6 +147,18 @@ def not_plain(weight: StoredWeight) -> str | None:
     if weight.dtype == "bfloat16":
         return "the weight is bfloat16"
     return "groups of the weight's inputs have scales of their own" if weight.grouped else None
+
+
+def register_tiles(region: Region, target: Target, words: int) -> tuple[str, ...]:
+    """The tile in tile registers, if the target has them and the `words` of a row fit some."""
+    rows = [s for s in region.source.shape[:-1]]
+    few = all(isinstance(s, int) for s in rows) and math.prod(map(extent, rows)) < FEWEST_ROWS
+    return (TILE,) if target.tiles and not few and words_of_a_step(words) else ()
+
+
+def dense_tile(text: str) -> TileShape:
+    """A tile of `dense_tiles`; or, beside one in tile registers, that of few rows."""
+    return TileShape(12, PAIR_OF_TILES) if text == TILE else parse_tile(text)
 
 
 def dense_tiles(region: Region, target: Target) -> tuple[str, ...]:
@@ -176,16 +194,6 @@ def pack_panels_of(size: int, weight: NDArray[Any], width: int, lanes: int) -> N
 
 def _padded_vectors(region: Region, size: int) -> dict[str, NDArray[Any]]:
     return {key: np.pad(a, (0, size - len(a))) for key, a in channel_vectors(region).items()}
-
-
-def integer_vectors(region: Region, size: int, target: Target) -> dict[str, NDArray[Any]]:
-    """Bias, product of scales, and the starting sum -zero_point * sum(w) of every output, padded to `size`."""
-    weight = region.weight
-    vectors: dict[str, NDArray[Any]] = _padded_vectors(region, size)
-    sums = weight.decoded().reshape(weight.shape[0], -1).astype(np.int64).sum(1)
-    factor = zero_sum_factor(region, target)
-    vectors["start"] = np.pad(factor * sums, (0, size - weight.shape[0])).astype(np.int32)
-    return vectors
 
 
 def dense_reference(region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
@@ -317,17 +325,33 @@ class _FloatBody:
 class IntegerBody:
     """Inner loops over uint8 activation codes."""
 
-    def __init__(self, plan: PanelPlan, *, bounded: bool) -> None:
+    def __init__(self, plan: PanelPlan, *, tiled: bool) -> None:
+        weight = plan.region.weight.dense
+        assert weight is not None
         self.plan = plan
-        self.bounded = bounded
+        self.tiled = tiled
+        self.bounded = pairs_fit(weight)
         self.groups = -(-plan.inputs // 4)
+        self.packed_codes = PackedCodes.of(plan.region) if plan.outputs % plan.vectors.lanes == 0 else None
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Bias, product of scales, and what sums begin with, of every output of all panels."""
+        weight, beyond = self.plan.region.weight, self.plan.padded_outputs - self.plan.outputs
+        sums = weight.decoded().reshape(weight.shape[0], -1).sum(1, dtype=np.int64)
+        start = zero_sum_factor(self.plan.region, self.plan.vectors.target) * sums
+        made = sum_arrays(self.plan.region, self.packed_codes, start)
+        return {key: np.pad(array, (0, beyond)) for key, array in made.items()}
 
     def emit(self, x: Expression, weight: Expression, *rest: Expression) -> None:
         """Emit the whole kernel."""
         self.bias, self.scale, self.start = rest
         self.words = flat(weight, self.groups * self.plan.padded_outputs, "int32")
         self.take(x, product(self.plan.leading))
-        self.plan.loops(self._tile)
+        if not self.tiled:
+            self.plan.loops(self._tile)
+            return
+        tiles = TiledPanels(self.plan, "int32", self.groups)
+        tiles.loops((self.code_words, self.words, self.start), self._finish, lambda: self.plan.loops(self._tile))
 
     def take(self, x: Expression, rows: Expression) -> None:
         """Get the codes of all rows."""
@@ -343,10 +367,19 @@ class IntegerBody:
         sums = plan.sums_of_words((panel, width, first, count), self.start, operands, self.groups, multiply)
         for j in range(width.vectors):
             column = panel * plan.width + j * v.lanes
-            gain, offset = B.Bind(v.load(self.scale, column)), B.Bind(v.load(self.bias, column))
-            for i in range(count):
-                value = v.fma(self.scaled(first + i, v.to_float(sums[i][j].get())), gain, offset)
-                plan.store(first + i, column, value, width.used_lanes(j, v.lanes))
+            rows = [first + i for i in range(count)]
+            self._finish(column, width.used_lanes(j, v.lanes), rows, [row[j] for row in sums])
+
+    def _finish(self, column: Expression, used: int, rows: Sequence[Expression], sums: Sequence[Register]) -> None:
+        """Write the sums that some rows have of a vector of outputs."""
+        plan, v = self.plan, self.plan.vectors
+        gain, offset = B.Bind(v.load(self.scale, column)), B.Bind(v.load(self.bias, column))
+        if self.packed_codes is not None:
+            indices = [row * plan.outputs + column for row in rows]
+            self.packed_codes.store(v, sums, (gain, offset), (plan.epilogue.out, indices))
+            return
+        for row, total in zip(rows, sums, strict=True):
+            plan.store(row, column, v.fma(self.scaled(row, v.to_float(total.get())), gain, offset), used)
 
     def scaled(self, row: Expression, total: Expression) -> Expression:
         """Sums of a row before the scale of outputs."""

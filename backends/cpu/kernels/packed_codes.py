@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
@@ -17,9 +18,11 @@ from mcc.backends.cpu.integer_sums import LARGEST_CODE
 from mcc.backends.cpu.requantize import direct_requantize
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
-    from mcc.backends.cpu.microkernel import Expression, Vectors
+    from mcc.backends.cpu.microkernel import Expression, Register, Vectors
     from mcc.backends.kernel import Region
 
 PACKED = 4  # vectors
@@ -68,10 +71,27 @@ class PackedCodes:
         words = T.reinterpret(f"int32x{v.lanes}", self.codes(v, low, high))
         return T.reinterpret(f"uint8x{v.lanes * PACKED}", tirx.Shuffle([words], order.tolist()))
 
+    def store(
+        self,
+        v: Vectors,
+        sums: Sequence[Register],
+        factors: tuple[Expression, Expression],
+        target: tuple[Expression, Sequence[Expression]],
+    ) -> None:
+        """Write the codes of sums that have the same scale and bias; `target` is a buffer and an index for each."""
+        out, indices = target
+        for first in range(0, len(sums), PACKED):
+            places = indices[first : first + PACKED]
+            integers = [B.Bind(self.integer(v, s.get(), *factors)) for s in sums[first : first + PACKED]]
+            integers += integers[-1:] * (PACKED - len(integers))
+            codes = B.Bind(self.in_turn(v, integers))
+            for n, index in enumerate(places):
+                v.store(out, index, tirx.Shuffle([codes], list(range(n * v.lanes, (n + 1) * v.lanes))))
+
 
 def sum_arrays(region: Region, codes: PackedCodes | None, start: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
     """The scale, the bias, and what sums begin with, of each channel, given what they would begin with."""
     if codes is None or codes.direct is None:
         return {**channel_vectors(region), "start": start.astype(np.int32)}
     direct = codes.direct
-    return {"scale": direct.scale, "bias": direct.shift, "start": (start + direct.start).astype(np.int32)}
+    return {"bias": direct.shift, "scale": direct.scale, "start": (start + direct.start).astype(np.int32)}

@@ -66,10 +66,11 @@ class PanelPlan:
             branch(rows == 1, lambda: self._single(alone), lambda: self._blocks(rows, emit_tile))
 
     @property
-    def _panels(self) -> int:
+    def panels(self) -> int:
+        """How many there are."""
         return self.full_panels + (1 if self.tail else 0)
 
-    def _in_panel(self, p: Expression, emit: Callable[[Expression, PanelWidth], None]) -> None:
+    def in_panel(self, p: Expression, emit: Callable[[Expression, PanelWidth], None]) -> None:
         """Call `emit` with the panel and its width."""
         tail = self.tail
         if tail is None:
@@ -81,7 +82,7 @@ class PanelPlan:
 
     def _single(self, emit_tile: EmitTile) -> None:
         loop = serial if self.inputs * self.outputs < SERIAL_MACS else parallel
-        loop(self._panels, lambda p: self._in_panel(p, lambda q, v: emit_tile(q, v, 0, 1)))
+        loop(self.panels, lambda p: self.in_panel(p, lambda q, v: emit_tile(q, v, 0, 1)))
 
     def _blocks(self, rows: Expression, emit_tile: EmitTile) -> None:
         count = -(-rows // ROW_BLOCK) if isinstance(rows, int) else tirx.floordiv(rows + ROW_BLOCK - 1, ROW_BLOCK)
@@ -95,22 +96,28 @@ class PanelPlan:
             def tiles(q: Expression, v: PanelWidth) -> None:
                 row_blocks(rows, b, ROW_BLOCK, self.tile.rows, lambda first, n: emit_tile(q, v, first, n))
 
-            self._in_panel(p, tiles)
+            self.in_panel(p, tiles)
 
         few = rows * (self.inputs * self.outputs) < SERIAL_MACS
-        total = self._panels * count
+        total = self.panels * count
         branch(few, lambda: serial(total, block), lambda: parallel(total, block))
 
     def ahead(
-        self, place: tuple[Expression, PanelWidth, Expression, int], weight: Expression, steps: int
+        self, place: tuple[Expression, PanelWidth, Expression, int], weight: Expression, steps: int, words: int = 1
     ) -> Callable[[Expression], None]:
-        """What a tile does for the next panel at each of so many steps, given the weights in words; see ahead.py."""
+        """What a tile does for the next panel at each of so many steps; see ahead.py.
+
+        Args:
+            place: the panel, its width, the tile's first row and its rows.
+            weight: all panels, in words.
+            steps: of the tile.
+            words: of each output that a step multiplies.
+        """
         (panel, width, first, count), v, rows = place, self.vectors, product(self.leading)
-        words = width.vectors * v.lanes
-        if self._panels == 1:
+        if self.panels == 1:
             return lambda _: None
-        begin = (panel + 1) * (self.width * steps)
-        following = NextPanel(weight, self.padded_outputs * steps, begin, words, steps)
+        begin, size = (panel + 1) * (self.width * steps * words), self.padded_outputs * steps * words
+        following = NextPanel(weight, size, begin, width.vectors * v.lanes * words, steps)
         return following.share(v, (first, count, rows), math.prod(map(extent, self.region.source.shape[:-1])))
 
     def sums_of_words(

@@ -1,0 +1,119 @@
+"""The loops of a dense layer in tile registers: blocks of two tiles of rows by two of outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import tvm.tirx.script.builder.ir as B
+from tvm import tirx
+
+from mcc.backends.cpu.kernels.tile_registers import (
+    PAIR_OF_TILES,
+    TILE_ROWS,
+    WORD_BYTES,
+    TileRegisters,
+    in_pairs,
+    words_of_a_step,
+)
+from mcc.backends.cpu.microkernel import Expression, Register, branch, parallel, product, serial
+from mcc.ops import extent
+
+if TYPE_CHECKING:
+    from mcc.backends.cpu.kernels.panels import PanelPlan
+    from mcc.backends.cpu.kernels.tiles import PanelWidth
+
+Finish: TypeAlias = Callable[[Expression, int, Sequence[Expression], Sequence[Register]], None]
+"""Writes sums: given the first output of a vector, how many of its lanes are used, the rows, and the sums of each."""
+
+FEWEST_ROWS = 5  # fewer go one by one
+BLOCK_ROWS = PAIR_OF_TILES * TILE_ROWS
+CACHE_BYTES = 384 << 10  # of the rows that one pass over the panels reads
+SERIAL_MACS = 10_000_000  # as those of panels.py, several of which take the time of one
+
+
+class TiledPanels:
+    """Loops over blocks.
+
+    Args:
+        plan: of the layer, panels of as many vectors as a block has tiles of outputs.
+        dtype: of sums.
+        words: of a row.
+    """
+
+    def __init__(self, plan: PanelPlan, dtype: str, words: int) -> None:
+        self.plan, self.dtype, self.words = plan, dtype, words
+        step = words_of_a_step(words)
+        assert step is not None
+        self.step = step
+        self.rows = product(plan.leading)
+        self.example = math.prod(map(extent, plan.region.source.shape[:-1]))
+
+    def loops(
+        self, operands: tuple[Expression, Expression, Expression], finish: Finish, few: Callable[[], None]
+    ) -> None:
+        """Emit them.
+
+        Args:
+            operands: the rows and the panels, in words, and what the sums of each output begin with.
+            finish: called for rows of a block and a vector of outputs.
+            few: emits what to do where there are few rows.
+        """
+        self.operands, self.finish = operands, finish
+        branch(self.rows < FEWEST_ROWS, few, self._all_rows)
+
+    def _all_rows(self) -> None:
+        rows, v = self.rows, self.plan.vectors
+        if isinstance(rows, int):
+            self.blocks: Expression = -(-rows // BLOCK_ROWS)
+            height: Expression = in_pairs(rows)
+        else:
+            self.blocks = v.held_integer(tirx.max(1, tirx.floordiv(rows + BLOCK_ROWS - 1, BLOCK_ROWS)))
+            pairs = PAIR_OF_TILES * self.blocks
+            height = v.held_integer(tirx.floordiv(rows + pairs - 1, pairs))
+        self.registers = TileRegisters(v, self.dtype, height, self.step)
+        most = max(1, CACHE_BYTES // (BLOCK_ROWS * WORD_BYTES * self.words))
+        chunk = min(most, self.blocks) if isinstance(rows, int) else most
+        chunks = -(-self.blocks // chunk) if isinstance(rows, int) else tirx.floordiv(self.blocks + chunk - 1, chunk)
+
+        def part(i: Expression) -> None:
+            c, p = tirx.floordiv(i, self.plan.panels), tirx.floormod(i, self.plan.panels)
+            count = tirx.min(chunk, self.blocks - c * chunk)
+
+            def panel(q: Expression, width: PanelWidth) -> None:
+                serial(count, lambda b: self._block(q, width, c * chunk + b))
+
+            self.plan.in_panel(p, panel)
+
+        few = rows * (self.plan.inputs * self.plan.outputs) < SERIAL_MACS
+        loops = self.registers.shared(serial), self.registers.shared(parallel)
+        total = self.plan.panels * chunks
+        branch(few, lambda: loops[0](total, part), lambda: loops[1](total, part))
+
+    def _block(self, panel: Expression, width: PanelWidth, block: Expression) -> None:
+        plan, v, (source, weights, start) = self.plan, self.plan.vectors, self.operands
+        height, words, step = self.registers.rows, self.words, self.step
+        last, outputs = self.rows - height, width.vectors * v.lanes
+        before = block * (PAIR_OF_TILES * height)
+        firsts = [B.Bind(tirx.min(before + i * height, last)) for i in range(PAIR_OF_TILES)]
+        place = panel, width, before, min(BLOCK_ROWS, max(self.example, 1))
+        ask = plan.ahead(place, weights, words // step, step)
+
+        def steps(multiply: Callable[..., None]) -> None:
+            def one(k: Expression) -> None:
+                ask(k)
+                rows = [(source, first * words + k * step) for first in firsts]
+                multiply(rows, (weights, panel * (plan.width * words) + k * (step * outputs)))
+
+            serial(words // step, one)
+
+        columns = [panel * plan.width + j * v.lanes for j in range(width.vectors)]
+        self.registers.sums([(start, column) for column in columns], steps, (words, outputs))
+
+        def write(places: list[tuple[int, Expression]], sums: Callable[[int], list[Register]]) -> None:
+            rows = [firsts[tile] + row for tile, row in places]
+            for j, column in enumerate(columns):
+                self.finish(column, width.used_lanes(j, v.lanes), rows, sums(j))
+
+        self.registers.vectors(write)
