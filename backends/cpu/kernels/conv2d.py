@@ -20,6 +20,8 @@ from mcc.backends.cpu.integer_sums import sums_overflow
 from mcc.backends.cpu.kernels.conv2d_loops import FloatConvolution, IntegerConvolution
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape, conv_tiles
 from mcc.backends.cpu.kernels.small_groups import FloatSmallGroups, IntegerSmallGroups, group_vectors, shares_vectors
+from mcc.backends.cpu.kernels.tile_registers import TILE
+from mcc.backends.cpu.kernels.tiled_convolution import TiledIntegerConvolution, convolution_tiles
 from mcc.backends.cpu.kernels.tiles import parse_tile
 from mcc.backends.cpu.kernels.winograd import PREFIX, WinogradConvolution, winograd_tiles
 from mcc.backends.cpu.microkernel import Vectors
@@ -88,11 +90,14 @@ class Conv2dInt8:
         return _refusal(region) or sums_overflow(region)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
-        """See `conv_tiles`."""
-        return conv_tiles(region, target)
+        """In tile registers where there are any, then `conv_tiles`."""
+        return (*convolution_tiles(region, target, IntegerConvolution.word), *conv_tiles(region, target))
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text."""
+        if tile == TILE:
+            tiled = TiledIntegerConvolution(region, Vectors(target))
+            return Lowered(tiled.function(self.name), tiled.packed)
         vectors = group_vectors(region, target)
         shared = shares_vectors(region, vectors.lanes, IntegerSmallGroups.word)
         body = (IntegerSmallGroups if shared else IntegerConvolution)(region, vectors, parse_tile(tile))

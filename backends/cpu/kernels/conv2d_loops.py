@@ -81,6 +81,7 @@ class Convolution(PackedConvolution):
     """Subclasses say how input values are read, multiplied and finished."""
 
     sum_dtype: str
+    fewest_macs = FEWEST_MACS
 
     def loops(self) -> None:
         """See `ConvolutionBody`."""
@@ -94,7 +95,7 @@ class Convolution(PackedConvolution):
             parallel(self.batch, lambda n: self._image(n, serial))
 
         def parts_in_parallel() -> None:
-            loop = loop_for(self.shape.macs, FEWEST_MACS)
+            loop = loop_for(self.shape.macs, self.fewest_macs)
             serial(self.batch, lambda n: self._image(n, loop))
 
         branch(self.batch >= MANY_IMAGES, images_in_parallel, parts_in_parallel)
@@ -112,11 +113,17 @@ class Convolution(PackedConvolution):
             self._part(n, source, (c * chunk, count), b, chunk * self.rows * shape.result[1])
 
         if self.reads_copy and chunks >= FEWEST_COPIED:
-            loop(chunks, lambda c: self._copied_part(n, (c, chunk), lambda source, b: part(source, c, b)))
+            self.shared(loop)(chunks, lambda c: self._copied_part(n, (c, chunk), lambda source, b: part(source, c, b)))
             return
         zero = tirx.const(0, "int64")
         source = self.copied(n, (zero, shape.padded[0]), loop) if self.reads_copy else self.direct(n)
-        loop(chunks * blocks, lambda i: part(source, tirx.floordiv(i, blocks), tirx.floormod(i, blocks)))
+        self.shared(loop)(
+            chunks * blocks, lambda i: part(source, tirx.floordiv(i, blocks), tirx.floormod(i, blocks))
+        )
+
+    def shared(self, loop: Callable[..., None]) -> Callable[..., None]:
+        """The loop that threads share, given one over their turns."""
+        return loop
 
     def _part(
         self, n: Expression, source: tuple[Expression, Expression], bands: tuple[Expression, Expression], b: Expression,
@@ -127,7 +134,7 @@ class Convolution(PackedConvolution):
 
         def panel(vectors: int) -> None:
             outputs = Block(number, block, vectors, bands[0] * self.rows, pixels)
-            serial(bands[1], lambda r: self._band(n, source, outputs, bands[0] + r))
+            serial(bands[1], lambda r: self.band(n, source, outputs, bands[0] + r))
 
         if not self.tail or not self.full:
             panel(self.tail or self.tile.vectors)
@@ -152,7 +159,7 @@ class Convolution(PackedConvolution):
         size = tirx.max(1, tirx.min(fitting, spread))
         chunk = v.held_integer(size)
         chunks = v.held_integer(-(-bands // chunk))
-        loop = loop_for(shape.macs, FEWEST_MACS, self.batch)
+        loop = loop_for(shape.macs, self.fewest_macs, self.batch)
 
         def part(n: Expression, source: tuple[Expression, Expression], c: Expression, b: Expression) -> None:
             self._part(n, source, (c * chunk, tirx.min(chunk, bands - c * chunk)), b, None)
@@ -218,7 +225,7 @@ class Convolution(PackedConvolution):
         """What the copy has beyond the border, and where words are not filled."""
         raise NotImplementedError
 
-    def _band(self, n: Expression, source: tuple[Expression, Expression], block: Block, r: Any) -> None:
+    def band(self, n: Expression, source: tuple[Expression, Expression], block: Block, r: Any) -> None:
         """A few rows of output for one block of channels."""
         height, width = self.shape.result
         first = r * self.rows
@@ -234,7 +241,19 @@ class Convolution(PackedConvolution):
         else:
             cover(tirx.min(self.rows, height - first), self.rows, lambda y, count: rows(first + y, count))
 
-    def _channel(self, number: Expression, block: Expression, j: int) -> Expression:
+    @property
+    def taps(self) -> int:
+        """Words that a lane of sums multiplies."""
+        return self.depth * self.shape.kernel[0] * self.shape.kernel[1]
+
+    def corner(
+        self, source: tuple[Expression, Expression], number: Expression, row: Expression, column: Expression
+    ) -> Expression:
+        """The first word that an output pixel reads in a pass."""
+        first = row * (self.shape.stride[0] * self.line) + column * (self.shape.stride[1] * self.pixel_words)
+        return source[1] + first + self.first_word(number)
+
+    def channel(self, number: Expression, block: Expression, j: int) -> Expression:
         """The first output channel of a vector."""
         outputs, lanes = self.outputs, self.v.lanes
         start = (block * self.tile.vectors + j) * lanes
@@ -259,17 +278,15 @@ class Convolution(PackedConvolution):
             start = B.Bind(self.start((vector + j) * v.lanes))
             for pixel in sums:
                 pixel[j].set(start)
-        taps = self.depth * shape.kernel[0] * shape.kernel[1]
-        first = row * (shape.stride[0] * self.line) + column * (shape.stride[1] * self.pixel_words)
-        corner = B.Bind(source[1] + first + self.first_word(number))
-        weight = B.Bind(vector * (taps * v.lanes))
+        corner = B.Bind(self.corner(source, number, row, column))
+        weight = B.Bind(vector * (self.taps * v.lanes))
         first = B.Bind(((n * shape.result[0] + row) * shape.result[1] + column) * shape.outputs)
-        channels = [first + self._channel(number, within, j) for j in range(vectors)]
+        channels = [first + self.channel(number, within, j) for j in range(vectors)]
         targets = [[c + (y * shape.result[1] + x) * shape.outputs for y, x in pixels] for c in channels]
         for indices in targets:
             for index in indices:
                 self.epilogue.ask(index)
-        asks = self._ahead(block, place, weight, taps), self._next_pixels(source[0], corner, len(pixels))
+        asks = self.ahead(block, place, weight, self.taps), self._next_pixels(source[0], corner, len(pixels))
 
         def ask(step: Expression) -> None:
             for one in asks:
@@ -284,11 +301,11 @@ class Convolution(PackedConvolution):
         for total, index in zip(sums, indices, strict=True):
             self.epilogue.store(self.finish(total.get(), lane), index, min(self.v.lanes, self.outputs))
 
-    def _ahead(
+    def ahead(
         self, block: Block, place: tuple[Expression, Expression, int, int], weight: Expression, steps: int
     ) -> Callable[[Expression], None]:
         """What a tile does at each of so many steps for the next block's weights; see ahead.py."""
-        words, (row, column, height, width) = block.vectors * self.v.lanes, place
+        words, (row, column, height, width) = block.vectors * self.v.lanes * (self.taps // steps), place
         if block.pixels is None or self.blocks * self.passes.count == 1:
             return lambda _: None
         size = self.passes.count * self.vectors * self.v.lanes * steps
@@ -307,8 +324,7 @@ class Convolution(PackedConvolution):
 
     def accumulate(self, tile: Tile) -> None:
         """Add up all that a tile reads."""
-        v, loops = self.v, self._loops()
-        vectors = len(tile.sums[0])
+        v, vectors = self.v, len(tile.sums[0])
 
         def step(at: Expression, begin: Expression) -> None:
             tile.ask(at)
@@ -319,6 +335,13 @@ class Convolution(PackedConvolution):
                 for register, part in zip(registers, w, strict=True):
                     register.set(self.multiply(register.get(), value, part))
 
+        self.over_window(1, lambda at, begin: step(at, tile.corner + begin))
+
+    def over_window(self, words: int, step: Callable[[Expression, Expression], None]) -> None:
+        """Call `step` for every few words that a pixel reads, with its number and the first word's place."""
+        *outer, (count, _) = self.runs()
+        loops = [*outer, (count // words, words)]
+
         def nest(level: int, at: Expression, begin: Expression) -> None:
             if level == len(loops):
                 step(at, begin)
@@ -326,9 +349,9 @@ class Convolution(PackedConvolution):
             count, stride = loops[level]
             serial(count, lambda i: nest(level + 1, at * count + i, begin + i * stride))
 
-        nest(0, 0, tile.corner)
+        nest(0, 0, 0)
 
-    def _loops(self) -> list[tuple[int, Expression]]:
+    def runs(self) -> list[tuple[int, Expression]]:
         """Loops over what a pixel reads, number and stride in words; those are joined whose words lie side by side."""
         (rows, columns), (down, across) = self.shape.kernel, self.shape.dilation
         loops: list[tuple[int, Expression]] = [(self.depth, 1)]
@@ -402,9 +425,10 @@ class IntegerConvolution(Convolution):
     sum_dtype = "int32"
     word = 4
 
-    def __init__(self, region: Region, vectors: Vectors, tile: TileShape) -> None:
-        super().__init__(region, vectors, tile)
-        self.bounded = pairs_fit(region.weight.decoded())
+    @cached_property
+    def bounded(self) -> bool:
+        """See `Vectors.dot4`."""
+        return pairs_fit(self.region.weight.decoded())
 
     @cached_property
     def codes(self) -> PackedCodes | None:

@@ -12,6 +12,7 @@ from mcc.backends.cpu.kernels.convolution_body import ConvolutionBody
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from mcc.backends.cpu.kernels.conv_shape import ConvShape
     from mcc.backends.cpu.kernels.tiles import TileShape
     from mcc.backends.cpu.microkernel import Expression, Vectors
     from mcc.backends.kernel import Region
@@ -32,7 +33,7 @@ class PackedConvolution(ConvolutionBody):
 
     def __init__(self, region: Region, vectors: Vectors, tile: TileShape) -> None:
         super().__init__(region, vectors)
-        self.shape = self.whole.upright()
+        self.shape = self.as_computed()
         self.tile = tile
         self.passes = self.shape.passes(vectors.lanes)
         self.outputs = self.passes.joined * self.shape.group_outputs
@@ -40,10 +41,14 @@ class PackedConvolution(ConvolutionBody):
         self.full, self.tail = divmod(self.vectors, tile.vectors)
         self.blocks = self.full + (1 if self.tail else 0)
         self.depth = self.words_of_a_lane()
-        self.columns, self.rows = self._tile_size()
+        self.columns, self.rows = self.tile_size()
         self.packed: dict[str, NDArray[Any]] = {"weight": self._pack_weight(), **self._pack_vectors()}
 
-    def _tile_size(self) -> tuple[int, int]:
+    def as_computed(self) -> ConvShape:
+        """The sizes of the same convolution as its loops see it."""
+        return self.whole.upright()
+
+    def tile_size(self) -> tuple[int, int]:
         """Columns and rows of output pixels in a tile."""
         height, width = self.shape.result
         if not isinstance(width, int):

@@ -64,6 +64,8 @@ def loop_for(macs: Any, fewest: int, images: Any = 1) -> Callable[[Any, Callable
     """A loop over threads where `images` times `macs` is work for them: to wake one takes a few microseconds."""
     if isinstance(macs, int) and macs >= fewest:
         return parallel
+    if isinstance(macs, int) and images == 1:
+        return serial
 
     def loop(extent: Any, body: Callable[[Expression], None]) -> None:
         enough = images * macs >= fewest

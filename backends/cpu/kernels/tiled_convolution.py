@@ -1,0 +1,131 @@
+"""Convolutions in tile registers: blocks of two tiles of pixels by two of output channels.
+
+The rows of a tile are pixels beside each other, as far apart in memory as the stride moves them, and a step multiplies
+channels, or channels of neighbouring taps, that lie side by side. Two tiles of a block lie beside each other, or, where
+the image has an odd number of tiles across, below each other. Images of single pixels are one row of all of these.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import tvm.tirx.script.builder.ir as B
+from tvm import tirx
+
+from mcc.backends.cpu.kernels.conv2d_loops import FEWEST_MACS, Block, Convolution, IntegerConvolution
+from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
+from mcc.backends.cpu.kernels.small_groups import shares_vectors
+from mcc.backends.cpu.kernels.tile_registers import (
+    PAIR_OF_TILES,
+    TILE,
+    TILE_ROWS,
+    TileRegisters,
+    in_pairs,
+    words_of_a_step,
+)
+from mcc.backends.cpu.kernels.tiles import TileShape
+from mcc.backends.cpu.microkernel import Expression, Register, Vectors, serial
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mcc.backends.kernel import Region
+    from mcc.target import Target
+
+FEWEST_PIXELS = 8  # of an image
+NARROW = 13  # columns of an image, fewer than which leave too many rows of a tile empty
+
+
+def convolution_tiles(region: Region, target: Target, word: int) -> tuple[str, ...]:
+    """The tile in tile registers, if the target has them and the region suits them; `word` channels are one of 32 bits."""
+    if not target.tiles:
+        return ()
+    shape = conv_shape(region)
+    assert isinstance(shape, ConvShape)
+    passes = shape.passes(target.vector_lanes)
+    run = -(-passes.joined * shape.group_inputs // word)
+    if passes.count == 1 and shape.dilation[1] == 1:
+        run *= shape.kernel[1]
+    if shape.varies or math.prod(shape.result) < FEWEST_PIXELS or shares_vectors(region, target.vector_lanes, word):
+        return ()
+    return (TILE,) if words_of_a_step(run) else ()
+
+
+class TiledConvolution(Convolution):
+    """The loops; subclasses say what their sums are, see `Convolution`."""
+
+    fewest_macs = 8 * FEWEST_MACS
+    first_sums: str
+
+    def __init__(self, region: Region, vectors: Vectors) -> None:
+        super().__init__(region, vectors, TileShape(PAIR_OF_TILES * TILE_ROWS, PAIR_OF_TILES))
+        step = words_of_a_step(self.runs()[-1][0])
+        assert step is not None
+        self.step = step
+        self.registers = TileRegisters(vectors, self.sum_dtype, self.columns, step)
+
+    def as_computed(self) -> ConvShape:
+        """See `PackedConvolution`."""
+        shape = self.whole
+        single = shape.kernel == (1, 1) and shape.stride == (1, 1) and not shape.pads
+        return replace(shape, image=(1, math.prod(shape.image))) if single and shape.image[1] < NARROW else shape
+
+    def tile_size(self) -> tuple[int, int]:
+        """Columns of one tile, and rows of a block."""
+        height, width = self.shape.result
+        across = -(-width // TILE_ROWS)
+        self.beside = height == 1 or across % PAIR_OF_TILES == 0
+        return (in_pairs(width), 1) if self.beside else (-(-width // across), PAIR_OF_TILES)
+
+    def shared(self, loop: Callable[..., None]) -> Callable[..., None]:
+        """See `Convolution`."""
+        return self.registers.shared(loop)
+
+    def band(self, n: Expression, source: tuple[Expression, Expression], block: Block, r: Any) -> None:
+        """See `Convolution`."""
+        step = self.columns * (PAIR_OF_TILES if self.beside else 1)
+        serial(-(-self.shape.result[1] // step), lambda t: self._block(n, source, block, (r * self.rows, t * step)))
+
+    def _block(
+        self, n: Expression, source: tuple[Expression, Expression], block: Block, place: tuple[Expression, Expression]
+    ) -> None:
+        v, shape, (height, width) = self.v, self.shape, self.shape.result
+        (row, column), last = place, width - self.columns
+        # those beyond the image are computed where it ends, again
+        rows = (row, row if self.beside else tirx.min(row + 1, height - 1))
+        columns = [tirx.min(column + i * self.columns * self.beside, last) for i in range(PAIR_OF_TILES)]
+        corners = [B.Bind(self.corner(source, block.number, y, x)) for y, x in zip(rows, columns, strict=True)]
+        firsts = [
+            B.Bind(((n * height + y) * width + x) * shape.outputs) for y, x in zip(rows, columns, strict=True)
+        ]
+        vector = block.number * self.vectors + block.within * self.tile.vectors
+        weight, outputs = B.Bind(vector * (self.taps * v.lanes)), block.vectors * v.lanes
+        extents = (1, PAIR_OF_TILES * self.columns) if self.beside else (PAIR_OF_TILES, self.columns)
+        ask = self.ahead(block, (*place, *extents), weight, self.taps // self.step)
+
+        def steps(multiply: Callable[..., None]) -> None:
+            def one(at: Expression, begin: Expression) -> None:
+                ask(at)
+                pixels = [(source[0], corner + begin) for corner in corners]
+                multiply(pixels, (self.weights, weight + at * (self.step * outputs)))
+
+            self.over_window(self.step, one)
+
+        lanes = [(vector + j) * v.lanes for j in range(block.vectors)]
+        begin = [(self.arrays[self.first_sums], lane) for lane in lanes]
+        self.registers.sums(begin, steps, (shape.stride[1] * self.pixel_words, outputs))
+
+        def write(places: list[tuple[int, Expression]], sums: Callable[[int], list[Register]]) -> None:
+            for j, lane in enumerate(lanes):
+                channel = self.channel(block.number, block.within, j)
+                self.write(lane, sums(j), [firsts[tile] + channel + x * shape.outputs for tile, x in places])
+
+        self.registers.vectors(write)
+
+
+class TiledIntegerConvolution(TiledConvolution, IntegerConvolution):
+    """uint8 codes, four input channels a word."""
+
+    first_sums = "start"
