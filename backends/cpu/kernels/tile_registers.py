@@ -20,7 +20,7 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
-from mcc.backends.cpu.microkernel import Expression, Register, Vectors, serial
+from mcc.backends.cpu.microkernel import Expression, Register, Vectors, branch, serial
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,6 +32,7 @@ MOST_WORDS = 16  # of a row of a tile
 FEWEST_WORDS = 4  # below which too much of a tile is empty
 MOST_CONFIGURED = 8  # times that the threads of one call together prepare the registers, some 100 ns each
 WORD_BYTES = 4
+BLOCK = (PAIR_OF_TILES * TILE_ROWS) ** 2  # sums
 
 _ROWS, _COLUMNS = (4, 5), (6, 7)  # registers; 0 to 3 hold sums
 _MULTIPLY = {"int32": "llvm.x86.tdpbusd", "float32": "llvm.x86.tdpbf16ps"}
@@ -97,18 +98,40 @@ class TileRegisters:
         B.buffer_store(config, height * 0x01010101, [12])
         B.buffer_store(config, height * 0x0101 + self.words * 0x01010000, [13])
         _call("ldtilecfg", T.address_of(config[0]))
-        width = PAIR_OF_TILES * TILE_ROWS
-        self.room = B.alloc_buffer((PAIR_OF_TILES * TILE_ROWS * width,), self.dtype, layout=None)
+        self.room = B.alloc_buffer((PAIR_OF_TILES * BLOCK,), self.dtype, layout=None)
         yield
         _call("tilerelease")
 
-    def sums(
+    def blocks(
+        self, count: Expression, sums: Callable[[Expression], None], write: Callable[[Expression], None]
+    ) -> None:
+        """Blocks one after another: `sums` calls `multiply` for one, `write` calls `vectors`, while the next is summed.
+
+        The CPU works on both at once then: a block's own sums take longer to come than its instructions to be read.
+        """
+
+        def turn(t: Expression) -> None:
+            def first() -> None:
+                self._at_room = tirx.floormod(t, 2) * BLOCK
+                sums(t)
+
+            def second() -> None:
+                self._at_room = tirx.floormod(t + 1, 2) * BLOCK
+                write(t - 1)
+
+            branch(t < count, first)
+            branch(t > 0, second)
+
+        with B.serial(0, count + 1) as t:
+            turn(t)
+
+    def multiply(
         self,
         start: Sequence[Place],
         steps: Callable[[Callable[[Expression, Sequence[Place], Place], None]], None],
         strides: tuple[Expression, int],
     ) -> None:
-        """Compute a block and write its sums where `vector` finds them.
+        """Compute a block and write its sums where `vectors` finds them.
 
         Args:
             start: what the sums of each tile of columns begin with, by column.
@@ -141,7 +164,7 @@ class TileRegisters:
         return PAIR_OF_TILES * TILE_ROWS
 
     def _at(self, tile: int, row: Expression, column: int) -> Expression:
-        return (tile * TILE_ROWS + row) * self._width + column * TILE_ROWS
+        return self._at_room + (tile * TILE_ROWS + row) * self._width + column * TILE_ROWS
 
     def vectors(self, emit: Callable[[list[tuple[int, Expression]], Callable[[int], list[Register]]], None]) -> None:
         """Call `emit` for every four rows of the last block.

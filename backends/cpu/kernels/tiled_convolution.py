@@ -86,20 +86,30 @@ class TiledConvolution(Convolution):
     def band(self, n: Expression, source: tuple[Expression, Expression], block: Block, r: Any) -> None:
         """See `Convolution`."""
         step = self.columns * (PAIR_OF_TILES if self.beside else 1)
-        serial(-(-self.shape.result[1] // step), lambda t: self._block(n, source, block, (r * self.rows, t * step)))
+        self.registers.blocks(
+            -(-self.shape.result[1] // step),
+            lambda t: self._sums(source, block, (r * self.rows, t * step)),
+            lambda t: self._write(n, block, (r * self.rows, t * step)),
+        )
 
-    def _block(
-        self, n: Expression, source: tuple[Expression, Expression], block: Block, place: tuple[Expression, Expression]
-    ) -> None:
-        v, shape, (height, width) = self.v, self.shape, self.shape.result
-        (row, column), last = place, width - self.columns
-        # those beyond the image are computed where it ends, again
-        rows = (row, row if self.beside else tirx.min(row + 1, height - 1))
-        columns = [tirx.min(column + i * self.columns * self.beside, last) for i in range(PAIR_OF_TILES)]
-        corners = [B.Bind(self.corner(source, block.number, y, x)) for y, x in zip(rows, columns, strict=True)]
-        firsts = [
-            B.Bind(((n * height + y) * width + x) * shape.outputs) for y, x in zip(rows, columns, strict=True)
+    def _first_pixels(self, row: Expression, column: Expression) -> list[tuple[Expression, Expression]]:
+        """Of the tiles of a block; those beyond the image begin where it ends, and compute some pixels again."""
+        height, width = self.shape.result
+        across, down = (self.columns, 0) if self.beside else (0, 1)
+        return [
+            (tirx.min(row + i * down, height - 1), tirx.min(column + i * across, width - self.columns))
+            for i in range(PAIR_OF_TILES)
         ]
+
+    def _first_lanes(self, block: Block) -> list[Expression]:
+        vector = block.number * self.vectors + block.within * self.tile.vectors
+        return [(vector + j) * self.v.lanes for j in range(block.vectors)]
+
+    def _sums(
+        self, source: tuple[Expression, Expression], block: Block, place: tuple[Expression, Expression]
+    ) -> None:
+        v, shape = self.v, self.shape
+        corners = [B.Bind(self.corner(source, block.number, *first)) for first in self._first_pixels(*place)]
         vector = block.number * self.vectors + block.within * self.tile.vectors
         weight, outputs = B.Bind(vector * (self.taps * v.lanes)), block.vectors * v.lanes
         extents = (1, PAIR_OF_TILES * self.columns) if self.beside else (PAIR_OF_TILES, self.columns)
@@ -113,14 +123,17 @@ class TiledConvolution(Convolution):
 
             self.over_window(self.step, one)
 
-        lanes = [(vector + j) * v.lanes for j in range(block.vectors)]
-        begin = [(self.arrays[self.first_sums], lane) for lane in lanes]
-        self.registers.sums(begin, steps, (shape.stride[1] * self.pixel_words, outputs))
+        begin = [(self.arrays[self.first_sums], lane) for lane in self._first_lanes(block)]
+        self.registers.multiply(begin, steps, (shape.stride[1] * self.pixel_words, outputs))
+
+    def _write(self, n: Expression, block: Block, place: tuple[Expression, Expression]) -> None:
+        (height, width), outputs = self.shape.result, self.shape.outputs
+        firsts = [B.Bind(((n * height + y) * width + x) * outputs) for y, x in self._first_pixels(*place)]
 
         def write(places: list[tuple[int, Expression]], sums: Callable[[int], list[Register]]) -> None:
-            for j, lane in enumerate(lanes):
+            for j, lane in enumerate(self._first_lanes(block)):
                 channel = self.channel(block.number, block.within, j)
-                self.write(lane, sums(j), [firsts[tile] + channel + x * shape.outputs for tile, x in places])
+                self.write(lane, sums(j), [firsts[tile] + channel + x * outputs for tile, x in places])
 
         self.registers.vectors(write)
 

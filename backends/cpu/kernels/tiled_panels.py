@@ -82,7 +82,11 @@ class TiledPanels:
             count = tirx.min(chunk, self.blocks - c * chunk)
 
             def panel(q: Expression, width: PanelWidth) -> None:
-                serial(count, lambda b: self._block(q, width, c * chunk + b))
+                self.registers.blocks(
+                    count,
+                    lambda b: self._sums(q, width, c * chunk + b),
+                    lambda b: self._write(q, width, c * chunk + b),
+                )
 
             self.plan.in_panel(p, panel)
 
@@ -91,12 +95,20 @@ class TiledPanels:
         total = self.plan.panels * chunks
         branch(few, lambda: loops[0](total, part), lambda: loops[1](total, part))
 
-    def _block(self, panel: Expression, width: PanelWidth, block: Expression) -> None:
-        plan, v, (source, weights, start) = self.plan, self.plan.vectors, self.operands
-        height, words, step = self.registers.rows, self.words, self.step
-        last, outputs = self.rows - height, width.vectors * v.lanes
+    def _first_rows(self, block: Expression) -> list[Expression]:
+        """Of the tiles of a block; those beyond the last row begin earlier, and compute some rows again."""
+        height = self.registers.rows
         before = block * (PAIR_OF_TILES * height)
-        firsts = [B.Bind(tirx.min(before + i * height, last)) for i in range(PAIR_OF_TILES)]
+        return [B.Bind(tirx.min(before + i * height, self.rows - height)) for i in range(PAIR_OF_TILES)]
+
+    def _columns(self, panel: Expression, width: PanelWidth) -> list[Expression]:
+        return [panel * self.plan.width + j * self.plan.vectors.lanes for j in range(width.vectors)]
+
+    def _sums(self, panel: Expression, width: PanelWidth, block: Expression) -> None:
+        plan, (source, weights, start) = self.plan, self.operands
+        words, step, outputs = self.words, self.step, width.vectors * plan.vectors.lanes
+        firsts = self._first_rows(block)
+        before = block * (PAIR_OF_TILES * self.registers.rows)
         place = panel, width, before, min(BLOCK_ROWS, max(self.example, 1))
         ask = plan.ahead(place, weights, words // step, step)
 
@@ -108,12 +120,14 @@ class TiledPanels:
 
             serial(words // step, one)
 
-        columns = [panel * plan.width + j * v.lanes for j in range(width.vectors)]
-        self.registers.sums([(start, column) for column in columns], steps, (words, outputs))
+        self.registers.multiply([(start, column) for column in self._columns(panel, width)], steps, (words, outputs))
+
+    def _write(self, panel: Expression, width: PanelWidth, block: Expression) -> None:
+        firsts, lanes = self._first_rows(block), self.plan.vectors.lanes
 
         def write(places: list[tuple[int, Expression]], sums: Callable[[int], list[Register]]) -> None:
             rows = [firsts[tile] + row for tile, row in places]
-            for j, column in enumerate(columns):
-                self.finish(column, width.used_lanes(j, v.lanes), rows, sums(j))
+            for j, column in enumerate(self._columns(panel, width)):
+                self.finish(column, width.used_lanes(j, lanes), rows, sums(j))
 
         self.registers.vectors(write)
