@@ -18,7 +18,9 @@ from mcc.ops import extent
 from mcc.target import Target, missing_features
 
 CANDIDATES = 3
-Measure = Callable[[Lowered, Region, Target], float]
+ROUNDS = 3
+Measure = Callable[[Lowered, Region, Target], Callable[[], float]]
+"""Makes what times a few calls of a lowered kernel, the least seconds of one."""
 Tuning = Literal["measure", "model"]
 
 
@@ -27,7 +29,7 @@ class Tuner:
 
     Args:
         tuning: "measure" times candidates on this machine, each once, and remembers; "model" takes the first.
-        measure: seconds of one call of a lowered kernel.
+        measure: makes what times a lowered kernel.
         path: of the cache; where it is None the user's cache folder.
         candidates: how many tiles of a kernel are timed; None times all it has.
         chosen: told of every choice.
@@ -65,10 +67,13 @@ class Tuner:
         if key not in self._known:
             self._known[key] = self._remembered(key)
         known = self._known[key]
-        for tile in tiles[: self.candidates]:
-            if tile not in known:
-                known[tile] = self._measure(kernel.lower(region, target, tile), region, target)
-                self._remember(key, tile, known[tile])
+        new = [tile for tile in tiles[: self.candidates] if tile not in known]
+        timers = {tile: self._measure(kernel.lower(region, target, tile), region, target) for tile in new}
+        # in turns: a machine that others use may be slow for as long as one tile is timed
+        rounds = [{tile: timers[tile]() for tile in new} for _ in range(ROUNDS)]
+        for tile in new:
+            known[tile] = min(times[tile] for times in rounds)
+            self._remember(key, tile, known[tile])
         return {tile: known[tile] for tile in tiles if tile in known}
 
     def _remembered(self, key: str) -> dict[str, float]:

@@ -150,7 +150,7 @@ def host_features() -> frozenset[str]:
 
 
 def _tiles_permitted() -> bool:
-    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA) == 0
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA) == 0)
 
 
 def missing_features(target: Target) -> tuple[str, ...]:

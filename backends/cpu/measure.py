@@ -11,16 +11,18 @@ from mcc.backends.cpu.microkernel import compiled_kernel
 from mcc.ops import extent
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mcc.backends.kernel import Lowered, Region
     from mcc.target import Target
 
-REPEATS = 8
+REPEATS = 3
 MANY_BYTES = 256 << 10  # of weights: in a network, other layers have taken their place in the near caches
 ALL_BUT_SOURCE = "cache_flush_cpu_non_first_arg"
 
 
-def measure(lowered: Lowered, region: Region, target: Target) -> float:
-    """Least seconds of one call, on random data of the example's shapes.
+def measure(lowered: Lowered, region: Region, target: Target) -> Callable[[], float]:
+    """What times a few calls, the least seconds of one, on random data of the example's shapes.
 
     Where there are many weights, all but the source is read from memory.
     """
@@ -39,4 +41,4 @@ def measure(lowered: Lowered, region: Region, target: Target) -> float:
         timer = module.time_evaluator(name, tvm.cpu(), number=1, repeat=REPEATS, min_repeat_ms=1)
     else:
         timer = module.time_evaluator(name, tvm.cpu(), number=1, repeat=REPEATS, f_preproc=ALL_BUT_SOURCE)
-    return float(min(timer(*arguments).results))
+    return lambda: float(min(timer(*arguments).results))

@@ -16,6 +16,8 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target as TvmTarget
 
+from mcc.target import host_features
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -86,6 +88,7 @@ def kernel_function(name: str, parameters: Sequence[Parameter], body: Callable[.
 
 def compiled_kernel(function: tirx.PrimFunc, target: Target) -> Any:
     """A kernel as a module of its own, to be timed."""
+    host_features()  # which asks the system for tile registers
     with tvm.transform.PassContext(disabled_pass=NOT_FOR_KERNELS):
         return tvm.tirx.build(tvm.IRModule.from_expr(function), target=tvm_target(target))
 

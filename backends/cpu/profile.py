@@ -15,12 +15,14 @@ from tvm.script import tirx as T
 
 from mcc.backends.cpu.build import compile_module
 from mcc.backends.cpu.kernels.bfloat16 import PAIR, multiplying
+from mcc.backends.cpu.kernels.tile_registers import MOST_WORDS, PAIR_OF_TILES, TILE_ROWS, TileRegisters
 from mcc.backends.cpu.microkernel import (
     Expression,
     Parameter,
     Vectors,
     compiled_kernel,
     kernel_function,
+    serial,
     tvm_target,
 )
 from mcc.runtime import use_threads, workspace_arrays
@@ -162,8 +164,13 @@ def _row(layer: LayerRow | None, name: str, milliseconds: float, peaks: dict[str
 
 
 def peak(target: Target, kind: str) -> float:
-    """Multiply-accumulates a second of one core, from registers: float32, int8 by `dot4`, bfloat16 by `dot2`."""
+    """Multiply-accumulates a second of one core, from registers, by the best instruction that the target has.
+
+    Those are float32's, `dot4` for int8, `dot2` for bfloat16, and tile registers for both where there are any.
+    """
     v = Vectors(target)
+    if target.tiles and kind != "float32":
+        return _tiles_peak(v, kind)
     dtype, products = {"float32": ("float32", 1), "int8": ("int32", 4), "bfloat16": ("float32", PAIR)}[kind]
 
     def body(x: Expression, y: Expression) -> None:
@@ -192,3 +199,17 @@ def peak(target: Target, kind: str) -> float:
     arrays = [tvm.runtime.tensor(np.zeros(n * v.lanes, dtype), tvm.cpu()) for n in (3, CHAINS)]
     seconds = min(module.time_evaluator("peak", tvm.cpu(), number=3, repeat=5)(*arrays).results)
     return STEPS * CHAINS * v.lanes * products / float(seconds)
+
+
+def _tiles_peak(v: Vectors, kind: str) -> float:
+    products, dtype = {"int8": (4, "int32"), "bfloat16": (PAIR, "float32")}[kind]
+    registers = TileRegisters(v, dtype, TILE_ROWS, MOST_WORDS)
+
+    def body(y: Expression) -> None:
+        registers.shared(serial)(1, lambda _: serial(STEPS, lambda _: registers.multiply_held(PAIR_OF_TILES)))
+        B.buffer_store(y, T.float32(0), [0])
+
+    module = compiled_kernel(kernel_function("peak", [Parameter("Y", (1,), "float32")], body), v.target)
+    room = tvm.runtime.tensor(np.zeros(1, "float32"), tvm.cpu())
+    seconds = min(module.time_evaluator("peak", tvm.cpu(), number=3, repeat=5)(room).results)
+    return STEPS * PAIR_OF_TILES**2 * TILE_ROWS**2 * MOST_WORDS * products / float(seconds)

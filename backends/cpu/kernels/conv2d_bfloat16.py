@@ -15,6 +15,8 @@ from mcc.backends.cpu.kernels.bfloat16 import PAIR, multiplying
 from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv2d_loops import Convolution
 from mcc.backends.cpu.kernels.conv_shape import conv_shape, conv_tiles
+from mcc.backends.cpu.kernels.tile_registers import TILE
+from mcc.backends.cpu.kernels.tiled_convolution import TiledConvolution, convolution_tiles
 from mcc.backends.cpu.kernels.tiles import parse_tile
 from mcc.backends.cpu.microkernel import Expression, Vectors
 from mcc.backends.kernel import Lowered, Region
@@ -46,12 +48,13 @@ class Conv2dBfloat16:
         return "it has groups" if shape.groups > 1 else None
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
-        """See `conv_tiles`."""
-        return conv_tiles(region, target)
+        """In tile registers where there are any, then `conv_tiles`."""
+        return (*convolution_tiles(region, target, PAIR), *conv_tiles(region, target))
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text."""
-        body = _Convolution(region, Vectors(target), parse_tile(tile))
+        v = Vectors(target)
+        body = _TiledConvolution(region, v) if tile == TILE else _Convolution(region, v, parse_tile(tile))
         return Lowered(body.function(self.name), body.packed)
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
@@ -90,3 +93,7 @@ class _Convolution(Convolution):
     def finish(self, total: Expression, index: Expression) -> Expression:
         del index
         return total
+
+
+class _TiledConvolution(TiledConvolution, _Convolution):
+    first_sums = "bias"

@@ -16,15 +16,14 @@ from mcc.backends.cpu.kernels.ahead import NextPanel
 from mcc.backends.cpu.kernels.conv2d_packing import PackedConvolution
 from mcc.backends.cpu.kernels.packed_codes import PackedCodes, sum_arrays
 from mcc.backends.cpu.kernels.padded_copy import copy_rows, copy_words
-from mcc.backends.cpu.kernels.tiles import TileShape, cover, loop_for
-from mcc.backends.cpu.microkernel import Expression, Register, Vectors, branch, flat, parallel, serial
+from mcc.backends.cpu.kernels.tiles import cover, loop_for
+from mcc.backends.cpu.microkernel import Expression, Register, branch, flat, parallel, serial
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-    from mcc.backends.kernel import Region
 
 MANY_IMAGES = 4  # from here on threads take images, not parts of one
 # of the source that one pass over a block of channels reads: half of a small L2 cache; and where the weights, which
@@ -117,9 +116,7 @@ class Convolution(PackedConvolution):
             return
         zero = tirx.const(0, "int64")
         source = self.copied(n, (zero, shape.padded[0]), loop) if self.reads_copy else self.direct(n)
-        self.shared(loop)(
-            chunks * blocks, lambda i: part(source, tirx.floordiv(i, blocks), tirx.floormod(i, blocks))
-        )
+        self.shared(loop)(chunks * blocks, lambda i: part(source, tirx.floordiv(i, blocks), tirx.floormod(i, blocks)))
 
     def shared(self, loop: Callable[..., None]) -> Callable[..., None]:
         """The loop that threads share, given one over their turns."""

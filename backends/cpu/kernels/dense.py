@@ -151,7 +151,7 @@ def not_plain(weight: StoredWeight) -> str | None:
 
 def register_tiles(region: Region, target: Target, words: int) -> tuple[str, ...]:
     """The tile in tile registers, if the target has them and the `words` of a row fit some."""
-    rows = [s for s in region.source.shape[:-1]]
+    rows = region.source.shape[:-1]
     few = all(isinstance(s, int) for s in rows) and math.prod(map(extent, rows)) < FEWEST_ROWS
     return (TILE,) if target.tiles and not few and words_of_a_step(words) else ()
 

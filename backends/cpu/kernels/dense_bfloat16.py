@@ -17,10 +17,12 @@ from tvm.script import tirx as T
 from mcc import ops
 from mcc.backends.cpu.epilogue import channel_vectors
 from mcc.backends.cpu.kernels.bfloat16 import PAIR, bits_of, decoded_element, multiplying, vector_bits_of
-from mcc.backends.cpu.kernels.dense import dense_reference, dense_tiles, pack_panels_of
+from mcc.backends.cpu.kernels.dense import dense_reference, dense_tile, dense_tiles, pack_panels_of, register_tiles
 from mcc.backends.cpu.kernels.panels import PanelPlan
-from mcc.backends.cpu.kernels.tiles import PanelWidth, parse_tile, shared_rows
-from mcc.backends.cpu.microkernel import Expression, Vectors, flat, product, serial
+from mcc.backends.cpu.kernels.tile_registers import TILE
+from mcc.backends.cpu.kernels.tiled_panels import TiledPanels
+from mcc.backends.cpu.kernels.tiles import PanelWidth, shared_rows
+from mcc.backends.cpu.microkernel import Expression, Register, Vectors, flat, product, serial
 from mcc.backends.kernel import Lowered, Region
 
 if TYPE_CHECKING:
@@ -47,12 +49,13 @@ class DenseBfloat16:
         return None if region.rounds else "weight and activations are not both rounded to bfloat16"
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
-        """As for float32."""
-        return dense_tiles(region, target)
+        """In tile registers where there are any, then as for float32."""
+        words = -(-region.weight.shape[1] // PAIR)
+        return (*register_tiles(region, target, words), *dense_tiles(region, target))
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text; k goes in pairs, padded with zero weights."""
-        plan = PanelPlan(region, Vectors(target), parse_tile(tile))
+        plan = PanelPlan(region, Vectors(target), dense_tile(tile))
         bits = region.weight.dense
         assert bits is not None
         size = plan.padded_outputs - plan.outputs
@@ -67,7 +70,8 @@ class DenseBfloat16:
             word = first * words + tirx.floordiv(k, PAIR) * width + lane
             return decoded_element(arrays["weight"][word * PAIR + tirx.floormod(k, PAIR)])
 
-        return Lowered(plan.function(self.name, packed, _Body(plan).emit), packed, element)
+        body = _Body(plan, tiled=tile == TILE)
+        return Lowered(plan.function(self.name, packed, body.emit), packed, element)
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """Float64 sums of rounded values."""
@@ -77,8 +81,9 @@ class DenseBfloat16:
 class _Body:
     """Inner loops over pairs of inputs."""
 
-    def __init__(self, plan: PanelPlan) -> None:
+    def __init__(self, plan: PanelPlan, *, tiled: bool) -> None:
         self.plan = plan
+        self.tiled = tiled
         self.words = -(-plan.inputs // PAIR)
 
     def emit(self, x: Expression, weight: Expression, bias: Expression) -> None:
@@ -91,7 +96,11 @@ class _Body:
         self.source = flat(room, rows * self.words, "int32")
         with multiplying():
             shared_rows(rows, max(1, BLOCK_ELEMENTS // plan.inputs), lambda r: self._round_row(x, room, r))
-            plan.loops(self._tile)
+            if not self.tiled:
+                plan.loops(self._tile)
+                return
+            tiles = TiledPanels(plan, "float32", self.words)
+            tiles.loops((self.source, self.weight, self.bias), self._finish, lambda: plan.loops(self._tile))
 
     def _round_row(self, x: Expression, room: Expression, r: Expression) -> None:
         v, inputs = self.plan.vectors, self.plan.inputs
@@ -112,5 +121,9 @@ class _Body:
         sums = plan.sums_of_words((panel, width, first, count), self.bias, operands, self.words, v.dot2)
         for j in range(width.vectors):
             column = panel * plan.width + j * v.lanes
-            for i in range(count):
-                plan.store(first + i, column, sums[i][j].get(), width.used_lanes(j, v.lanes))
+            rows = [first + i for i in range(count)]
+            self._finish(column, width.used_lanes(j, v.lanes), rows, [row[j] for row in sums])
+
+    def _finish(self, column: Expression, used: int, rows: Sequence[Expression], sums: Sequence[Register]) -> None:
+        for row, total in zip(rows, sums, strict=True):
+            self.plan.store(row, column, total.get(), used)

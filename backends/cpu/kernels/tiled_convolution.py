@@ -26,11 +26,11 @@ from mcc.backends.cpu.kernels.tile_registers import (
     words_of_a_step,
 )
 from mcc.backends.cpu.kernels.tiles import TileShape
-from mcc.backends.cpu.microkernel import Expression, Register, Vectors, serial
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mcc.backends.cpu.microkernel import Expression, Register, Vectors
     from mcc.backends.kernel import Region
     from mcc.target import Target
 
@@ -39,7 +39,7 @@ NARROW = 13  # columns of an image, fewer than which leave too many rows of a ti
 
 
 def convolution_tiles(region: Region, target: Target, word: int) -> tuple[str, ...]:
-    """The tile in tile registers, if the target has them and the region suits them; `word` channels are one of 32 bits."""
+    """The tile in tile registers, if the target has them and the region suits them; a word holds `word` channels."""
     if not target.tiles:
         return ()
     shape = conv_shape(region)
@@ -105,9 +105,7 @@ class TiledConvolution(Convolution):
         vector = block.number * self.vectors + block.within * self.tile.vectors
         return [(vector + j) * self.v.lanes for j in range(block.vectors)]
 
-    def _sums(
-        self, source: tuple[Expression, Expression], block: Block, place: tuple[Expression, Expression]
-    ) -> None:
+    def _sums(self, source: tuple[Expression, Expression], block: Block, place: tuple[Expression, Expression]) -> None:
         v, shape = self.v, self.shape
         corners = [B.Bind(self.corner(source, block.number, *first)) for first in self._first_pixels(*place)]
         vector = block.number * self.vectors + block.within * self.tile.vectors

@@ -340,7 +340,8 @@ def test_the_tuner_times_each_candidate_once_and_remembers_the_winner(tmp_path):
 
     def count(lowered, region, target):
         timed.append(lowered)
-        return float(len(timed))
+        seconds = float(len(timed))
+        return lambda: seconds
 
     graph = mcc.capture(mlp(40, 70), (torch.randn(3, 40),))
     for _ in range(2):
@@ -363,7 +364,7 @@ def test_tiles_that_were_timed_beyond_the_candidates_count_too(tmp_path):
             return ("1x1", "2x1", "3x1", "4x1", "5x1")
 
     seconds = iter([5.0, 4.0, 3.0, 1.0, 2.0])
-    thorough = Tuner("measure", lambda *_: next(seconds), tmp_path / "tune.sqlite", candidates=None)
+    thorough = Tuner("measure", lambda *_: partial(float, next(seconds)), tmp_path / "tune.sqlite", candidates=None)
     assert thorough.choose(ManyTiles(), region, target) == "4x1"
     assert Tuner("measure", measure, tmp_path / "tune.sqlite").choose(ManyTiles(), region, target) == "4x1"
 
@@ -375,7 +376,7 @@ def test_a_measured_time_is_a_time(size):
     lowering = fuse(integerize(Lowering(graph, parse_target("cpu"), tuner)))
     (region,) = lowering.regions.values()
     target = parse_target("cpu")
-    assert 0 < measure(DenseFloat().lower(region, target, "4x2"), region, target) < 1
+    assert 0 < measure(DenseFloat().lower(region, target, "4x2"), region, target)() < 1
 
 
 class Attends(nn.Module):
