@@ -11,7 +11,7 @@ import numpy as np
 import tvm.tirx.script.builder.ir as B
 from tvm.script import tirx as T
 
-from mcc.backends.cpu.integer_sums import largest_sum
+from mcc.backends.cpu.integer_sums import LARGEST_CODE, largest_sum
 from mcc.backends.cpu.microkernel import lane
 from mcc.backends.cpu.vector_math import FUNCTIONS
 from mcc.backends.kernel import Activation, Add, Clamp, EpilogueStep, Multiply, Relu, Requantize, Scale
@@ -45,43 +45,64 @@ class ToCodes:
     fits: bool
 
 
-Step = EpilogueStep | ToCodes
+@dataclass(frozen=True)
+class AddInSteps:
+    """The addition of another value to one that is in steps of the output's scale.
+
+    Attributes:
+        factor: steps of a code, or of one, of the other value; what its zero point takes off is in the bias.
+    """
+
+    factor: float
+
+
+Step = EpilogueStep | ToCodes | AddInSteps
 
 
 def channel_vectors(region: Region) -> dict[str, NDArray[np.float32]]:
     """What turns sums into values, [out]: "bias", and "scale" where the weight is codes with one for each output.
 
-    Where nothing but a requantize follows, both are in steps of its scale, which saves a multiplication a value.
+    Where nothing but additions and a requantize follow, both are in steps of its scale, which saves a multiplication a
+    value, and the bias has the zero points of what is added.
     """
     outputs = region.weight.shape[0]
     bias = np.zeros(outputs, np.float32) if region.bias is None else region.bias
     if region.weight.scale is None or region.weight.grouped:
         return {"bias": bias}
     scale = region.weight.scale * np.float32(1.0 if region.activation is None else region.activation.scale)
-    step = _requantize_alone(region)
-    if step is not None:
+    summed = _summed_codes(region)
+    if summed is not None:
+        adds, step = summed
         inverse = np.float32(1 / step.scale)
-        scale, bias = scale * inverse, bias * inverse
+        zeros = sum(a.activation.zero_point * a.activation.scale for a in adds if a.activation is not None)
+        scale, bias = scale * inverse, (bias - np.float32(zeros)) * inverse
     return {"bias": bias.astype(np.float32), "scale": scale.astype(np.float32)}
 
 
 def steps_after_scale(region: Region) -> tuple[Step, ...]:
     """The epilogue of values that `channel_vectors` gave."""
-    step = _requantize_alone(region)
-    if step is None:
+    summed = _summed_codes(region)
+    if summed is None:
         return merged(region.epilogue)
+    adds, step = summed
+    added = tuple(AddInSteps((1.0 if a.activation is None else a.activation.scale) / step.scale) for a in adds)
     fits = False
-    if region.activation is not None and not region.activation.per_token:
+    codes = region.activation is not None and not region.activation.per_token
+    if codes and all(a.activation is not None for a in adds):
         vectors = channel_vectors(region)
         largest = largest_sum(region) * np.abs(vectors["scale"]).max(initial=0) + np.abs(vectors["bias"]).max(initial=0)
-        fits = bool(largest < LARGEST_CONVERTED)
-    return (ToCodes(step.zero_point, step.low, step.high, fits),)
+        fits = bool(largest + LARGEST_CODE * sum(a.factor for a in added) < LARGEST_CONVERTED)
+    return (*added, ToCodes(step.zero_point, step.low, step.high, fits))
 
 
-def _requantize_alone(region: Region) -> Requantize | None:
+def _summed_codes(region: Region) -> tuple[list[Add], Requantize] | None:
+    """The additions and the requantize that follow sums with one scale for each output, if nothing else does."""
+    if region.weight.scale is None or region.weight.grouped:
+        return None
     steps = merged(region.epilogue)
-    alone = region.weight.scale is not None and not region.weight.grouped and len(steps) == 1
-    return steps[0] if alone and isinstance(steps[0], Requantize) else None
+    adds = [step for step in steps[:-1] if isinstance(step, Add)]
+    last = steps[-1] if steps else None
+    return (adds, last) if isinstance(last, Requantize) and len(adds) == len(steps) - 1 else None
 
 
 class Epilogue:
@@ -114,14 +135,17 @@ class Epilogue:
     def store(self, value: Expression, index: Expression, used: int) -> None:
         """Apply the steps to float32 lanes and write the first `used` of them at `index`."""
         v = self.v
-        read = [self._read(a, index, used) for a in self.operands]
-        value = emit_epilogue(v, value, self.steps, read)
+        value = emit_epilogue(v, value, self.steps, self.read(index, used))
         if used == v.lanes:
             v.store(self.out, index, value)
             return
         value = B.Bind(value)
         for i in range(used):
             B.buffer_store(self.out, lane(value, i), [index + i])
+
+    def read(self, index: Expression, used: int) -> list[Expression]:
+        """What the steps take of `operands` at an index, of which the first `used` lanes count."""
+        return [self._read(operand, index, used) for operand in self.operands]
 
     def _read(self, operand: Expression, index: Expression, used: int) -> Expression:
         if used == self.v.lanes:
@@ -169,26 +193,43 @@ def emit_epilogue(
     others = iter(operands)
     for step in steps:
         match step:
-            case Relu():
-                value = T.max(vectors.constant(0.0), value)
-            case Clamp(low, high):
-                value = T.min(vectors.constant(high), T.max(vectors.constant(low), value))
-            case Activation(name):
-                value = FUNCTIONS[name](vectors, vectors.hold(value))
-            case Scale(factor):
-                value = value * vectors.constant(factor)
             case Add(_, activation):
                 value = _added(vectors, value, next(others), activation)
             case Multiply(_, activation):
                 value = value * _added(vectors, vectors.constant(0.0), next(others), activation)
-            case Requantize(scale, zero_point, low, high):
-                value = _rounded(vectors, value * vectors.constant(1 / scale), zero_point, (low, high))
-            case ToCodes(zero_point, low, high, fits):
-                to_codes = _rounded_integers if fits else _rounded
-                value = to_codes(vectors, value, zero_point, (low, high))
+            case AddInSteps(factor):
+                value = vectors.fma(_as_float(vectors, next(others)), vectors.constant(factor), value)
             case _:
-                assert_never(step)
+                value = _of_one_value(vectors, value, step)
     return value
+
+
+def _of_one_value(
+    vectors: Vectors, value: Expression, step: Relu | Clamp | Activation | Scale | Requantize | ToCodes
+) -> Expression:
+    match step:
+        case Relu():
+            return T.max(vectors.constant(0.0), value)
+        case Clamp(low, high):
+            return T.min(vectors.constant(high), T.max(vectors.constant(low), value))
+        case Activation(name):
+            return FUNCTIONS[name](vectors, vectors.hold(value))
+        case Scale(factor):
+            return value * vectors.constant(factor)
+        case Requantize(scale, zero_point, low, high):
+            return _rounded(vectors, value * vectors.constant(1 / scale), zero_point, (low, high))
+        case ToCodes(zero_point, low, high, fits):
+            to_codes = _rounded_integers if fits else _rounded
+            return to_codes(vectors, value, zero_point, (low, high))
+        case _:
+            assert_never(step)
+
+
+def _as_float(vectors: Vectors, other: Expression) -> Expression:
+    """Another value, or its codes as they count."""
+    if not other.ty.dtype.startswith("uint8"):
+        return other
+    return vectors.to_float(T.cast(other, f"int32x{vectors.lanes}"))
 
 
 def _added(vectors: Vectors, value: Expression, other: Expression, activation: QuantizedInput | None) -> Expression:

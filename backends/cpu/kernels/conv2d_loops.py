@@ -466,4 +466,4 @@ class IntegerConvolution(Convolution):
             super().write(lane, sums, indices)
             return
         scale, bias = (B.Bind(v.load(self.arrays[key], lane)) for key in ("scale", "bias"))
-        self.codes.store(v, sums, (scale, bias), (self.epilogue.out, indices))
+        self.codes.store(self.epilogue, sums, (scale, bias), indices)

@@ -376,7 +376,7 @@ class IntegerBody:
         gain, offset = B.Bind(v.load(self.scale, column)), B.Bind(v.load(self.bias, column))
         if self.packed_codes is not None:
             indices = [row * plan.outputs + column for row in rows]
-            self.packed_codes.store(v, sums, (gain, offset), (plan.epilogue.out, indices))
+            self.packed_codes.store(plan.epilogue, sums, (gain, offset), indices)
             return
         for row, total in zip(rows, sums, strict=True):
             plan.store(row, column, v.fma(self.scaled(row, v.to_float(total.get())), gain, offset), used)

@@ -92,7 +92,7 @@ class DepthwiseBody(ConvolutionBody):
         self.quads = [(f, -(-(f + shape.kernel[1]) // QUAD)) for f in firsts]
         self.variants = sorted(set(self.quads))
         self.variant_words = sum(count for _, count in self.variants)
-        self.to_codes = PackedCodes.of(region)
+        self.to_codes = PackedCodes.alone(region)
         wide = not shape.varies and shape.result[1] >= self.most_parts
         parts = self.most_parts if self.to_codes and wide else 1
         self.full, self.rest = _blocks(shape.inputs, vectors.lanes, parts)

@@ -1,4 +1,4 @@
-"""Codes of sums that are requantized and nothing else, four vectors at a time.
+"""Codes of sums that are requantized, something added to them or not, four vectors at a time.
 
 Integers are packed to words and these to bytes, which holds them to the range of codes, in a third of the instructions
 that vectors take one by one.
@@ -13,7 +13,7 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
-from mcc.backends.cpu.epilogue import ToCodes, channel_vectors, steps_after_scale
+from mcc.backends.cpu.epilogue import LARGEST_CONVERTED, ToCodes, channel_vectors, emit_epilogue, steps_after_scale
 from mcc.backends.cpu.integer_sums import LARGEST_CODE
 from mcc.backends.cpu.requantize import direct_requantize
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from mcc.backends.cpu.epilogue import Epilogue, Step
     from mcc.backends.cpu.microkernel import Expression, Register, Vectors
     from mcc.backends.kernel import Region
 
@@ -32,27 +33,41 @@ class PackedCodes:
     """How the sums of a region become codes.
 
     Args:
-        region: whose epilogue is `step` alone.
-        step: of which the values fit int32.
+        region: whose activations are codes with one scale.
+        adds: what is added.
+        step: what follows, and ends the region's epilogue.
     """
 
-    def __init__(self, region: Region, step: ToCodes) -> None:
+    def __init__(self, region: Region, adds: tuple[Step, ...], step: ToCodes) -> None:
+        self.adds = adds
         self.step = step
-        self.direct = direct_requantize(region, step)
+        self.direct = direct_requantize(region, step) if not adds and step.fits else None
 
     @classmethod
     def of(cls, region: Region) -> PackedCodes | None:
         """Of a region, or None where its sums become something else."""
-        steps = steps_after_scale(region)
-        step = steps[0] if len(steps) == 1 else None
-        return cls(region, step) if isinstance(step, ToCodes) and step.fits else None
+        *adds, step = steps_after_scale(region) or (None,)
+        if not isinstance(step, ToCodes) or region.activation is None or region.activation.per_token:
+            return None
+        return cls(region, tuple(a for a in adds if a is not None), step)
 
-    def integer(self, v: Vectors, total: Expression, scale: Expression, bias: Expression) -> Expression:
-        """A sum as the integer that is a code before it is held to its range."""
+    @classmethod
+    def alone(cls, region: Region) -> PackedCodes | None:
+        """The same where nothing is added."""
+        made = cls.of(region)
+        return None if made is None or made.adds else made
+
+    def integer(
+        self, v: Vectors, total: Expression, scale: Expression, bias: Expression, added: Sequence[Expression] = ()
+    ) -> Expression:
+        """A sum, with what is added to it, as the integer that is a code before it is held to its range."""
         if self.direct is not None:
             made = v.fma(T.reinterpret(f"float32x{v.lanes}", total), scale, bias)
             return T.reinterpret(f"int32x{v.lanes}", made) - v.constant(self.direct.offset, "int32")
-        value = v.fma(v.to_float(total), scale, bias)
+        value = emit_epilogue(v, v.fma(v.to_float(total), scale, bias), self.adds, added)
+        if not self.step.fits:
+            # what is far too small converts to the least integer, and so does what is far too large
+            value = T.min(v.constant(LARGEST_CONVERTED), value)
         return v.to_nearest_integer(value) + v.constant(self.step.zero_point, "int32")
 
     def codes(self, v: Vectors, low: Expression, high: Expression) -> Expression:
@@ -73,20 +88,23 @@ class PackedCodes:
 
     def store(
         self,
-        v: Vectors,
+        epilogue: Epilogue,
         sums: Sequence[Register],
         factors: tuple[Expression, Expression],
-        target: tuple[Expression, Sequence[Expression]],
+        indices: Sequence[Expression],
     ) -> None:
-        """Write the codes of sums that have the same scale and bias; `target` is a buffer and an index for each."""
-        out, indices = target
+        """Write the codes of sums that have the same scale and bias at the index of each."""
+        v = epilogue.v
         for first in range(0, len(sums), PACKED):
             places = indices[first : first + PACKED]
-            integers = [B.Bind(self.integer(v, s.get(), *factors)) for s in sums[first : first + PACKED]]
+            integers = [
+                B.Bind(self.integer(v, total.get(), *factors, epilogue.read(index, v.lanes)))
+                for total, index in zip(sums[first : first + PACKED], places, strict=True)
+            ]
             integers += integers[-1:] * (PACKED - len(integers))
             codes = B.Bind(self.in_turn(v, integers))
             for n, index in enumerate(places):
-                v.store(out, index, tirx.Shuffle([codes], list(range(n * v.lanes, (n + 1) * v.lanes))))
+                v.store(epilogue.out, index, tirx.Shuffle([codes], list(range(n * v.lanes, (n + 1) * v.lanes))))
 
 
 def sum_arrays(region: Region, codes: PackedCodes | None, start: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
