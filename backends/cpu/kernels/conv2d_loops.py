@@ -30,6 +30,8 @@ MANY_IMAGES = 4  # from here on threads take images, not parts of one
 # are read again for each part of the source, do not stay in such a cache
 CACHE_BYTES, MORE_BYTES = 192 << 10, 448 << 10
 MANY_WEIGHTS = 1536 << 10  # bytes
+# of the source and of what is written and added besides, where the weights are few enough to stay as well
+ALL_BYTES, FEW_WEIGHTS = 256 << 10, 512 << 10
 BYTES = 4  # of a word
 FEWEST_PARTS = 4
 FEWEST_COPIED = 8  # parts of an image that each copy what they read, while it is in cache
@@ -180,10 +182,18 @@ class Convolution(PackedConvolution):
         size = BYTES // self.word
         return self.shape.padded[1] * (self.shape.inputs * size * self.shape.stride[0] * self.rows)
 
+    def _result_bytes(self) -> int:
+        """Bytes that a band writes, and reads to add."""
+        kinds = (self.region.output_dtype, *self.region.operand_dtypes)
+        pixels: int = self.rows * self.shape.result[1]
+        return pixels * self.shape.outputs * sum(np.dtype(kind).itemsize for kind in kinds)
+
     def _chunk(self, bands: int) -> int:
         """Bands of rows that one part goes over: its source should stay in cache, and the threads need parts alike."""
         fitting = CACHE_BYTES if self.packed["weight"].nbytes < MANY_WEIGHTS else MORE_BYTES
         most: int = max(1, fitting // self._band_bytes())
+        if self.packed["weight"].nbytes <= FEW_WEIGHTS:
+            most = max(1, min(most, ALL_BYTES // (self._band_bytes() + self._result_bytes())))
         chunks = -(-bands // most)
         blocks = self.passes.count * self.blocks
         while chunks < bands and (chunks * blocks < FEWEST_PARTS or chunks * blocks % 2):
