@@ -35,7 +35,8 @@ class RoundBfloat16(Pass):
         %fc: f32[8, 10] = linear(%x_rounded, %fc_weight_rounded, @fc.bias)
 
     The artifact stores such a weight in two bytes an element, and a kernel rounds what it reads itself. It is for
-    targets that multiply bfloat16, `cpu:avx512bf16`; others are refused, they would lose the digits for nothing.
+    targets that multiply bfloat16, `cpu:avx512bf16` and `cpu:amx`; others are refused, where digits would be lost for
+    nothing.
     Kalamkar, Mudigere, Mellempudi et al.: A study of bfloat16 for deep learning training. 2019.
 
     Attributes:
@@ -53,7 +54,7 @@ class RoundBfloat16(Pass):
         if not context.target.bfloat16:
             raise PassError(
                 f"{self}: {context.target} does not multiply bfloat16",
-                remedy="compile for target='cpu:avx512bf16', or leave the pass out",
+                remedy="compile for target='cpu:avx512bf16' or 'cpu:amx', or leave the pass out",
             )
         layers = [n for n in graph.nodes if n.op in ops.LAYERS]
         patterns = Patterns(self.include, self.exclude)

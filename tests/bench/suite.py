@@ -25,6 +25,7 @@ from zoo import CASES, Case, case_of, settled
 
 import mcc
 from mcc.benchmark import interleave
+from mcc.target import host_target
 
 CALIBRATION_BATCHES = 4
 PASSES = {
@@ -64,7 +65,7 @@ def measure(name: str, case: Case, setting: tuple[str, int, int], runs: int, fai
         text = text.partition(";")[2].strip()
     artifact = mcc.compile(
         model, inputs, passes=text, data=mcc.Data(calibration=calibration), threads=threads, measure="never",
-        target="cpu:avx512bf16" if precision == "bf16" else "cpu",
+        target="cpu:avx512bf16" if precision == "bf16" and not host_target().bfloat16 else "cpu",
     )  # fmt: skip
     engines: dict[str, Engine] = {"mcc": artifact}
     proto = torch.onnx.export(model, inputs, dynamo=True, verbose=False).model_proto

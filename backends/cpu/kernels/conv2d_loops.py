@@ -173,9 +173,9 @@ class Convolution(PackedConvolution):
             part(n, self.direct(n), c, tirx.floormod(i, blocks))
 
         if self.reads_copy:
-            loop(self.batch * chunks, copied)
+            self.shared(loop)(self.batch * chunks, copied)
         else:
-            loop(self.batch * chunks * blocks, direct)
+            self.shared(loop)(self.batch * chunks * blocks, direct)
 
     def _band_bytes(self) -> Expression:
         """Bytes of the source that a band moves on by."""

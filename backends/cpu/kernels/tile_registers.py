@@ -30,7 +30,8 @@ MOST_WORDS = 16  # of a row of a tile
 FEWEST_WORDS = 4  # below which too much of a tile is empty
 MOST_CONFIGURED = 8  # times that the threads of one call together prepare the registers, some 100 ns each
 WORD_BYTES = 4
-BLOCK = (PAIR_OF_TILES * TILE_ROWS) ** 2  # sums
+BLOCK_ROWS = PAIR_OF_TILES * TILE_ROWS
+BLOCK = BLOCK_ROWS**2  # sums
 
 _ROWS, _COLUMNS = (4, 5), (6, 7)  # registers; 0 to 3 hold sums
 _MULTIPLY = {"int32": "tdpbusd", "float32": "tdpbf16ps"}
@@ -45,9 +46,10 @@ def words_of_a_step(run: int) -> int | None:
     return sizes[0] if sizes and sizes[0] >= FEWEST_WORDS else None
 
 
-def in_pairs(extent: int) -> int:
-    """Rows of a tile, where an extent is cut into pairs of tiles with the least left over."""
-    return -(-extent // (PAIR_OF_TILES * -(-extent // (PAIR_OF_TILES * TILE_ROWS))))
+def in_pairs(extent: Expression) -> Expression:
+    """Rows of a tile, where an extent, known or not, is cut into pairs of tiles with the least left over."""
+    tiles = PAIR_OF_TILES * -(-extent // BLOCK_ROWS)
+    return -(-extent // (tiles if isinstance(extent, int) else tirx.max(tiles, 1)))
 
 
 class TileRegisters:
@@ -156,7 +158,7 @@ class TileRegisters:
         for i in range(PAIR_OF_TILES):
             for j in tiles:
                 place = T.address_of(self.room[self._at(i, 0, j)])
-                _call("tilestored64", T.int8(PAIR_OF_TILES * i + j), place, T.int64(WORD_BYTES * self._width))
+                _call("tilestored64", T.int8(PAIR_OF_TILES * i + j), place, T.int64(WORD_BYTES * BLOCK_ROWS))
 
     def multiply_held(self, columns: int) -> None:
         """Multiply the tiles that the registers hold."""
@@ -167,12 +169,8 @@ class TileRegisters:
     def _multiply(self, i: int, j: int) -> None:
         _call(_MULTIPLY[self.dtype], T.int8(PAIR_OF_TILES * i + j), T.int8(_ROWS[i]), T.int8(_COLUMNS[j]))
 
-    @property
-    def _width(self) -> int:
-        return PAIR_OF_TILES * TILE_ROWS
-
     def _at(self, tile: int, row: Expression, column: int) -> Expression:
-        return self._at_room + (tile * TILE_ROWS + row) * self._width + column * TILE_ROWS
+        return self._at_room + (tile * TILE_ROWS + row) * BLOCK_ROWS + column * TILE_ROWS
 
     def vectors(self, emit: Callable[[list[tuple[int, Expression]], Callable[[int], list[Register]]], None]) -> None:
         """Call `emit` for every four rows of the last block.

@@ -18,6 +18,7 @@ from mcc.backends.cpu.kernels.conv2d_loops import FEWEST_MACS, Block, Convolutio
 from mcc.backends.cpu.kernels.conv_shape import ConvShape, conv_shape
 from mcc.backends.cpu.kernels.small_groups import shares_vectors
 from mcc.backends.cpu.kernels.tile_registers import (
+    BLOCK_ROWS,
     PAIR_OF_TILES,
     TILE,
     TILE_ROWS,
@@ -48,7 +49,7 @@ def convolution_tiles(region: Region, target: Target, word: int) -> tuple[str, .
     run = -(-passes.joined * shape.group_inputs // word)
     if passes.count == 1 and shape.dilation[1] == 1:
         run *= shape.kernel[1]
-    if shape.varies or math.prod(shape.result) < FEWEST_PIXELS or shares_vectors(region, target.vector_lanes, word):
+    if math.prod(shape.result) < FEWEST_PIXELS or shares_vectors(region, target.vector_lanes, word):
         return ()
     return (TILE,) if words_of_a_step(run) else ()
 
@@ -60,21 +61,31 @@ class TiledConvolution(Convolution):
     first_sums: str
 
     def __init__(self, region: Region, vectors: Vectors) -> None:
-        super().__init__(region, vectors, TileShape(PAIR_OF_TILES * TILE_ROWS, PAIR_OF_TILES))
+        super().__init__(region, vectors, TileShape(BLOCK_ROWS, PAIR_OF_TILES))
         step = words_of_a_step(self.runs()[-1][0])
         assert step is not None
         self.step = step
-        self.registers = TileRegisters(vectors, self.sum_dtype, self.columns, step)
+
+    def loops(self) -> None:
+        """See `ConvolutionBody`."""
+        if self.shape.varies:
+            self.columns = self.v.held_integer(in_pairs(self.shape.result[1]))
+        self.registers = TileRegisters(self.v, self.sum_dtype, self.columns, self.step)
+        super().loops()
 
     def as_computed(self) -> ConvShape:
         """See `PackedConvolution`."""
         shape = self.whole
-        single = shape.kernel == (1, 1) and shape.stride == (1, 1) and not shape.pads
-        return replace(shape, image=(1, math.prod(shape.image))) if single and shape.image[1] < NARROW else shape
+        if shape.varies or shape.kernel != (1, 1) or shape.stride != (1, 1) or shape.pads or shape.image[1] >= NARROW:
+            return shape
+        return replace(shape, image=(1, math.prod(shape.image)))
 
     def tile_size(self) -> tuple[int, int]:
         """Columns of one tile, and rows of a block."""
         height, width = self.shape.result
+        if self.shape.varies:
+            self.beside = True
+            return TILE_ROWS, 1
         across = -(-width // TILE_ROWS)
         self.beside = height == 1 or across % PAIR_OF_TILES == 0
         return (in_pairs(width), 1) if self.beside else (-(-width // across), PAIR_OF_TILES)

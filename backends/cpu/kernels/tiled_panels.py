@@ -10,8 +10,8 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 
 from mcc.backends.cpu.kernels.tile_registers import (
+    BLOCK_ROWS,
     PAIR_OF_TILES,
-    TILE_ROWS,
     WORD_BYTES,
     TileRegisters,
     in_pairs,
@@ -28,7 +28,6 @@ Finish: TypeAlias = Callable[[Expression, int, Sequence[Expression], Sequence[Re
 """Writes sums: given the first output of a vector, how many of its lanes are used, the rows, and the sums of each."""
 
 FEWEST_ROWS = 5  # fewer go one by one
-BLOCK_ROWS = PAIR_OF_TILES * TILE_ROWS
 CACHE_BYTES = 384 << 10  # of the rows that one pass over the panels reads
 SERIAL_MACS = 10_000_000  # as those of panels.py, several of which take the time of one
 
@@ -65,17 +64,13 @@ class TiledPanels:
 
     def _all_rows(self) -> None:
         rows, v = self.rows, self.plan.vectors
-        if isinstance(rows, int):
-            self.blocks: Expression = -(-rows // BLOCK_ROWS)
-            height: Expression = in_pairs(rows)
-        else:
-            self.blocks = v.held_integer(tirx.max(1, tirx.floordiv(rows + BLOCK_ROWS - 1, BLOCK_ROWS)))
-            pairs = PAIR_OF_TILES * self.blocks
-            height = v.held_integer(tirx.floordiv(rows + pairs - 1, pairs))
+        self.blocks, height = -(-rows // BLOCK_ROWS), in_pairs(rows)
+        if not isinstance(rows, int):
+            self.blocks, height = v.held_integer(self.blocks), v.held_integer(height)
         self.registers = TileRegisters(v, self.dtype, height, self.step)
         most = max(1, CACHE_BYTES // (BLOCK_ROWS * WORD_BYTES * self.words))
         chunk = min(most, self.blocks) if isinstance(rows, int) else most
-        chunks = -(-self.blocks // chunk) if isinstance(rows, int) else tirx.floordiv(self.blocks + chunk - 1, chunk)
+        chunks = -(-self.blocks // chunk)
 
         def part(i: Expression) -> None:
             c, p = tirx.floordiv(i, self.plan.panels), tirx.floormod(i, self.plan.panels)

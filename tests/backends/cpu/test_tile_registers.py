@@ -97,9 +97,10 @@ def convolutions(draw):
 
 @needs_tiles
 @settings(max_examples=60, **COMPILED)
-@given(convolutions(), EPILOGUES)
-def test_convolutions(sizes, epilogue):
-    word, source, shape, options = sizes
+@given(convolutions(), EPILOGUES, st.booleans())
+def test_convolutions(sizes, epilogue, varies):
+    word, (batch, height, width, inputs), shape, options = sizes
+    source = (batch, Symbolic(height), Symbolic(width), inputs) if varies else (batch, height, width, inputs)
     if word == 4:
         kernel: Conv2dInt8 | Conv2dBfloat16 = Conv2dInt8()
         region = make_region(ops.CONV2D_NHWC, source, make_weight(shape, "int8", 1), epilogue, CODES, options)
@@ -108,7 +109,8 @@ def test_convolutions(sizes, epilogue):
         region = make_region(ops.CONV2D_NHWC, source, bfloat16_weight(shape), epilogue, None, options)
         region = dataclasses.replace(region, rounds=True)
     if kernel.refuses(region, TARGET) is None and TILE in kernel.tiles(region, TARGET):
-        assert_kernel_equals_reference(kernel, region, TARGET, TILE, [source])
+        others = [(batch, height + 3, width + 21, inputs), (batch, height, width + 4, inputs)] if varies else []
+        assert_kernel_equals_reference(kernel, region, TARGET, TILE, [(batch, height, width, inputs), *others])
 
 
 @pytest.mark.parametrize("kind", ["int8", "per token", "bfloat16"])
