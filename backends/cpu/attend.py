@@ -11,8 +11,8 @@ from mcc import ops
 from mcc.attention import LARGEST_CODE
 from mcc.backends.cpu.integerize import quantized_source
 from mcc.backends.cpu.kernels.attention import TokenCodes, attention_function, attention_shape
-from mcc.backends.cpu.kernels.attention_int8 import attention_int8_function
 from mcc.backends.cpu.kernels.attention_step import attention_step_function
+from mcc.backends.cpu.kernels.attention_tiles import attention_int8_function
 from mcc.backends.cpu.kernels.quads import QUAD
 from mcc.backends.cpu.tokens import reads_codes
 from mcc.backends.relax.emitter import known_dims, rank

@@ -9,8 +9,6 @@ ICLR 2025 (there with scales for blocks of rows, and values in float16).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
@@ -20,20 +18,8 @@ from mcc.backends.cpu.kernels.quads import QUAD
 from mcc.backends.cpu.microkernel import Expression, Parameter, Vectors, flat, parallel, serial
 from mcc.backends.cpu.vector_math import exp_to_codes
 
-if TYPE_CHECKING:
-    from mcc.target import Target
-
 SIGN = -0x7F7F7F80  # the highest bit of each byte of a word: what makes unsigned codes signed, 128 less
 MIDDLE = 128
-
-
-def attention_int8_function(shape: AttentionShape, target: Target) -> tirx.PrimFunc:
-    """A kernel over query, keys and values, the mask if there is one, and the float32 output.
-
-    Scale and zero point follow their codes, so that attention of equal sizes shares a kernel. The depth is a multiple
-    of four, the largest code of a probability is up to 255.
-    """
-    return _IntegerBody(shape, Vectors(target)).function()
 
 
 def _word(byte: int) -> int:
@@ -41,7 +27,9 @@ def _word(byte: int) -> int:
     return int.from_bytes(bytes([byte] * QUAD), "little", signed=True)
 
 
-class _IntegerBody(AttentionBody):
+class IntegerBody(AttentionBody):
+    """Emits the kernel for one attention over codes."""
+
     name = "attention_int8"
     kind = "int32"
     exponential = staticmethod(exp_to_codes)
@@ -49,6 +37,7 @@ class _IntegerBody(AttentionBody):
     def __init__(self, shape: AttentionShape, vectors: Vectors) -> None:
         super().__init__(shape, vectors)
         self.steps = shape.depth // QUAD  # a word of codes each
+        self.row_words = self.padded // QUAD  # codes of a row of probabilities
         width, lanes = shape.width, vectors.lanes
         # bytes that count one each
         self.ones = vectors.constant(_word(vectors.target.code_offset + 1), "int32")
@@ -82,24 +71,28 @@ class _IntegerBody(AttentionBody):
 
     def emit(self) -> None:
         """Emit the loops."""
-        s, lanes = self.shape, self.v.lanes
-        group = s.heads // s.key_heads
+        s = self.shape
 
         def head(i: Expression) -> None:
             b, h = batch_and_head(i, s.heads)
-            self.zero = [B.Bind(zero[0]) for zero in self.zeros]
-            shared = tirx.floordiv(h, group)
-            self.panels_room = B.alloc_buffer((self.padded * self.steps,), "int32", layout=None)
-            self.starts_room = B.alloc_buffer((self.padded,), "int32", layout=None)
-            values = self.padded // QUAD * (len(self.starts) * lanes)
-            self.values_room = B.alloc_buffer((values,), "int32", layout=None)
-            self.scores = B.alloc_buffer((self.padded * self.block,), "float32", layout=None)
-            self.codes = B.alloc_buffer((self.padded * self.block,), "uint8", layout=None)
-            self._pack_keys(self.keys.place(b, shared))
-            self._pack_values(self.values.place(b, shared))
+            self.prepare_head(b, h)
             self.blocks(lambda first, rows: self._codes_block((b, h, first), rows))
 
         parallel(s.batch * s.heads, head)
+
+    def prepare_head(self, b: Expression, h: Expression) -> None:
+        """Rooms for all blocks of a head, and its keys and values packed."""
+        s = self.shape
+        self.zero = [B.Bind(zero[0]) for zero in self.zeros]
+        shared = tirx.floordiv(h, s.heads // s.key_heads)
+        self.panels_room = B.alloc_buffer((self.padded * self.steps,), "int32", layout=None)
+        self.starts_room = B.alloc_buffer((self.padded,), "int32", layout=None)
+        values = self.row_words * (len(self.starts) * self.v.lanes)
+        self.values_room = B.alloc_buffer((values,), "int32", layout=None)
+        self.scores = B.alloc_buffer((self.padded * self.block,), "float32", layout=None)
+        self.codes = B.alloc_buffer((self.row_words * QUAD * self.block,), "uint8", layout=None)
+        self._pack_keys(self.keys.place(b, shared))
+        self._pack_values(self.values.place(b, shared))
 
     def _pack_keys(self, key: tuple[Expression, int]) -> None:
         """[keys, depth] to signed [panel][quad][lane]; past the last key, it again. And what each key's sum begins at.
@@ -168,11 +161,11 @@ class _IntegerBody(AttentionBody):
         seen, count = self.seen(first, rows)
         start, less = B.Bind(query[0] + first * query[1]), T.int32(MIDDLE) - self.zero[1]
         self.factor = B.Bind(self.v.splat(T.float32(self.shape.scale) * self.scales[0][0] * self.scales[1][0]))
-        self.terms = [B.Bind(self.v.splat(self._sum_of_query(start + i * query[1]) * less)) for i in range(rows)]
+        self.terms = [B.Bind(self.v.splat(self.sum_of_query(start + i * query[1]) * less)) for i in range(rows)]
         self._scores(rows, start, query[1], (self.panels_room, self.scores, count))
         for i in range(rows):
             self.mask_row((b, h, first + i), self.scores, i, seen, count)
-        factors = [self._to_codes(i, count) for i in range(rows)]
+        factors = [self.to_codes(i, count) for i in range(rows)]
         self._integer_weigh(rows, seen, (B.Bind(out[0] + first * out[1]), out[1]), factors)
 
     def start(self, row: int, panel: Expression) -> Expression:
@@ -187,7 +180,7 @@ class _IntegerBody(AttentionBody):
         """What a sum of codes stands for."""
         return self.v.to_float(total) * self.factor
 
-    def _sum_of_query(self, start: Expression) -> Expression:
+    def sum_of_query(self, start: Expression) -> Expression:
         """The sum of a query's codes."""
         v, vectors = self.v, self.steps // self.v.lanes
         ((summed,),) = v.registers(1, 1, "int32")
@@ -202,7 +195,7 @@ class _IntegerBody(AttentionBody):
                 total = total + T.bitwise_and(T.shift_right(word, T.int32(8 * i)), T.int32(255))
         return B.Bind(total)
 
-    def _to_codes(self, i: int, count: Expression) -> tuple[Expression, Expression]:
+    def to_codes(self, i: int, count: Expression) -> tuple[Expression, Expression]:
         """Codes of a row's probabilities; returns what one stands for, and their sum."""
         v = self.v
         ((summed,),) = v.registers(1, 1, "int32")
@@ -211,7 +204,7 @@ class _IntegerBody(AttentionBody):
         def code(p: Expression, value: Expression) -> None:
             rounded = B.Bind(v.to_nearest_integer(value * v.constant(float(self.shape.limit))))
             summed.set(summed.get() + rounded)
-            v.store(self.codes, i * self.padded + p * v.lanes, T.cast(rounded, f"uint8x{v.lanes}"))
+            v.store(self.codes, i * (self.row_words * QUAD) + p * v.lanes, T.cast(rounded, f"uint8x{v.lanes}"))
 
         inverse = self.exponentials(self.scores, i, count, code)
         total = v.across([summed.get()], lambda x, y: x + y)
@@ -222,7 +215,7 @@ class _IntegerBody(AttentionBody):
     ) -> None:
         """Sums of values by codes, less what their zero points add."""
         v = self.v
-        words = flat(self.codes, self.padded * self.block // QUAD, "int32")
+        words = flat(self.codes, self.row_words * self.block, "int32")
         quads = tirx.floordiv(seen + QUAD - 1, QUAD)
         zero, offset = self.zero[2] - T.int32(MIDDLE), v.target.code_offset
         for at in range(0, len(self.starts), self.columns):
@@ -233,7 +226,7 @@ class _IntegerBody(AttentionBody):
             with B.serial(0, quads) as t:
                 place = (t * len(self.starts) + at) * v.lanes
                 loaded = [B.Bind(v.load(self.values_room, place + j * v.lanes)) for j in range(len(part))]
-                splats = [B.Bind(v.splat(words[i * (self.padded // QUAD) + t])) for i in range(rows)]
+                splats = [B.Bind(v.splat(words[i * self.row_words + t])) for i in range(rows)]
                 for row, splat in zip(sums, [*splats, self.ones], strict=False):
                     for register, value in zip(row, loaded, strict=True):
                         register.set(v.dot4(register.get(), splat, value, bounded=False))

@@ -130,6 +130,7 @@ class TileRegisters:
         start: Sequence[Place],
         steps: Callable[[Callable[[Sequence[Place], Place], None]], None],
         strides: tuple[Expression, int],
+        apart: int = TILE_ROWS,
     ) -> None:
         """Compute a block and write its sums where `vectors` finds them.
 
@@ -138,6 +139,7 @@ class TileRegisters:
             steps: emits the loops: it calls what it is given with the words that each tile of rows reads, and with
                 those of all tiles of columns side by side.
             strides: words from one row to the next, and from one word of a column to the next.
+            apart: words from one tile of columns to the next.
         """
         tiles = range(len(start))
         for i in range(PAIR_OF_TILES):
@@ -151,7 +153,7 @@ class TileRegisters:
                 _load(_ROWS[i], place, strides[0])
                 for j in tiles:
                     if i == 0:
-                        _load(_COLUMNS[j], (weights, first + j * TILE_ROWS), strides[1])
+                        _load(_COLUMNS[j], (weights, first + j * apart), strides[1])
                     self._multiply(i, j)
 
         steps(step)

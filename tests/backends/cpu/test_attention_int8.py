@@ -17,13 +17,16 @@ from torch import nn
 
 import mcc
 from mcc.backends.cpu.kernels.attention import AttentionShape
-from mcc.backends.cpu.kernels.attention_int8 import attention_int8_function
-from mcc.target import parse_target
+from mcc.backends.cpu.kernels.attention_tiles import attention_int8_function
+from mcc.target import missing_features, parse_target
 
 QUICK = {"measure": "never", "tuning": "model"}
 VNNI = pytest.mark.skipif("cpu:avx512vnni" not in map(str, TARGETS), reason="this CPU has no AVX-512 VNNI")
 ARM = pytest.mark.skipif(COMPILER is None or EMULATOR is None, reason="no cross compiler and emulator for ARM here")
-EXACT = [pytest.param("cpu:avx512vnni", marks=VNNI), pytest.param("cpu:neon", marks=ARM)]
+TILES = pytest.mark.skipif(bool(missing_features(parse_target("cpu:amx"))), reason="this CPU has no tile registers")
+EXACT = [
+    pytest.param("cpu:avx512vnni", marks=VNNI), pytest.param("cpu:neon", marks=ARM), pytest.param("cpu:amx", marks=TILES),
+]  # fmt: skip
 HIDDEN = -math.inf
 
 
@@ -137,6 +140,8 @@ CASES = {
     "few rows": Case(rows=2, keys=3, depth=4, width=16),
     "wide values": Case(width=150),
     "coarse": Case(limit=127),
+    "blocks of tiles": Case(rows=75, keys=83, depth=40, width=40),
+    "causal blocks of tiles": Case(rows=90, keys=90, depth=64, width=64, causal=True, mask="float32"),
 }
 
 
@@ -146,7 +151,6 @@ def test_it_computes_what_integers_give(name, target):
     check(CASES[name], target)
 
 
-@VNNI
 @given(
     st.builds(
         Case, rows=st.integers(1, 20), keys=st.integers(1, 40), depth=st.integers(1, 20).map(lambda n: 4 * n),
@@ -155,9 +159,10 @@ def test_it_computes_what_integers_give(name, target):
         mask=st.sampled_from(("", "bool", "float32")), zeros=st.tuples(*[st.integers(0, 255)] * 3),
     )
 )  # fmt: skip
+@pytest.mark.parametrize("target", [EXACT[0], EXACT[2]])
 @settings(max_examples=15, deadline=None)
-def test_any_sizes(case):
-    check(case, "cpu:avx512vnni")
+def test_any_sizes(target, case):
+    check(case, target)
 
 
 @VNNI
