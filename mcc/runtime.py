@@ -146,8 +146,9 @@ def use_threads(count: int) -> None:
 def _refuse_other_machine(manifest: Manifest) -> None:
     missing = sorted(set(manifest.features) - host_features())
     if missing:
+        granted = ", or the system does not grant them" if any(name.startswith("amx") for name in missing) else ""
         raise ArtifactError(
-            f"the artifact is for {manifest.target}; this CPU lacks {', '.join(missing)}",
+            f"the artifact is for {manifest.target}; this CPU lacks {', '.join(missing)}{granted}",
             remedy="compile the model on this machine, or for one of the targets that `mcc targets` says run here",
         )
 

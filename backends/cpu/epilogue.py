@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 COARSEST_GELU = 16 * 2e-4  # step of codes for which an error of 2e-4 is a sixteenth
 LARGEST_CONVERTED = float(1 << 30)
+MOST_STEPS_ADDED = 1 << 15  # of which float32 has parts of 1 / 256
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,21 @@ def steps_after_scale(region: Region) -> tuple[Step, ...]:
 
 
 def _summed_codes(region: Region) -> tuple[list[Add], Requantize] | None:
-    """The additions and the requantize that follow sums with one scale for each output, if nothing else does."""
+    """The additions and the requantize that follow sums with one scale for each output, if nothing else does.
+
+    None too where the zero point of what is added is so many steps that a sum in float32 would lose digits, or where
+    two floats are added, each of which may be beyond float32 in such steps.
+    """
     if region.weight.scale is None or region.weight.grouped:
         return None
     steps = merged(region.epilogue)
     adds = [step for step in steps[:-1] if isinstance(step, Add)]
     last = steps[-1] if steps else None
-    return (adds, last) if isinstance(last, Requantize) and len(adds) == len(steps) - 1 else None
+    if not isinstance(last, Requantize) or len(adds) != len(steps) - 1:
+        return None
+    scales = [a.activation.scale for a in adds if a.activation is not None]
+    fine = LARGEST_CODE * sum(scales) / last.scale <= MOST_STEPS_ADDED and len(adds) - len(scales) <= 1
+    return (adds, last) if fine else None
 
 
 class Epilogue:

@@ -53,8 +53,9 @@ def exp_to_zero(v: Vectors, x: Expression) -> Expression:
 
 def exp_to_codes(v: Vectors, x: Expression) -> Expression:
     """`exp_to_zero` within 1e-5: a polynomial with the least largest error, and never less than 2^-126."""
-    # in this order of operands a NaN passes
-    t = v.hold(T.max(v.constant(-126.0), x * v.constant(1 / math.log(2))))
+    # in this order of operands a NaN passes; the polynomial is less than one at zero, and 2^-126 times that no normal
+    # number, which takes a CPU a hundred cycles
+    t = v.hold(T.max(v.constant(-125.0), x * v.constant(1 / math.log(2))))
     n = v.hold(v.round_half_even(t))
     y = v.hold(polynomial(v, v.hold(t - n), _EXP2))
     exponent = T.shift_left(T.cast(n, f"int32x{v.lanes}"), v.constant(23, "int32"))

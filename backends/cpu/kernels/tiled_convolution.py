@@ -69,7 +69,8 @@ class TiledConvolution(Convolution):
     def loops(self) -> None:
         """See `ConvolutionBody`."""
         if self.shape.varies:
-            self.columns = self.v.held_integer(in_pairs(self.shape.result[1]))
+            # TVM divides by it, whether or not there is anything to do
+            self.columns = self.v.held_integer(tirx.max(1, in_pairs(self.shape.result[1])))
         self.registers = TileRegisters(self.v, self.sum_dtype, self.columns, self.step)
         super().loops()
 

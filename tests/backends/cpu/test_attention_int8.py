@@ -18,6 +18,8 @@ from torch import nn
 import mcc
 from mcc.backends.cpu.kernels.attention import AttentionShape
 from mcc.backends.cpu.kernels.attention_tiles import attention_int8_function
+from mcc.backends.cpu.microkernel import Parameter, Vectors, kernel_function
+from mcc.backends.cpu.vector_math import exp_to_codes
 from mcc.target import missing_features, parse_target
 
 QUICK = {"measure": "never", "tuning": "model"}
@@ -163,6 +165,22 @@ def test_it_computes_what_integers_give(name, target):
 @settings(max_examples=15, deadline=None)
 def test_any_sizes(target, case):
     check(case, target)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_e_to_what_is_hidden_is_a_normal_number(target):
+    """Others take a CPU a hundred cycles each, and there is one for every key that is not seen."""
+    v = Vectors(target)
+
+    def body(x, y):
+        v.store(y, 0, exp_to_codes(v, v.load(x, 0)))
+
+    parameters = [Parameter(name, (v.lanes,), "float32") for name in "XY"]
+    x, out = np.full(v.lanes, HIDDEN, np.float32), np.zeros(v.lanes, np.float32)
+    x[0], x[1] = 0.0, -86.6
+    (found,) = run_function(kernel_function("e", parameters, body), target, [[x, out]])
+    np.testing.assert_allclose(found[:2], np.exp(x[:2]), rtol=2e-5)
+    assert (found >= np.finfo(np.float32).tiny).all()
 
 
 @VNNI
