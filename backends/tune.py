@@ -18,7 +18,7 @@ from mcc.ops import extent
 from mcc.target import Target, missing_features
 
 CANDIDATES = 3
-ROUNDS = 3
+ROUNDS = 8
 Measure = Callable[[Lowered, Region, Target], Callable[[], float]]
 """Makes what times a few calls of a lowered kernel, the least seconds of one."""
 Tuning = Literal["measure", "model"]
