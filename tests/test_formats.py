@@ -180,6 +180,15 @@ def test_a_layer_whose_dense_kernel_is_faster_is_stored_dense_and_says_so():
     )
 
 
+@pytest.mark.parametrize(("target", "reasons"), [("cpu:avx512vnni", []), ("cpu:amx", [
+    "stored dense: at density 0.10 the dense kernel is faster (sparse gains below 0.02 for 64 rows)",
+])])  # fmt: skip
+def test_sparse_codes_beside_instructions_that_multiply_whole_tiles(target, reasons):
+    graph = compressed(nn.Sequential(nn.Linear(40, 24)), torch.randn(64, 40), PruneWeights(ratio=0.9), Quantize())
+    _, declined = encode(graph, partial(cpu.prefer_dense, target=parse_target(target)))
+    assert [layer.reason for layer in declined] == reasons
+
+
 def test_encoding_leaves_the_graph_it_was_given():
     x = torch.randn(64, 40)
     graph = compressed(mlp(40, 24, 8), x, PruneWeights(ratio=0.9))

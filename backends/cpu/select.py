@@ -60,6 +60,16 @@ DENSEST = {
         "windows": 0.15,
         "windows of blocks": 0.2,
     },
+    "tiles": {
+        "few rows": 0.05,
+        "few rows of blocks": 0.15,
+        "rows": 0.02,
+        "blocks": 0.02,
+        "few pixels": 0.02,
+        "pixels": 0.02,
+        "windows": 0.01,
+        "windows of blocks": 0.01,
+    },
 }
 
 
@@ -132,7 +142,7 @@ def _first(region: Region, lowering: Lowering) -> tuple[Kernel | None, str]:
 def prefer_dense(node: Node, density: float, form: Form, target: Target) -> str | None:
     """Why a weight of this density had better be read dense for this op, or None if a sparse kernel gains by it.
 
-    Measured on AVX-512 and AVX2, see `DENSEST` and tests/bench/sparse.py. A weight read dense is still stored without
+    Measured on AVX-512, AVX2 and AMX, see `DENSEST` and tests/bench/sparse.py. A weight read dense is still stored without
     its zeros.
     """
     if node.op is ops.EMBEDDING and form.among:
@@ -152,7 +162,8 @@ def prefer_dense(node: Node, density: float, form: Form, target: Target) -> str 
         return f"no kernel multiplies codes by weights of {form}"
     if codes and (beside := _single_channels_beside(node)) is not None:
         return f"{beside.layer} beside it has single channels, and codes of those lie with channels last"
-    precision = "float" if not codes else "dot4" if target.exact_dot4 else "int8"
+    integers = "tiles" if target.tiles else "dot4" if target.exact_dot4 else "int8"
+    precision = integers if codes else "float"
     limit = DENSEST[precision][kind]
     if density <= limit:
         return None

@@ -72,7 +72,7 @@ class TileRegisters:
             groups = 1 if loop is serial else MOST_CONFIGURED
             if isinstance(extent, int):
                 groups = max(1, min(groups, extent))
-            size = -(-extent // groups) if isinstance(extent, int) else tirx.floordiv(extent + groups - 1, groups)
+            size = -(-extent // groups)
 
             def group(g: Expression) -> None:
                 with self._prepared():
@@ -110,20 +110,13 @@ class TileRegisters:
         The CPU works on both at once then: a block's own sums take longer to come than its instructions to be read.
         """
 
-        def turn(t: Expression) -> None:
-            def first() -> None:
-                self._at_room = tirx.floormod(t, 2) * BLOCK
-                sums(t)
-
-            def second() -> None:
-                self._at_room = tirx.floormod(t + 1, 2) * BLOCK
-                write(t - 1)
-
-            branch(t < count, first)
-            branch(t > 0, second)
+        def in_room(block: Expression, emit: Callable[[Expression], None]) -> None:
+            self._at_room = tirx.floormod(block, 2) * BLOCK
+            emit(block)
 
         with B.serial(0, count + 1) as t:
-            turn(t)
+            branch(t < count, lambda: in_room(t, sums))
+            branch(t > 0, lambda: in_room(t - 1, write))
 
     def multiply(
         self,
@@ -180,11 +173,9 @@ class TileRegisters:
         It is given the tile of each row and its number there, and what gives their sums of a tile of columns. Where the
         rows of a tile are odd, the last ones are given twice.
         """
-        rows = self.rows
-        turns = (rows + 1) // 2 if isinstance(rows, int) else tirx.floordiv(rows + 1, 2)
 
         def four(t: Expression) -> None:
-            second = tirx.min(2 * t + 1, rows - 1)
+            second = tirx.min(2 * t + 1, self.rows - 1)
             places = [(tile, row) for tile in range(PAIR_OF_TILES) for row in (2 * t, second)]
 
             def sums(j: int) -> list[Register]:
@@ -192,7 +183,7 @@ class TileRegisters:
 
             emit(places, sums)
 
-        serial(turns, four)
+        serial(-(-self.rows // 2), four)
 
 
 def _load(register: int, place: Place, stride: Expression) -> None:
