@@ -142,8 +142,8 @@ def _first(region: Region, lowering: Lowering) -> tuple[Kernel | None, str]:
 def prefer_dense(node: Node, density: float, form: Form, target: Target) -> str | None:
     """Why a weight of this density had better be read dense for this op, or None if a sparse kernel gains by it.
 
-    Measured on AVX-512, AVX2 and AMX, see `DENSEST` and tests/bench/sparse.py. A weight read dense is still stored without
-    its zeros.
+    Measured on AVX2, AVX-512 and AMX, see `DENSEST` and tests/bench/sparse.py. A weight read dense is still stored
+    without its zeros.
     """
     if node.op is ops.EMBEDDING and form.among:
         return f"no embedding reads rows of {form}"
