@@ -166,8 +166,9 @@ def test_a_sparse_convolution_with_a_residual_is_one_kernel(codes):
     x = torch.randn(4, 16, 10, 10)
     steps = [PruneWeights(ratio=0.95, scope="layer"), *([Quantize()] if codes else [])]
     artifact = mcc.compile(
-        Block().eval(), (x,), passes=steps, data=Data(calibration=[x]), measure="never", tuning="model"
-    )
+        Block().eval(), (x,), passes=steps, data=Data(calibration=[x]), measure="never", tuning="model",
+        target="cpu:avx512",
+    )  # fmt: skip
     rows = {row.layer: row for row in artifact.report.layers}
     assert {row.kernel.split()[0] for row in rows.values()} == {"sparse_conv2d"}
     assert rows["b"].op.startswith("conv2d + add + relu")
@@ -222,7 +223,7 @@ def test_layers_of_either_layout_read_the_same_codes():
     x = torch.randn(4, 8, 13, 11)
     artifact = mcc.compile(
         Fork().eval(), (x,), passes=[PruneWeights(ratio=0.95, scope="layer", include=("sparse",)), Quantize()],
-        data=Data(calibration=[x]), measure="never", tuning="model",
+        data=Data(calibration=[x]), measure="never", tuning="model", target="cpu:avx512",
     )  # fmt: skip
     kernels = {row.layer: row.kernel.split()[0] for row in artifact.report.layers}
     assert kernels == {"first": "conv2d_int8", "sparse": "sparse_conv2d", "dense": "conv2d_int8"}
