@@ -195,10 +195,8 @@ def peak(target: Target, kind: str) -> float:
     function = kernel_function(
         "peak", [Parameter("X", (3 * v.lanes,), dtype), Parameter("Y", (CHAINS * v.lanes,), dtype)], body
     )
-    module = compiled_kernel(function, target)
-    arrays = [tvm.runtime.tensor(np.zeros(n * v.lanes, dtype), tvm.cpu()) for n in (3, CHAINS)]
-    seconds = min(module.time_evaluator("peak", tvm.cpu(), number=3, repeat=5)(*arrays).results)
-    return STEPS * CHAINS * v.lanes * products / float(seconds)
+    seconds = _least_seconds(function, target, [np.zeros(n * v.lanes, dtype) for n in (3, CHAINS)])
+    return STEPS * CHAINS * v.lanes * products / seconds
 
 
 def _tiles_peak(v: Vectors, kind: str) -> float:
@@ -206,10 +204,14 @@ def _tiles_peak(v: Vectors, kind: str) -> float:
     registers = TileRegisters(v, dtype, TILE_ROWS, MOST_WORDS)
 
     def body(y: Expression) -> None:
-        registers.shared(serial)(1, lambda _: serial(STEPS, lambda _: registers.multiply_held(PAIR_OF_TILES)))
+        registers.shared(serial)(1, lambda _: serial(STEPS, lambda _: registers.multiply_held()))
         B.buffer_store(y, T.float32(0), [0])
 
-    module = compiled_kernel(kernel_function("peak", [Parameter("Y", (1,), "float32")], body), v.target)
-    room = tvm.runtime.tensor(np.zeros(1, "float32"), tvm.cpu())
-    seconds = min(module.time_evaluator("peak", tvm.cpu(), number=3, repeat=5)(room).results)
-    return STEPS * PAIR_OF_TILES**2 * TILE_ROWS**2 * MOST_WORDS * products / float(seconds)
+    function = kernel_function("peak", [Parameter("Y", (1,), "float32")], body)
+    seconds = _least_seconds(function, v.target, [np.zeros(1, "float32")])
+    return STEPS * PAIR_OF_TILES**2 * TILE_ROWS**2 * MOST_WORDS * products / seconds
+
+
+def _least_seconds(function: tvm.tirx.PrimFunc, target: Target, arrays: Sequence[NDArray[Any]]) -> float:
+    timer = compiled_kernel(function, target).time_evaluator("peak", tvm.cpu(), number=3, repeat=5)
+    return float(min(timer(*(tvm.runtime.tensor(a, tvm.cpu()) for a in arrays)).results))

@@ -84,6 +84,7 @@ class IntegerBody(AttentionBody):
         """Rooms for all blocks of a head, and its keys and values packed."""
         s = self.shape
         self.zero = [B.Bind(zero[0]) for zero in self.zeros]
+        self.factor = B.Bind(self.v.splat(T.float32(s.scale) * self.scales[0][0] * self.scales[1][0]))
         shared = tirx.floordiv(h, s.heads // s.key_heads)
         self.panels_room = B.alloc_buffer((self.padded * self.steps,), "int32", layout=None)
         self.starts_room = B.alloc_buffer((self.padded,), "int32", layout=None)
@@ -160,7 +161,6 @@ class IntegerBody(AttentionBody):
         query, out = self.query.place(b, h), self.out.place(b, h)
         seen, count = self.seen(first, rows)
         start, less = B.Bind(query[0] + first * query[1]), T.int32(MIDDLE) - self.zero[1]
-        self.factor = B.Bind(self.v.splat(T.float32(self.shape.scale) * self.scales[0][0] * self.scales[1][0]))
         self.terms = [B.Bind(self.v.splat(self.sum_of_query(start + i * query[1]) * less)) for i in range(rows)]
         self._scores(rows, start, query[1], (self.panels_room, self.scores, count))
         for i in range(rows):

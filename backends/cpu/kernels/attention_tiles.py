@@ -103,7 +103,6 @@ class TiledAttention(IntegerBody):
                 B.buffer_store(self.terms_room, self.sum_of_query(start + i * apart) * less, [tile * height + i])
 
             serial(height, term)
-        factor = B.Bind(v.splat(T.float32(self.shape.scale) * self.scales[0][0] * self.scales[1][0]))
 
         def sums(p: Expression, panels: int) -> None:
             begin = [(self.starts_room, (p + j) * v.lanes) for j in range(panels)]
@@ -122,8 +121,8 @@ class TiledAttention(IntegerBody):
                 for j in range(panels):
                     for (tile, i), total in zip(places, found(j), strict=True):
                         row = tile * height + i
-                        value = v.to_float(total.get() + v.splat(self.terms_room[row])) * factor
-                        v.store(self.scores, row * self.padded + (p + j) * v.lanes, value)
+                        score = self.score(total.get() + v.splat(self.terms_room[row]))
+                        v.store(self.scores, row * self.padded + (p + j) * v.lanes, score)
 
             self.registers.vectors(four)
 

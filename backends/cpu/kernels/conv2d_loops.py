@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-
 MANY_IMAGES = 4  # from here on threads take images, not parts of one
 # of the source that one pass over a block of channels reads: half of a small L2 cache; and where the weights, which
 # are read again for each part of the source, do not stay in such a cache
@@ -260,6 +259,14 @@ class Convolution(PackedConvolution):
         first = row * (self.shape.stride[0] * self.line) + column * (self.shape.stride[1] * self.pixel_words)
         return source[1] + first + self.first_word(number)
 
+    def first_output(self, n: Expression, row: Expression, column: Expression) -> Expression:
+        """Where the outputs of a pixel begin."""
+        return ((n * self.shape.result[0] + row) * self.shape.result[1] + column) * self.shape.outputs
+
+    def first_vector(self, block: Block) -> Expression:
+        """The number of a block's first vector among those of all passes."""
+        return block.number * self.vectors + block.within * self.tile.vectors
+
     def channel(self, number: Expression, block: Expression, j: int) -> Expression:
         """The first output channel of a vector."""
         outputs, lanes = self.outputs, self.v.lanes
@@ -280,14 +287,14 @@ class Convolution(PackedConvolution):
         row, column, height, width = place
         pixels = [(i, j) for i in range(height) for j in range(width)]
         sums = v.registers(len(pixels), vectors, self.sum_dtype)
-        vector = number * self.vectors + within * self.tile.vectors
+        vector = self.first_vector(block)
         for j in range(vectors):
             start = B.Bind(self.start((vector + j) * v.lanes))
             for pixel in sums:
                 pixel[j].set(start)
         corner = B.Bind(self.corner(source, number, row, column))
         weight = B.Bind(vector * (self.taps * v.lanes))
-        first = B.Bind(((n * shape.result[0] + row) * shape.result[1] + column) * shape.outputs)
+        first = B.Bind(self.first_output(n, row, column))
         channels = [first + self.channel(number, within, j) for j in range(vectors)]
         targets = [[c + (y * shape.result[1] + x) * shape.outputs for y, x in pixels] for c in channels]
         for indices in targets:
@@ -315,7 +322,7 @@ class Convolution(PackedConvolution):
         words, (row, column, height, width) = block.vectors * self.v.lanes * (self.taps // steps), place
         if block.pixels is None or self.blocks * self.passes.count == 1:
             return lambda _: None
-        size = self.passes.count * self.vectors * self.v.lanes * steps
+        size = self.passes.count * self.vectors * self.v.lanes * self.taps
         following = NextPanel(self.weights, size, weight + words * steps, words, steps)
         before = (row - block.first) * self.shape.result[1] + column * height
         return following.share(self.v, (before, height * width, block.pixels))

@@ -104,7 +104,7 @@ class DenseInt8:
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """As for float, with registers left for what replaces `vpdpbusd`; tile registers where there are any."""
         inputs = region.weight.shape[1]
-        return (*register_tiles(region, target, inputs // 4 if inputs % 4 == 0 else 0), *dense_tiles(region, target))
+        return tiles_of_words(region, target, inputs // 4 if inputs % 4 == 0 else 0)
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text; k goes in groups of four bytes, padded with zero weights."""
@@ -149,11 +149,12 @@ def not_plain(weight: StoredWeight) -> str | None:
     return "groups of the weight's inputs have scales of their own" if weight.grouped else None
 
 
-def register_tiles(region: Region, target: Target, words: int) -> tuple[str, ...]:
-    """The tile in tile registers, if the target has them and the `words` of a row fit some."""
+def tiles_of_words(region: Region, target: Target, words: int) -> tuple[str, ...]:
+    """The tile in tile registers, if the target has them and the `words` of a row fit some; then `dense_tiles`."""
     rows = region.source.shape[:-1]
     few = all(isinstance(s, int) for s in rows) and math.prod(map(extent, rows)) < FEWEST_ROWS
-    return (TILE,) if target.tiles and not few and words_of_a_step(words) else ()
+    tiled = target.tiles and not few and words_of_a_step(words)
+    return (*((TILE,) if tiled else ()), *dense_tiles(region, target))
 
 
 def dense_tile(text: str) -> TileShape:
@@ -347,11 +348,11 @@ class IntegerBody:
         self.bias, self.scale, self.start = rest
         self.words = flat(weight, self.groups * self.plan.padded_outputs, "int32")
         self.take(x, product(self.plan.leading))
-        if not self.tiled:
+        if self.tiled:
+            tiles = TiledPanels(self.plan, "int32", self.groups)
+            tiles.loops((self.code_words, self.words, self.start), self._finish, self._tile)
+        else:
             self.plan.loops(self._tile)
-            return
-        tiles = TiledPanels(self.plan, "int32", self.groups)
-        tiles.loops((self.code_words, self.words, self.start), self._finish, lambda: self.plan.loops(self._tile))
 
     def take(self, x: Expression, rows: Expression) -> None:
         """Get the codes of all rows."""

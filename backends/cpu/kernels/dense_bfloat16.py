@@ -17,7 +17,7 @@ from tvm.script import tirx as T
 from mcc import ops
 from mcc.backends.cpu.epilogue import channel_vectors
 from mcc.backends.cpu.kernels.bfloat16 import PAIR, bits_of, decoded_element, multiplying, vector_bits_of
-from mcc.backends.cpu.kernels.dense import dense_reference, dense_tile, dense_tiles, pack_panels_of, register_tiles
+from mcc.backends.cpu.kernels.dense import dense_reference, dense_tile, pack_panels_of, tiles_of_words
 from mcc.backends.cpu.kernels.panels import PanelPlan
 from mcc.backends.cpu.kernels.tile_registers import TILE
 from mcc.backends.cpu.kernels.tiled_panels import TiledPanels
@@ -50,8 +50,7 @@ class DenseBfloat16:
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """In tile registers where there are any, then as for float32."""
-        words = -(-region.weight.shape[1] // PAIR)
-        return (*register_tiles(region, target, words), *dense_tiles(region, target))
+        return tiles_of_words(region, target, -(-region.weight.shape[1] // PAIR))
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text; k goes in pairs, padded with zero weights."""
@@ -96,11 +95,11 @@ class _Body:
         self.source = flat(room, rows * self.words, "int32")
         with multiplying():
             shared_rows(rows, max(1, BLOCK_ELEMENTS // plan.inputs), lambda r: self._round_row(x, room, r))
-            if not self.tiled:
+            if self.tiled:
+                tiles = TiledPanels(plan, "float32", self.words)
+                tiles.loops((self.source, self.weight, self.bias), self._finish, self._tile)
+            else:
                 plan.loops(self._tile)
-                return
-            tiles = TiledPanels(plan, "float32", self.words)
-            tiles.loops((self.source, self.weight, self.bias), self._finish, lambda: plan.loops(self._tile))
 
     def _round_row(self, x: Expression, room: Expression, r: Expression) -> None:
         v, inputs = self.plan.vectors, self.plan.inputs

@@ -13,7 +13,7 @@ import tvm.tirx.script.builder.ir as B
 
 from mcc import ops
 from mcc.backends.cpu.integer_sums import sums_overflow
-from mcc.backends.cpu.kernels.dense import IntegerBody, dense_tiles, lower_integers, not_plain, register_tiles
+from mcc.backends.cpu.kernels.dense import IntegerBody, lower_integers, not_plain, tiles_of_words
 from mcc.backends.cpu.kernels.token_codes import CodeForm, emit_token_codes, token_codes
 from mcc.backends.kernel import PER_TOKEN, Lowered, Region, apply_epilogue
 
@@ -42,8 +42,7 @@ class DensePerToken:
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """As for codes with one scale."""
-        words = -(-region.weight.shape[1] // 4)
-        return (*register_tiles(region, target, words), *dense_tiles(region, target))
+        return tiles_of_words(region, target, -(-region.weight.shape[1] // 4))
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text."""

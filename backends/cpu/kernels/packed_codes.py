@@ -46,10 +46,11 @@ class PackedCodes:
     @classmethod
     def of(cls, region: Region) -> PackedCodes | None:
         """Of a region, or None where its sums become something else."""
-        *adds, step = steps_after_scale(region) or (None,)
+        steps = steps_after_scale(region)
+        step = steps[-1] if steps else None
         if not isinstance(step, ToCodes) or region.activation is None or region.activation.per_token:
             return None
-        return cls(region, tuple(a for a in adds if a is not None), step)
+        return cls(region, steps[:-1], step)
 
     @classmethod
     def alone(cls, region: Region) -> PackedCodes | None:

@@ -155,10 +155,10 @@ class TileRegisters:
                 place = T.address_of(self.room[self._at(i, 0, j)])
                 _call("tilestored64", T.int8(PAIR_OF_TILES * i + j), place, T.int64(WORD_BYTES * BLOCK_ROWS))
 
-    def multiply_held(self, columns: int) -> None:
-        """Multiply the tiles that the registers hold."""
+    def multiply_held(self) -> None:
+        """Multiply the tiles that the registers hold, two by two."""
         for i in range(PAIR_OF_TILES):
-            for j in range(columns):
+            for j in range(PAIR_OF_TILES):
                 self._multiply(i, j)
 
     def _multiply(self, i: int, j: int) -> None:

@@ -114,14 +114,14 @@ class TiledConvolution(Convolution):
         ]
 
     def _first_lanes(self, block: Block) -> list[Expression]:
-        vector = block.number * self.vectors + block.within * self.tile.vectors
+        vector = self.first_vector(block)
         return [(vector + j) * self.v.lanes for j in range(block.vectors)]
 
     def _sums(self, source: tuple[Expression, Expression], block: Block, place: tuple[Expression, Expression]) -> None:
         v, shape = self.v, self.shape
         corners = [B.Bind(self.corner(source, block.number, *first)) for first in self._first_pixels(*place)]
-        vector = block.number * self.vectors + block.within * self.tile.vectors
-        weight, outputs = B.Bind(vector * (self.taps * v.lanes)), block.vectors * v.lanes
+        lanes = self._first_lanes(block)
+        weight, outputs = B.Bind(lanes[0] * self.taps), block.vectors * v.lanes
         extents = (1, PAIR_OF_TILES * self.columns) if self.beside else (PAIR_OF_TILES, self.columns)
         ask = self.ahead(block, (*place, *extents), weight, self.taps // self.step)
 
@@ -133,17 +133,16 @@ class TiledConvolution(Convolution):
 
             self.over_window(self.step, one)
 
-        begin = [(self.arrays[self.first_sums], lane) for lane in self._first_lanes(block)]
+        begin = [(self.arrays[self.first_sums], lane) for lane in lanes]
         self.registers.multiply(begin, steps, (shape.stride[1] * self.pixel_words, outputs))
 
     def _write(self, n: Expression, block: Block, place: tuple[Expression, Expression]) -> None:
-        (height, width), outputs = self.shape.result, self.shape.outputs
-        firsts = [B.Bind(((n * height + y) * width + x) * outputs) for y, x in self._first_pixels(*place)]
+        firsts = [B.Bind(self.first_output(n, *first)) for first in self._first_pixels(*place)]
 
         def write(places: list[tuple[int, Expression]], sums: Callable[[int], list[Register]]) -> None:
             for j, lane in enumerate(self._first_lanes(block)):
                 channel = self.channel(block.number, block.within, j)
-                self.write(lane, sums(j), [firsts[tile] + channel + x * outputs for tile, x in places])
+                self.write(lane, sums(j), [firsts[tile] + channel + x * self.shape.outputs for tile, x in places])
 
         self.registers.vectors(write)
 

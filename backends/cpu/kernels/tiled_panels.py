@@ -21,7 +21,7 @@ from mcc.backends.cpu.microkernel import Expression, Register, branch, parallel,
 from mcc.ops import extent
 
 if TYPE_CHECKING:
-    from mcc.backends.cpu.kernels.panels import PanelPlan
+    from mcc.backends.cpu.kernels.panels import EmitTile, PanelPlan
     from mcc.backends.cpu.kernels.tiles import PanelWidth
 
 Finish: TypeAlias = Callable[[Expression, int, Sequence[Expression], Sequence[Register]], None]
@@ -49,18 +49,16 @@ class TiledPanels:
         self.rows = product(plan.leading)
         self.example = math.prod(map(extent, plan.region.source.shape[:-1]))
 
-    def loops(
-        self, operands: tuple[Expression, Expression, Expression], finish: Finish, few: Callable[[], None]
-    ) -> None:
+    def loops(self, operands: tuple[Expression, Expression, Expression], finish: Finish, emit_tile: EmitTile) -> None:
         """Emit them.
 
         Args:
             operands: the rows and the panels, in words, and what the sums of each output begin with.
             finish: called for rows of a block and a vector of outputs.
-            few: emits what to do where there are few rows.
+            emit_tile: emits a tile in vectors, see `PanelPlan.loops`, for few rows.
         """
         self.operands, self.finish = operands, finish
-        branch(self.rows < FEWEST_ROWS, few, self._all_rows)
+        branch(self.rows < FEWEST_ROWS, lambda: self.plan.loops(emit_tile), self._all_rows)
 
     def _all_rows(self) -> None:
         rows, v = self.rows, self.plan.vectors

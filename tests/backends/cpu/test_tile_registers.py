@@ -16,6 +16,8 @@ from torch import nn
 
 import mcc
 from mcc import ops, target
+from mcc.backends.cpu.kernels import conv2d_loops, panels
+from mcc.backends.cpu.kernels.ahead import NextPanel
 from mcc.backends.cpu.kernels.conv2d import Conv2dInt8
 from mcc.backends.cpu.kernels.conv2d_bfloat16 import Conv2dBfloat16
 from mcc.backends.cpu.kernels.dense import DenseInt8
@@ -125,6 +127,26 @@ def test_the_machine_code_multiplies_tiles(kind):
     assert code.count("tileloadd") >= 8
     # what is prepared is released again
     assert code.count("ldtilecfg") == code.count("tilerelease") > 0
+
+
+@pytest.mark.parametrize("module", [conv2d_loops, panels])
+def test_what_blocks_ask_for_ahead_is_all_of_the_weights(module, monkeypatch):
+    """In words, however many of them a step multiplies."""
+    asked = []
+
+    class Recorded(NextPanel):
+        def share(self, v, rows, example=1):
+            asked.append((self.size, self.words * self.steps))
+            return super().share(v, rows, example)
+
+    monkeypatch.setattr(module, "NextPanel", Recorded)
+    if module is panels:
+        kernel, region = dense_case("int8", 40, 64, 96, ())
+    else:
+        kernel, weight = Conv2dInt8(), make_weight((96, 64, 3, 3), "int8", 1)
+        region = make_region(ops.CONV2D_NHWC, (1, 20, 20, 64), weight, (), CODES, ([1, 1], [1] * 4, [1, 1], 1))
+    words = kernel.lower(region, TARGET, TILE).packed["weight"].size // 4
+    assert set(asked) == {(words, words // 3)}
 
 
 def test_steps_cut_a_row_evenly_and_are_not_small():
