@@ -385,6 +385,15 @@ class Vectors:
             return shuffle(a, b, list(range(8)))
         return tirx.call_llvm_pure_intrin(f"int16x{2 * self.lanes}", _PACKS[self.lanes][0], low, high)
 
+    def pack_low_words(self, low: Expression, high: Expression) -> Expression:
+        """The low 16 bits of two vectors of int32 as words for `pack_to_codes`, which may already be held to codes."""
+        n = 2 * self.lanes
+        a, b = (T.reinterpret(f"int16x{n}", x) for x in (low, high))
+        if self.neon:
+            return shuffle(a, b, list(range(0, 2 * n, 2)))
+        codes = T.reinterpret(f"int16x{n}", self.pack_to_codes(a, b))  # of the high words too, which are masked
+        return T.bitwise_and(codes, T.broadcast(T.int16(255), n))
+
     def pack_to_codes(self, low: Expression, high: Expression) -> Expression:
         """Two vectors of int16 as one of uint8, saturated; of each 128 bits the two parts follow one another."""
         n = self.lanes

@@ -3,7 +3,7 @@
 An int32 added to the bits of 1.5 * 2^23 is, read as float32, that number plus the integer, exactly, while the integer
 has fewer than 23 bits; and a float32 of that size holds the nearest integer in its low bits. So sums that begin at
 those bits are multiplied and added to as they are, and of what that gives the low 16 bits are the code before it is
-held to its range. The bias is in the integer that sums begin at: of a few thousand such integers for each channel,
+held to its range: signed words, which are packed to bytes as they stand. The bias is in the integer that sums begin at: of a few thousand such integers for each channel,
 spread over the room that sums leave, one is taken whose product with the scale has nearly the fraction that is wanted.
 """
 
@@ -39,13 +39,13 @@ class DirectRequantize:
         start: int32 that sums begin at, besides what stands for the zero point of activations.
         scale: float32.
         shift: float32 added to the product.
-        offset: to be taken from the bits of what that gives; the codes are left.
+        odd: 1 to be added to the bits of what that gives, for an odd zero point; the low 16 bits are then the codes.
     """
 
     start: NDArray[np.int64]
     scale: NDArray[np.float32]
     shift: NDArray[np.float32]
-    offset: int
+    odd: int
 
 
 def direct_requantize(region: Region, step: ToCodes) -> DirectRequantize | None:
@@ -66,6 +66,6 @@ def direct_requantize(region: Region, step: ToCodes) -> DirectRequantize | None:
     best = remainders.argmin(1)
     if remainders.min(1).max(initial=0.0) > LARGEST_REMAINDER:
         return None
-    shift = ROUNDER - np.rint(value[np.arange(len(scale)), best])
-    offset = ROUNDER_BITS - step.zero_point  # the zero point comes after rounding, which takes halves to even
-    return DirectRequantize(ROUNDER_BITS + added[best], vectors["scale"], shift.astype(np.float32), offset)
+    odd = step.zero_point % 2  # comes after rounding, which takes halves to even
+    shift = ROUNDER + (step.zero_point - odd) - np.rint(value[np.arange(len(scale)), best])
+    return DirectRequantize(ROUNDER_BITS + added[best], vectors["scale"], shift.astype(np.float32), odd)

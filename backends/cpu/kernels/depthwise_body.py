@@ -179,7 +179,7 @@ class DepthwiseBody(ConvolutionBody):
                     self.epilogue.narrowed(v).store(value, index + q * v.lanes, v.lanes)
                     continue
                 integer = B.Bind(self.to_codes.integer(v, total.get(), scale, bias))
-                done.append(B.Bind(v.pack_to_words(done.pop(), integer)) if q % 2 else integer)
+                done.append(B.Bind(self.to_codes.words(v, done.pop(), integer)) if q % 2 else integer)
         if self.to_codes is not None:
             for words, index in zip(values, targets, strict=True):
                 self.write(block, index, B.Bind(self.to_codes.codes(v, *words)))

@@ -64,7 +64,7 @@ class DepthwiseInt8:
         elif strided:
             wanted = ["halves 2x2", "padded 2x2" if wide else "2x2", "1x4", "1x2"]
         elif wide:
-            wanted = ["padded 2x2", "padded 3x2", "1x4", "padded 4x2"]
+            wanted = ["padded 4x2", "padded 3x2", "1x4", "padded 2x2"]
         else:
             wanted = ["padded 4x2", "2x2", "padded 3x2", "1x4"]
         if shape.varies:  # of a wide kernel a tile is much code, twice

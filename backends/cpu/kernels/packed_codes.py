@@ -61,15 +61,19 @@ class PackedCodes:
     def integer(
         self, v: Vectors, total: Expression, scale: Expression, bias: Expression, added: Sequence[Expression] = ()
     ) -> Expression:
-        """A sum, with what is added to it, as the integer that is a code before it is held to its range."""
+        """A sum, with what is added to it, as an integer for `words`: a code before it is held to its range."""
         if self.direct is not None:
             made = v.fma(T.reinterpret(f"float32x{v.lanes}", total), scale, bias)
-            return T.reinterpret(f"int32x{v.lanes}", made) - v.constant(self.direct.offset, "int32")
+            return T.reinterpret(f"int32x{v.lanes}", made) + v.constant(self.direct.odd, "int32")
         value = emit_epilogue(v, v.fma(v.to_float(total), scale, bias), self.adds, added)
         if not self.step.fits:
             # what is far too small converts to the least integer, and so does what is far too large
             value = T.min(v.constant(LARGEST_CONVERTED), value)
         return v.to_nearest_integer(value) + v.constant(self.step.zero_point, "int32")
+
+    def words(self, v: Vectors, low: Expression, high: Expression) -> Expression:
+        """Two vectors of integers as words; of each 128 bits the two parts follow one another."""
+        return v.pack_to_words(low, high) if self.direct is None else v.pack_low_words(low, high)
 
     def codes(self, v: Vectors, low: Expression, high: Expression) -> Expression:
         """Two vectors of words as codes; of each 128 bits the two parts follow one another."""
@@ -82,7 +86,7 @@ class PackedCodes:
 
     def in_turn(self, v: Vectors, integers: list[Expression]) -> Expression:
         """The codes of four vectors of integers, one vector's behind the other's."""
-        low, high = (v.pack_to_words(*integers[i : i + 2]) for i in (0, 2))
+        low, high = (self.words(v, *integers[i : i + 2]) for i in (0, 2))
         order = np.arange(v.lanes).reshape(-1, PACKED).T.reshape(-1)
         words = T.reinterpret(f"int32x{v.lanes}", self.codes(v, low, high))
         return T.reinterpret(f"uint8x{v.lanes * PACKED}", tirx.Shuffle([words], order.tolist()))

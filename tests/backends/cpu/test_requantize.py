@@ -26,10 +26,10 @@ def region(channels, taps=9, scale=None, bias=True, step=0.03):
 
 
 def codes(made, sums):
-    """One fused multiply-add of the bits and a subtraction; float64 holds the product, and its sum to half a digit."""
+    """One fused multiply-add, and the low words of its bits; float64 holds the product, and its sum to half a digit."""
     begun = (made.start[:, None] + sums).astype(np.int32).view(np.float32).astype(np.float64)
     value = (begun * made.scale.astype(np.float64)[:, None] + made.shift.astype(np.float64)[:, None]).astype(np.float32)
-    return value.view(np.int32) - made.offset
+    return (value.view(np.int32) + made.odd).astype(np.int16)
 
 
 def test_codes_are_the_rounded_values():
