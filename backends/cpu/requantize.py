@@ -3,8 +3,9 @@
 An int32 added to the bits of 1.5 * 2^23 is, read as float32, that number plus the integer, exactly, while the integer
 has fewer than 23 bits; and a float32 of that size holds the nearest integer in its low bits. So sums that begin at
 those bits are multiplied and added to as they are, and of what that gives the low 16 bits are the code before it is
-held to its range: signed words, which are packed to bytes as they stand. The bias is in the integer that sums begin at: of a few thousand such integers for each channel,
-spread over the room that sums leave, one is taken whose product with the scale has nearly the fraction that is wanted.
+held to its range: signed words, which are packed to bytes as they stand. The bias is in the integer that sums begin
+at: of a few thousand such integers for each channel, spread over the room that sums leave, one is taken whose product
+with the scale has nearly the fraction that is wanted.
 """
 
 from __future__ import annotations
