@@ -14,11 +14,12 @@ from typing import Literal
 
 from mcc.errors import TargetError
 
-Isa = Literal["avx2", "avx512", "avx512vnni", "avx512bf16", "amx", "neon"]
+Isa = Literal["avx2", "avx512", "avx512vnni", "avx512vbmi", "avx512bf16", "amx", "neon"]
 
 _V3 = ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _V4 = (*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
-_BFLOAT16 = (*_V4, "avx512_vnni", "avx512_bf16")
+_VBMI = (*_V4, "avx512_vnni", "avx512vbmi")
+_BFLOAT16 = (*_VBMI, "avx512_bf16")
 _TILES = ("amx_bf16", "amx_int8", "amx_tile")
 
 
@@ -39,14 +40,17 @@ _ISAS: dict[Isa, _InstructionSet] = {
     "avx512vnni": _InstructionSet(
         (*_V4, "avx512_vnni"), "x86_64", "x86-64-v4", ("-prefer-256-bit", "+avx512vnni"), 16, 32
     ),
+    "avx512vbmi": _InstructionSet(
+        _VBMI, "x86_64", "x86-64-v4", ("-prefer-256-bit", "+avx512vnni", "+avx512vbmi"), 16, 32
+    ),
     "avx512bf16": _InstructionSet(
-        _BFLOAT16, "x86_64", "x86-64-v4", ("-prefer-256-bit", "+avx512vnni", "+avx512bf16"), 16, 32
+        _BFLOAT16, "x86_64", "x86-64-v4", ("-prefer-256-bit", "+avx512vnni", "+avx512vbmi", "+avx512bf16"), 16, 32
     ),
     "amx": _InstructionSet(
         (*_BFLOAT16, *_TILES),
         "x86_64",
         "x86-64-v4",
-        ("-prefer-256-bit", "+avx512vnni", "+avx512bf16", "+amx-tile", "+amx-int8", "+amx-bf16"),
+        ("-prefer-256-bit", "+avx512vnni", "+avx512vbmi", "+avx512bf16", "+amx-tile", "+amx-int8", "+amx-bf16"),
         16,
         32,
     ),
@@ -101,7 +105,12 @@ class Target:
     @property
     def exact_dot4(self) -> bool:
         """Whether one instruction adds four products of bytes, and does not saturate between them."""
-        return self.isa in ("avx512vnni", "avx512bf16", "amx", "neon")
+        return self.isa in ("avx512vnni", "avx512vbmi", "avx512bf16", "amx", "neon")
+
+    @property
+    def permutes_bytes(self) -> bool:
+        """Whether one instruction picks each byte of a register from any of another's."""
+        return self.isa in ("avx512vbmi", "avx512bf16", "amx")
 
     @property
     def bfloat16(self) -> bool:
@@ -164,7 +173,7 @@ def host_target() -> Target:
     Raises:
         TargetError: the CPU is neither an x86-64 with AVX2 and FMA nor an aarch64 with dot products.
     """
-    for isa in ("amx", "avx512vnni", "avx512", "avx2", "neon"):
+    for isa in ("amx", "avx512vbmi", "avx512vnni", "avx512", "avx2", "neon"):
         target = Target(isa)
         if not missing_features(target):
             return target

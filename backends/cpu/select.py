@@ -10,6 +10,7 @@ from mcc import ops
 from mcc.backends.cpu.integer_sums import pairs_fit
 from mcc.backends.cpu.kernels import KERNELS
 from mcc.backends.cpu.kernels.pixel_tiles import MOST_PLANES
+from mcc.backends.cpu.kernels.sparse_codes import WINDOW
 from mcc.backends.cpu.lowering import Choice, Lowering
 from mcc.backends.relax.emitter import tuple_of
 from mcc.ops import extent
@@ -60,6 +61,7 @@ DENSEST = {
         "windows": 0.15,
         "windows of blocks": 0.2,
     },
+    "permuted": {"few rows": 0.3, "rows": 0.33},
     "tiles": {
         "few rows": 0.05,
         "few rows of blocks": 0.15,
@@ -162,12 +164,26 @@ def prefer_dense(node: Node, density: float, form: Form, target: Target) -> str 
         return f"no kernel multiplies codes by weights of {form}"
     if codes and (beside := _single_channels_beside(node)) is not None:
         return f"{beside.layer} beside it has single channels, and codes of those lie with channels last"
-    integers = "tiles" if target.tiles else "dot4" if target.exact_dot4 else "int8"
-    precision = integers if codes else "float"
-    limit = DENSEST[precision][kind]
+    limit = DENSEST[_integers(node, form, target) if codes else "float"][kind]
     if density <= limit:
         return None
     return f"at density {density:.2f} the dense kernel is faster (sparse gains below {limit} for {what})"
+
+
+def _integers(node: Node, form: Form, target: Target) -> str:
+    """Which instructions multiply codes, as `DENSEST` names them."""
+    if target.tiles:
+        return "tiles"
+    weight = node.weight_operand
+    assert weight is not None
+    if (
+        node.op is ops.LINEAR
+        and (form.rows, form.columns) == (1, 1)
+        and target.permutes_bytes
+        and int(weight.shape[1]) >= WINDOW
+    ):
+        return "permuted"
+    return "dot4" if target.exact_dot4 else "int8"
 
 
 def _single_channels_beside(node: Node) -> Node | None:

@@ -327,11 +327,9 @@ class IntegerBody:
     """Inner loops over uint8 activation codes."""
 
     def __init__(self, plan: PanelPlan, *, tiled: bool) -> None:
-        weight = plan.region.weight.dense
-        assert weight is not None
         self.plan = plan
         self.tiled = tiled
-        self.bounded = pairs_fit(weight)
+        self.bounded = pairs_fit(plan.region.weight.decoded())
         self.groups = -(-plan.inputs // 4)
         self.packed_codes = PackedCodes.of(plan.region) if plan.outputs % plan.vectors.lanes == 0 else None
 

@@ -19,6 +19,7 @@ from mcc.backends.cpu.kernels.low_bit import LowBitDense
 from mcc.backends.cpu.kernels.low_bit_per_token import LowBitPerToken
 from mcc.backends.cpu.kernels.sparse import SparseDense
 from mcc.backends.cpu.kernels.sparse_blocks import SparseBlocks
+from mcc.backends.cpu.kernels.sparse_codes import SparseCodes
 from mcc.backends.cpu.kernels.sparse_conv import DepthwisePlanes, SparseConv2d
 from mcc.backends.cpu.kernels.sparse_n_of_m import SparseNofM
 from mcc.backends.kernel import (
@@ -50,6 +51,7 @@ FAMILIES = (
     "low_bit",
     "low_bit_per_token",
     "sparse",
+    "sparse_codes",
     "sparse_blocks",
     "sparse_n_of_m",
     "sparse_conv2d",
@@ -157,6 +159,17 @@ def _sparse(draw: Any, target: Target, *, blocks: bool) -> tuple[Kernel, Region,
 
 
 @st.composite
+def _sparse_codes(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
+    del target
+    outputs, inputs = draw(channels), draw(st.one_of(st.sampled_from([64, 128, 256]), st.integers(64, 300)))
+    weight = make_weight((outputs, inputs), "int8", 3, density=draw(st.sampled_from([0.0, 0.02, 0.1, 0.4, 1.0])))
+    rows, activation = draw(st.sampled_from([Symbolic(), 1, 3])), QuantizedInput(0.02, draw(zero_points))
+    steps, bias = draw(epilogues()), draw(st.booleans())
+    region = make_region(ops.LINEAR, (rows, inputs), weight, steps, activation, bias=bias)
+    return SparseCodes(), region, [(m, inputs) for m in (ROWS if isinstance(rows, Symbolic) else [rows])]
+
+
+@st.composite
 def _n_of_m(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
     among = draw(st.sampled_from(AMONG))
     kept, groups, outputs = draw(st.integers(1, among // 2)), draw(st.integers(1, 20)), draw(channels)
@@ -250,6 +263,7 @@ _DRAWN = {
     "low_bit": lambda target: _low_bit(target, per_token=False),
     "low_bit_per_token": lambda target: _low_bit(target, per_token=True),
     "sparse": lambda target: _sparse(target, blocks=False),
+    "sparse_codes": _sparse_codes,
     "sparse_n_of_m": _n_of_m,
     "sparse_blocks": lambda target: _sparse(target, blocks=True),
     "conv2d": lambda t: _conv2d(t, "conv2d"),

@@ -1,0 +1,104 @@
+"""Sparse weights read by windows of inputs: what the arrays hold, which layers are read so, and a network of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from regions import make_region, make_weight
+from torch import nn
+
+import mcc
+from mcc import Data, ops
+from mcc.backends.cpu.kernels.sparse_codes import QUAD, WINDOW, SparseCodes, windows
+from mcc.backends.kernel import PER_TOKEN, QuantizedInput, SparseArrays
+from mcc.passes import PruneWeights, Quantize
+from mcc.target import missing_features, parse_target
+
+TARGET = parse_target("cpu:avx512vbmi")
+LANES = 16
+CODES = QuantizedInput(0.1, 3)
+RUNS_HERE = pytest.mark.skipif(bool(missing_features(TARGET)), reason="this CPU permutes no bytes")
+
+
+def dense(arrays, outputs, inputs):
+    """The weight that the steps multiply."""
+    weight = np.zeros((-(-outputs // LANES) * LANES, inputs), np.int32)
+    weights, places = (arrays[key].reshape(-1, LANES, QUAD) for key in ("weights", "places"))
+    for vector, (begin, end) in enumerate(zip(arrays["first_steps"], arrays["first_steps"][1:], strict=False)):
+        for step in range(begin, end):
+            inputs_read = arrays["windows"][step] + places[step].astype(np.int64)
+            np.add.at(weight, (vector * LANES + np.arange(LANES)[:, None], inputs_read), weights[step])
+    return weight[:outputs]
+
+
+@given(st.integers(1, 40), st.integers(WINDOW, 300), st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]), st.integers(0, 99))
+def test_windows_hold_every_weight_once_and_stay_within_the_row(outputs, inputs, density, seed):
+    weight = make_weight((outputs, inputs), "int8", seed, density=density)
+    arrays = windows(weight.sparse, outputs, inputs, LANES)
+    np.testing.assert_array_equal(dense(arrays, outputs, inputs), weight.decoded())
+    assert arrays["places"].max() < WINDOW
+    assert arrays["windows"].min() >= 0
+    assert arrays["windows"].max() <= inputs - WINDOW
+
+
+def test_an_output_takes_its_next_four_weights_of_the_window_that_another_waits_for():
+    """Two outputs: one with weights 0 to 4, one with weights 31 and 100; of 128 inputs."""
+    columns = np.array([0, 1, 2, 3, 4, 31, 100], np.uint16)
+    sparse = SparseArrays(np.arange(1, 8, dtype=np.int8), columns, np.array([0, 5, 7], np.int32))
+    arrays = windows(sparse, 2, 128, LANES)
+    assert arrays["windows"].tolist() == [0, 0, 64]
+    weights, places = (arrays[key].reshape(3, LANES, QUAD)[:, :2].tolist() for key in ("weights", "places"))
+    assert weights == [[[1, 2, 3, 4], [6, 0, 0, 0]], [[5, 0, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [7, 0, 0, 0]]]
+    assert places == [[[0, 1, 2, 3], [31, 0, 0, 0]], [[4, 0, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [36, 0, 0, 0]]]
+
+
+def test_why_it_takes_no_other_layers():
+    def refusal(inputs=128, activation=CODES, dtype="int8", target=TARGET, **form):
+        weight = make_weight((32, inputs), dtype, 0, **{"density": 0.1} | form)
+        return SparseCodes().refuses(make_region(ops.LINEAR, (4, inputs), weight, (), activation), target)
+
+    assert refusal() is None
+    assert refusal(target=parse_target("cpu:avx512vnni")) == "cpu:avx512vnni permutes no bytes"
+    assert refusal(inputs=63) == "it has fewer than 64 inputs"
+    assert refusal(density=None) == "the weight is not stored without its single zeros"
+    assert refusal(block=(4, 4)) == "the weight is not stored without its single zeros"
+    for activation, dtype in ((None, "int8"), (PER_TOKEN, "int8"), (CODES, "float32")):
+        reason = "weight and activations are not both int8 with stored scales"
+        assert refusal(activation=activation, dtype=dtype) == reason
+
+
+def compiled(model, x, target, ratio, **options):
+    passes = [PruneWeights(ratio=ratio, scope="layer"), Quantize()]
+    settings = {"data": Data(calibration=[x]), "measure": "never", "tuning": "model", "target": target} | options
+    return mcc.compile(model, (x,), passes=passes, **settings)
+
+
+@pytest.mark.parametrize(("target", "ratio", "inputs", "kernel"), [
+    ("cpu:avx512vbmi", 0.7, 256, "sparse_codes"), ("cpu:avx512vbmi", 0.5, 256, "dense_int8"),
+    ("cpu:avx512vbmi", 0.95, 48, "sparse_dense"), ("cpu:avx512vnni", 0.7, 256, "dense_int8"),
+])  # fmt: skip
+def test_which_densities_are_read_by_windows(target, ratio, inputs, kernel):
+    torch.manual_seed(0)
+    artifact = compiled(nn.Sequential(nn.Linear(inputs, 64)), torch.randn(32, inputs), target, ratio, verify=False)
+    assert [row.kernel.split()[0] for row in artifact.report.layers] == [kernel]
+
+
+@RUNS_HERE
+def test_a_pruned_and_quantized_network_gives_what_its_graph_gives():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 70), nn.ReLU(), nn.Linear(70, 65), nn.GELU(), nn.Linear(65, 9)).eval()
+    artifact = compiled(model, torch.randn(21, 100), TARGET, 0.8, dynamic_shapes=({0: "batch"},))  # verified
+    assert [row.kernel.split()[0] for row in artifact.report.layers] == ["sparse_codes"] * 3
+    x = torch.randn(33, 100)
+    for rows in (1, 2, 7, 33):
+        torch.testing.assert_close(artifact(x[:rows]), artifact(x)[:rows], rtol=0, atol=0)
+
+
+@RUNS_HERE
+def test_the_last_row_is_not_read_beyond_its_end():
+    """A row that ends where its page does: the window is moved back, so that nothing behind it is touched."""
+    arrays = windows(make_weight((16, 97), "int8", 1, density=0.3).sparse, 16, 97, LANES)
+    assert arrays["windows"].max() == 97 - WINDOW
