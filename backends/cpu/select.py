@@ -156,15 +156,16 @@ def prefer_dense(node: Node, density: float, form: Form, target: Target) -> str 
     kind, what = _rows(node, form) if node.op is ops.LINEAR else _pixels(node, form)
     if not kind:
         return what
-    if source.op is ops.FAKE_QUANTIZE_PER_TOKEN:
-        return "no sparse kernel quantizes the rows it reads"
     # activations become codes after the weights that read them
-    codes = source.op in (ops.FAKE_QUANTIZE, ops.DEQUANTIZE)
+    codes = source.op in (ops.FAKE_QUANTIZE, ops.FAKE_QUANTIZE_PER_TOKEN, ops.DEQUANTIZE)
     if codes and form.among:
         return f"no kernel multiplies codes by weights of {form}"
     if codes and (beside := _single_channels_beside(node)) is not None:
         return f"{beside.layer} beside it has single channels, and codes of those lie with channels last"
-    limit = DENSEST[_integers(node, form, target) if codes else "float"][kind]
+    precision = _integers(node, form, target) if codes else "float"
+    if source.op is ops.FAKE_QUANTIZE_PER_TOKEN and precision != "permuted":
+        return "no sparse kernel quantizes the rows it reads"
+    limit = DENSEST[precision][kind]
     if density <= limit:
         return None
     return f"at density {density:.2f} the dense kernel is faster (sparse gains below {limit} for {what})"

@@ -46,19 +46,26 @@ class DensePerToken:
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text."""
-        return lower_integers(self.name, region, target, tile, _Body)
+        return lower_integers(self.name, region, target, tile, PerTokenBody)
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
-        """Exact integer sums."""
-        codes, scales = token_codes(source)
-        sums = codes @ region.weight.decoded().T.astype(np.int64)
-        bias = np.float32(0) if region.bias is None else region.bias
-        assert region.weight.scale is not None
-        values = sums * scales.astype(np.float64) * region.weight.scale + bias
-        return apply_epilogue(values.astype(np.float32), region.epilogue, operands)
+        """See `per_token_reference`."""
+        return per_token_reference(region, source, operands)
 
 
-class _Body(IntegerBody):
+def per_token_reference(region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
+    """The layer in NumPy: exact integer sums."""
+    codes, scales = token_codes(source)
+    sums = codes @ region.weight.decoded().T.astype(np.int64)
+    bias = np.float32(0) if region.bias is None else region.bias
+    assert region.weight.scale is not None
+    values = sums * scales.astype(np.float64) * region.weight.scale + bias
+    return apply_epilogue(values.astype(np.float32), region.epilogue, operands)
+
+
+class PerTokenBody(IntegerBody):
+    """As for codes with one scale, which it makes itself."""
+
     def take(self, x: Expression, rows: Expression) -> None:
         """See `IntegerBody`."""
         made = emit_token_codes(self.plan.vectors, x, rows, CodeForm(self.plan.inputs, 0, PER_TOKEN.zero_point))

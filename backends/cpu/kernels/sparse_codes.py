@@ -21,9 +21,10 @@ from tvm.script import tirx as T
 from mcc import ops
 from mcc.backends.cpu.integer_sums import sums_overflow
 from mcc.backends.cpu.kernels.dense import IntegerBody, dense_reference
+from mcc.backends.cpu.kernels.dense_per_token import PerTokenBody, per_token_reference
 from mcc.backends.cpu.kernels.panels import PanelPlan
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, parse_tile
-from mcc.backends.cpu.microkernel import Expression, Register, Vectors
+from mcc.backends.cpu.microkernel import Expression, Register, Vectors, flat, product
 from mcc.backends.kernel import Lowered, Region, SparseArrays
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 WINDOW = 64  # inputs
 APART = 32  # places that windows begin at
 QUAD = 4  # weights of an output in a step
+TILES = tuple(str(TileShape(rows, 1)) for rows in (12, 8, 16))
 CHAINS = 4  # sums in flight that hide the latency of `dot4`
 PERMUTE = "llvm.x86.avx512.permvar.qi.512"
 
@@ -49,32 +51,72 @@ class SparseCodes:
 
     def refuses(self, region: Region, target: Target) -> str | None:
         """Takes linear with such a weight where a register's bytes can be permuted by another."""
-        weight = region.weight
-        if not isinstance(weight.sparse, SparseArrays) or weight.sparse.block != (1, 1):
-            return "the weight is not stored without its single zeros"
-        if region.activation is None or region.activation.per_token or weight.scale is None or weight.grouped:
-            return "weight and activations are not both int8 with stored scales"
-        if not target.permutes_bytes:
-            return f"{target} permutes no bytes"
-        if weight.shape[1] < WINDOW:
-            return f"it has fewer than {WINDOW} inputs"
-        return sums_overflow(region)
+        if region.activation is None or region.activation.per_token:
+            return "the activations are not codes with one scale"
+        return _refusal(region, target)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """Rows that share what they are permuted by."""
         del region, target
-        return tuple(str(TileShape(rows, 1)) for rows in (12, 8, 16))
+        return TILES
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text."""
-        plan = PanelPlan(region, Vectors(target), parse_tile(tile))
-        body = _Body(plan)
-        packed = body.arrays()
-        return Lowered(plan.function(self.name, packed, partial(body.emit_all, tuple(packed))), packed)
+        return _lower(self.name, _Windows(_plan(region, target, tile)))
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """Exact integer sums."""
         return dense_reference(region, source, operands)
+
+
+@dataclass(frozen=True)
+class SparsePerToken:
+    """float32 activations quantized per token, int8 weight codes without their zeros; exact int32 sums."""
+
+    name: str = "sparse_per_token"
+    anchor: ClassVar[ops.Op] = ops.LINEAR
+
+    def refuses(self, region: Region, target: Target) -> str | None:
+        """As for codes with one scale."""
+        if region.activation is None or not region.activation.per_token:
+            return "the activations are not codes with a scale for each token"
+        return _refusal(region, target)
+
+    def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
+        """As for codes with one scale."""
+        del region, target
+        return TILES
+
+    def lower(self, region: Region, target: Target, tile: str) -> Lowered:
+        """See the module's text; all rows become codes first."""
+        return _lower(self.name, _PerTokenWindows(_plan(region, target, tile)))
+
+    def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
+        """Exact integer sums."""
+        return per_token_reference(region, source, operands)
+
+
+def _refusal(region: Region, target: Target) -> str | None:
+    """Why no row's codes are permuted for a region, or None."""
+    weight = region.weight
+    if not isinstance(weight.sparse, SparseArrays) or weight.sparse.block != (1, 1):
+        return "the weight is not stored without its single zeros"
+    if weight.scale is None or weight.grouped:
+        return "the weight is not int8 with a scale for each output"
+    if not target.permutes_bytes:
+        return f"{target} permutes no bytes"
+    if weight.shape[1] < WINDOW:
+        return f"it has fewer than {WINDOW} inputs"
+    return sums_overflow(region)
+
+
+def _plan(region: Region, target: Target, tile: str) -> PanelPlan:
+    return PanelPlan(region, Vectors(target), parse_tile(tile))
+
+
+def _lower(name: str, body: _Windows) -> Lowered:
+    packed = body.arrays()
+    return Lowered(body.plan.function(name, packed, partial(body.emit_named, tuple(packed))), packed)
 
 
 def windows(weight: SparseArrays, outputs: int, inputs: int, lanes: int) -> dict[str, NDArray[Any]]:
@@ -117,7 +159,7 @@ def _padded_rows(weight: SparseArrays, rows: range, lanes: int) -> tuple[NDArray
     return columns, values
 
 
-class _Body(IntegerBody):
+class _Windows(IntegerBody):
     """As dense int8, but for how sums are come by."""
 
     def __init__(self, plan: PanelPlan) -> None:
@@ -130,12 +172,17 @@ class _Body(IntegerBody):
         """Those of dense int8 and the steps."""
         return super().arrays() | self.steps
 
-    def emit_all(self, names: tuple[str, ...], x: Expression, *arrays: Expression) -> None:
+    def emit_named(self, names: tuple[str, ...], x: Expression, *arrays: Expression) -> None:
         """Emit the whole kernel."""
-        named = dict(zip(names, arrays, strict=True))
-        self.bias, self.scale, self.start = (named[key] for key in ("bias", "scale", "start"))
-        self.named, self.codes = named, x
+        self.named = dict(zip(names, arrays, strict=True))
+        self.bias, self.scale, self.start = (self.named[key] for key in ("bias", "scale", "start"))
+        self.take(x, product(self.plan.leading))
         self.plan.loops(self._tile)
+
+    def take(self, x: Expression, rows: Expression) -> None:
+        """Get the codes of all rows."""
+        del rows
+        self.codes, self.pitch = x, self.plan.inputs
 
     def _tile(self, panel: Expression, width: PanelWidth, first: Expression, count: int) -> None:
         """Some rows of a vector of outputs."""
@@ -169,7 +216,18 @@ class _Body(IntegerBody):
         places, weights = (B.Bind(v.load(self.named[key], at * size, size)) for key in ("places", "weights"))
         words, order = T.reinterpret(f"int32x{v.lanes}", weights), T.reinterpret(f"int8x{size}", places)
         for i, register in enumerate(sums):
-            row = v.load(self.codes, T.cast(first + i, "int64") * self.plan.inputs + window, size)
+            row = v.load(self.codes, T.cast(first + i, "int64") * self.pitch + window, size)
             chosen = tirx.call_llvm_pure_intrin(f"int8x{size}", PERMUTE, T.reinterpret(f"int8x{size}", row), order)
             codes = T.reinterpret(f"int32x{v.lanes}", chosen)
             register.set(v.dot4(register.get(), codes, words, bounded=True))
+
+
+class _PerTokenWindows(_Windows, PerTokenBody):
+    """The same, of codes that the kernel makes."""
+
+    def take(self, x: Expression, rows: Expression) -> None:
+        """Make the codes of all rows."""
+        PerTokenBody.take(self, x, rows)
+        self.pitch = self.groups * QUAD
+        if self.code_words is not None:
+            self.codes = flat(self.code_words, rows * self.pitch, "uint8")

@@ -19,7 +19,7 @@ from mcc.backends.cpu.kernels.low_bit import LowBitDense
 from mcc.backends.cpu.kernels.low_bit_per_token import LowBitPerToken
 from mcc.backends.cpu.kernels.sparse import SparseDense
 from mcc.backends.cpu.kernels.sparse_blocks import SparseBlocks
-from mcc.backends.cpu.kernels.sparse_codes import SparseCodes
+from mcc.backends.cpu.kernels.sparse_codes import SparseCodes, SparsePerToken
 from mcc.backends.cpu.kernels.sparse_conv import DepthwisePlanes, SparseConv2d
 from mcc.backends.cpu.kernels.sparse_n_of_m import SparseNofM
 from mcc.backends.kernel import (
@@ -163,10 +163,14 @@ def _sparse_codes(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple
     del target
     outputs, inputs = draw(channels), draw(st.one_of(st.sampled_from([64, 128, 256]), st.integers(64, 300)))
     weight = make_weight((outputs, inputs), "int8", 3, density=draw(st.sampled_from([0.0, 0.02, 0.1, 0.4, 1.0])))
-    rows, activation = draw(st.sampled_from([Symbolic(), 1, 3])), QuantizedInput(0.02, draw(zero_points))
-    steps, bias = draw(epilogues()), draw(st.booleans())
+    rows, steps, bias = draw(st.sampled_from([Symbolic(), 1, 3])), draw(epilogues()), draw(st.booleans())
+    activation = draw(st.one_of(st.just(PER_TOKEN), zero_points.map(lambda z: QuantizedInput(0.02, z))))
     region = make_region(ops.LINEAR, (rows, inputs), weight, steps, activation, bias=bias)
-    return SparseCodes(), region, [(m, inputs) for m in (ROWS if isinstance(rows, Symbolic) else [rows])]
+    return (
+        SparsePerToken() if activation is PER_TOKEN else SparseCodes(),
+        region,
+        [(m, inputs) for m in ((*ROWS, 0) if isinstance(rows, Symbolic) else (rows,))],
+    )
 
 
 @st.composite

@@ -12,13 +12,14 @@ from torch import nn
 
 import mcc
 from mcc import Data, ops
-from mcc.backends.cpu.kernels.sparse_codes import QUAD, WINDOW, SparseCodes, windows
+from mcc.backends.cpu.kernels.sparse_codes import QUAD, WINDOW, SparseCodes, SparsePerToken, windows
 from mcc.backends.kernel import PER_TOKEN, QuantizedInput, SparseArrays
 from mcc.passes import PruneWeights, Quantize
 from mcc.target import missing_features, parse_target
 
 TARGET = parse_target("cpu:avx512vbmi")
 LANES = 16
+CODES_KERNEL = SparseCodes()
 CODES = QuantizedInput(0.1, 3)
 RUNS_HERE = pytest.mark.skipif(bool(missing_features(TARGET)), reason="this CPU permutes no bytes")
 
@@ -56,22 +57,23 @@ def test_an_output_takes_its_next_four_weights_of_the_window_that_another_waits_
 
 
 def test_why_it_takes_no_other_layers():
-    def refusal(inputs=128, activation=CODES, dtype="int8", target=TARGET, **form):
+    def refusal(inputs=128, activation=CODES, dtype="int8", target=TARGET, kernel=CODES_KERNEL, **form):
         weight = make_weight((32, inputs), dtype, 0, **{"density": 0.1} | form)
-        return SparseCodes().refuses(make_region(ops.LINEAR, (4, inputs), weight, (), activation), target)
+        return kernel.refuses(make_region(ops.LINEAR, (4, inputs), weight, (), activation), target)
 
     assert refusal() is None
     assert refusal(target=parse_target("cpu:avx512vnni")) == "cpu:avx512vnni permutes no bytes"
     assert refusal(inputs=63) == "it has fewer than 64 inputs"
     assert refusal(density=None) == "the weight is not stored without its single zeros"
     assert refusal(block=(4, 4)) == "the weight is not stored without its single zeros"
-    for activation, dtype in ((None, "int8"), (PER_TOKEN, "int8"), (CODES, "float32")):
-        reason = "weight and activations are not both int8 with stored scales"
-        assert refusal(activation=activation, dtype=dtype) == reason
+    assert refusal(activation=PER_TOKEN) == "the activations are not codes with one scale"
+    assert refusal(dtype="float32") == "the weight is not int8 with a scale for each output"
+    assert refusal(activation=PER_TOKEN, kernel=SparsePerToken()) is None
+    assert refusal(kernel=SparsePerToken()) == "the activations are not codes with a scale for each token"
 
 
-def compiled(model, x, target, ratio, **options):
-    passes = [PruneWeights(ratio=ratio, scope="layer"), Quantize()]
+def compiled(model, x, target, ratio, activations="int8", **options):
+    passes = [PruneWeights(ratio=ratio, scope="layer"), Quantize(activations=activations)]
     settings = {"data": Data(calibration=[x]), "measure": "never", "tuning": "model", "target": target} | options
     return mcc.compile(model, (x,), passes=passes, **settings)
 
@@ -87,18 +89,12 @@ def test_which_densities_are_read_by_windows(target, ratio, inputs, kernel):
 
 
 @RUNS_HERE
-def test_a_pruned_and_quantized_network_gives_what_its_graph_gives():
+@pytest.mark.parametrize(("activations", "kernel"), [("int8", "sparse_codes"), ("dynamic", "sparse_per_token")])
+def test_a_pruned_and_quantized_network_gives_what_its_graph_gives(activations, kernel):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(100, 70), nn.ReLU(), nn.Linear(70, 65), nn.GELU(), nn.Linear(65, 9)).eval()
-    artifact = compiled(model, torch.randn(21, 100), TARGET, 0.8, dynamic_shapes=({0: "batch"},))  # verified
-    assert [row.kernel.split()[0] for row in artifact.report.layers] == ["sparse_codes"] * 3
+    artifact = compiled(model, torch.randn(21, 100), TARGET, 0.8, activations, dynamic_shapes=({0: "batch"},))
+    assert [row.kernel.split()[0] for row in artifact.report.layers] == [kernel] * 3
     x = torch.randn(33, 100)
     for rows in (1, 2, 7, 33):
         torch.testing.assert_close(artifact(x[:rows]), artifact(x)[:rows], rtol=0, atol=0)
-
-
-@RUNS_HERE
-def test_the_last_row_is_not_read_beyond_its_end():
-    """A row that ends where its page does: the window is moved back, so that nothing behind it is touched."""
-    arrays = windows(make_weight((16, 97), "int8", 1, density=0.3).sparse, 16, 97, LANES)
-    assert arrays["windows"].max() == 97 - WINDOW
