@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from mcc.graph import Graph
+    from mcc.target import Target
 
 _NEW_DIM = TO_FIRST  # where each NCHW dim goes: the inverse of TO_LAST
 
@@ -34,8 +35,9 @@ Form: TypeAlias = "Callable[[Turner, Node], tuple[Any, Arguments]]"
 class Turner:
     """Turns nodes of a graph, one after another in order."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, target: Target) -> None:
         self.graph = graph
+        self.target = target
         self._varying = varying(graph)
         self._turned: dict[fx.Node, fx.Node] = {}
         self._views: dict[fx.Node, fx.Node] = {}
@@ -51,6 +53,8 @@ class Turner:
             return False
         if node.op is not None and node.op.family == "pointwise" and node.value.dim() != 4:
             return False  # an operand of more dims that does not vary
+        if node.op is ops.CONV2D and reads_sparse(node, self.target):
+            return False  # its kernel takes vectors of neighbouring pixels
         source = node.operand(0) if node.op is not OPS["cat"] else None
         if source is not None and source.op is not None and isinstance(source.value, list | tuple):
             return source.op.name in FORMS and self.able(source)  # a part of a split
@@ -331,9 +335,7 @@ def _fixed(node: Node, dims: Iterable[int]) -> bool:
 def _convolution_fits(node: Node) -> bool:
     stored = weight_expression(node.operand(1)) is not None and node.dtype is torch.float32
     bias = node.operand(2)
-    if not stored or not _fixed(node, (1,)) or (bias is not None and not bias.is_parameter):
-        return False
-    return not reads_sparse(node)  # its kernel takes vectors of neighbouring pixels
+    return stored and _fixed(node, (1,)) and (bias is None or bias.is_parameter)
 
 
 _POOLED = (torch.float32, torch.uint8)

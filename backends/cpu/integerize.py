@@ -11,6 +11,8 @@ from torch import fx
 
 from mcc import ops
 from mcc.backends.cpu.integer_sums import codes_sum_exactly
+from mcc.backends.cpu.kernels.byte_windows import WINDOW
+from mcc.backends.cpu.kernels.sparse_codes_conv import codes_of_a_run
 from mcc.backends.cpu.tokens import refusal as attention_refusal
 from mcc.backends.kernel import (
     PER_TOKEN,
@@ -21,6 +23,7 @@ from mcc.backends.kernel import (
     SparseArrays,
     StoredWeight,
 )
+from mcc.backends.relax.emitter import tuple_of
 from mcc.formats import dequantize, unpack
 
 if TYPE_CHECKING:
@@ -41,7 +44,8 @@ def integerize(lowering: Lowering) -> Lowering:
     regions: dict[fx.Node, Region] = {}
     refused: dict[fx.Node, str] = {}
     for node in lowering.graph.nodes:
-        if node.op not in ANCHORS or (node.op is ops.CONV2D and not (reads_sparse(node) or depthwise(node))):
+        planes = node.op is ops.CONV2D and (reads_sparse(node, lowering.target) or depthwise(node))
+        if node.op not in ANCHORS or (node.op is ops.CONV2D and not planes):
             if node.op is not None and node.op.macs(node.fx):
                 reason = _REASONS.get(node.op.name)
                 if node.op in ops.ATTENTIONS:
@@ -70,15 +74,33 @@ def integerize(lowering: Lowering) -> Lowering:
     return replace(lowering, regions=regions, refused=refused)
 
 
-def reads_sparse(node: Node) -> bool:
-    """Whether a convolution with channels first has a kernel: that of sparse weights, whose sums of codes are exact."""
+def reads_sparse(node: Node, target: Target) -> bool:
+    """Whether a convolution with channels first has a kernel: that of sparse weights, whose sums of codes are exact.
+
+    Codes that can be permuted as bytes have a faster one with channels last.
+    """
     top, source = node.operand(1), node.operand(0)
     assert top is not None
     assert source is not None
     weight = stored_weight(top)
     if weight is None or weight.sparse is None or not all(isinstance(s, int) for s in source.shape[1:]):
         return False
-    return weight.dtype != "int8" or source.op is not ops.DEQUANTIZE or codes_sum_exactly(weight)
+    if weight.dtype != "int8" or source.op is not ops.DEQUANTIZE:
+        return True
+    blocks = not isinstance(weight.sparse, SparseArrays) or weight.sparse.block != (1, 1)
+    return codes_sum_exactly(weight) and (blocks or not (target.permutes_bytes and permutes_codes(node)))
+
+
+def permutes_codes(node: Node) -> bool:
+    """Whether a convolution reads enough codes side by side for them to be permuted as bytes."""
+    weight, source = node.weight_operand, node.operand(0)
+    assert weight is not None
+    assert source is not None
+    inputs, rows, columns = (int(s) for s in weight.shape[1:])
+    fixed = all(isinstance(s, int) for s in source.shape[1:])
+    down, across = tuple_of(node.argument(5, 1), 2)
+    alone = int(node.argument(6, 1)) == 1
+    return fixed and alone and codes_of_a_run(inputs, (rows, columns), (down, across)) >= WINDOW
 
 
 def depthwise(node: Node) -> bool:

@@ -34,7 +34,7 @@ def layout(lowering: Lowering) -> Lowering:
     """Turn what the cut chose to channels last, in a copy of the graph."""
     graph = lowering.graph.copy()
     _give_each_layer_its_dequantize(graph)
-    turner = Turner(graph)
+    turner = Turner(graph, lowering.target)
     chosen = choose_channels_last(graph, turner)
     for node in graph.nodes:
         if node.fx in chosen:
@@ -66,7 +66,7 @@ def choose_channels_last(graph: Graph, turner: Turner) -> set[fx.Node]:
     wanted = {n for n in able if ops.lookup(n.target) in PREFERRED}
     if not wanted:
         return set()
-    sparse = any(n.op is ops.CONV2D and reads_sparse(n) for n in graph.nodes)
+    sparse = any(n.op is ops.CONV2D and reads_sparse(n, turner.target) for n in graph.nodes)
     flow: networkx.DiGraph[object] = networkx.DiGraph()
     for node in graph.module.graph.nodes:
         if not turner.varies(node):

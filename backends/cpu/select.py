@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from mcc import ops
 from mcc.backends.cpu.integer_sums import pairs_fit
+from mcc.backends.cpu.integerize import permutes_codes
 from mcc.backends.cpu.kernels import KERNELS
+from mcc.backends.cpu.kernels.byte_windows import WINDOW
 from mcc.backends.cpu.kernels.pixel_tiles import MOST_PLANES
-from mcc.backends.cpu.kernels.sparse_codes import WINDOW
 from mcc.backends.cpu.lowering import Choice, Lowering
 from mcc.backends.relax.emitter import tuple_of
 from mcc.ops import extent
@@ -61,7 +62,7 @@ DENSEST = {
         "windows": 0.15,
         "windows of blocks": 0.2,
     },
-    "permuted": {"few rows": 0.3, "rows": 0.33},
+    "permuted": {"few rows": 0.3, "rows": 0.33, "few pixels": 0.33, "pixels": 0.33, "windows": 0.33},
     "tiles": {
         "few rows": 0.05,
         "few rows of blocks": 0.15,
@@ -160,11 +161,12 @@ def prefer_dense(node: Node, density: float, form: Form, target: Target) -> str 
     codes = source.op in (ops.FAKE_QUANTIZE, ops.FAKE_QUANTIZE_PER_TOKEN, ops.DEQUANTIZE)
     if codes and form.among:
         return f"no kernel multiplies codes by weights of {form}"
-    if codes and (beside := _single_channels_beside(node)) is not None:
-        return f"{beside.layer} beside it has single channels, and codes of those lie with channels last"
     precision = _integers(node, form, target) if codes else "float"
     if source.op is ops.FAKE_QUANTIZE_PER_TOKEN and precision != "permuted":
         return "no sparse kernel quantizes the rows it reads"
+    beside = _single_channels_beside(node) if codes and precision != "permuted" else None
+    if beside is not None:
+        return f"{beside.layer} beside it has single channels, and codes of those lie with channels last"
     limit = DENSEST[precision][kind]
     if density <= limit:
         return None
@@ -177,12 +179,9 @@ def _integers(node: Node, form: Form, target: Target) -> str:
         return "tiles"
     weight = node.weight_operand
     assert weight is not None
-    if (
-        node.op is ops.LINEAR
-        and (form.rows, form.columns) == (1, 1)
-        and target.permutes_bytes
-        and int(weight.shape[1]) >= WINDOW
-    ):
+    single = (form.rows, form.columns, form.among) == (1, 1, 0)
+    wide = permutes_codes(node) if node.op is ops.CONV2D else int(weight.shape[1]) >= WINDOW
+    if single and wide and target.permutes_bytes:
         return "permuted"
     return "dot4" if target.exact_dot4 else "int8"
 

@@ -12,6 +12,7 @@ from mcc.backends.cpu.kernels.low_bit_per_token import LowBitPerToken
 from mcc.backends.cpu.kernels.sparse import SparseDense
 from mcc.backends.cpu.kernels.sparse_blocks import SparseBlocks
 from mcc.backends.cpu.kernels.sparse_codes import SparseCodes, SparsePerToken
+from mcc.backends.cpu.kernels.sparse_codes_conv import SparseCodesConv2d
 from mcc.backends.cpu.kernels.sparse_conv import DepthwisePlanes, SparseConv2d
 from mcc.backends.cpu.kernels.sparse_n_of_m import SparseNofM
 from mcc.backends.kernel import Kernel
@@ -19,5 +20,5 @@ from mcc.backends.kernel import Kernel
 KERNELS: tuple[Kernel, ...] = (
     SparseCodes(), SparsePerToken(), SparseDense(), SparseBlocks(), SparseNofM(), LowBitDense(), LowBitPerToken(),
     DenseInt8(), DensePerToken(), DenseBfloat16(), DenseFloat(), DepthwiseInt8(), Depthwise(), SparseConv2d(),
-    DepthwisePlanes(), Conv2dInt8(), Conv2dBfloat16(), Conv2dFloat(),
+    DepthwisePlanes(), SparseCodesConv2d(), Conv2dInt8(), Conv2dBfloat16(), Conv2dFloat(),
 )  # fmt: skip

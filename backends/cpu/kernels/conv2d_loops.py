@@ -65,6 +65,7 @@ class Tile:
         pixels: row and column of each, from the tile's first.
         source: the words that it reads.
         corner: index of the first word that the first pixel reads.
+        vector: the number of the first vector of outputs.
         weight: index of the first weight.
         ask: what it does at each step, by number, besides: it asks for weights and pixels that are read later.
     """
@@ -73,6 +74,7 @@ class Tile:
     pixels: list[tuple[int, int]]
     source: Expression
     corner: Expression
+    vector: Expression
     weight: Expression
     ask: Callable[[Expression], None]
 
@@ -306,7 +308,7 @@ class Convolution(PackedConvolution):
             for one in asks:
                 one(step)
 
-        self.accumulate(Tile(sums, pixels, source[0], corner, weight, ask))
+        self.accumulate(Tile(sums, pixels, source[0], corner, vector, weight, ask))
         for j, indices in enumerate(targets):
             self.write((vector + j) * v.lanes, [pixel[j] for pixel in sums], indices)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from regions import Symbolic, Value, make_grouped_weight, make_region, make_table_weight, make_weight
 
 from mcc import ops
+from mcc.backends.cpu.kernels.byte_windows import WINDOW
 from mcc.backends.cpu.kernels.conv2d import Conv2dFloat, Conv2dInt8
 from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8
 from mcc.backends.cpu.kernels.dense_per_token import DensePerToken
@@ -20,6 +21,7 @@ from mcc.backends.cpu.kernels.low_bit_per_token import LowBitPerToken
 from mcc.backends.cpu.kernels.sparse import SparseDense
 from mcc.backends.cpu.kernels.sparse_blocks import SparseBlocks
 from mcc.backends.cpu.kernels.sparse_codes import SparseCodes, SparsePerToken
+from mcc.backends.cpu.kernels.sparse_codes_conv import SparseCodesConv2d, codes_of_a_run
 from mcc.backends.cpu.kernels.sparse_conv import DepthwisePlanes, SparseConv2d
 from mcc.backends.cpu.kernels.sparse_n_of_m import SparseNofM
 from mcc.backends.kernel import (
@@ -55,6 +57,7 @@ FAMILIES = (
     "sparse_blocks",
     "sparse_n_of_m",
     "sparse_conv2d",
+    "sparse_codes_conv2d",
     "depthwise_planes",
     "conv2d",
     "depthwise",
@@ -236,6 +239,23 @@ def _conv2d(draw: Any, target: Target, family: str) -> tuple[Kernel, Region, lis
 
 
 @st.composite
+def _sparse_codes_conv2d(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
+    del target
+    image = (draw(st.integers(1, 15)), draw(st.integers(1, 20)))
+    size, stride, padding, dilation = draw(_windows(image))
+    fewest = -(-WINDOW // codes_of_a_run(1, size, (dilation[0], dilation[1])))
+    inputs, outputs = draw(st.one_of(st.sampled_from([64, 128]), st.integers(fewest, fewest + 70))), draw(channels)
+    inputs = max(inputs, fewest)
+    weight = make_weight((outputs, inputs, *size), "int8", 4, density=draw(st.sampled_from([0.0, 0.02, 0.1, 0.4])))
+    activation = QuantizedInput(0.02, draw(zero_points))
+    region = make_region(
+        ops.CONV2D_NHWC, (Symbolic(), *image, inputs), weight, draw(epilogues()), activation,
+        (stride, padding, dilation, 1), bias=draw(st.booleans()),
+    )  # fmt: skip
+    return SparseCodesConv2d(), region, [(n, *image, inputs) for n in (1, 2, 5, 0)]
+
+
+@st.composite
 def _sparse_conv2d(draw: Any, target: Target, *, depthwise: bool) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
     del target
     image = (draw(st.integers(1, 15)), draw(st.one_of(st.integers(1, 20), st.integers(100, 150))))
@@ -259,6 +279,7 @@ def _sparse_conv2d(draw: Any, target: Target, *, depthwise: bool) -> tuple[Kerne
 
 
 _DRAWN = {
+    "sparse_codes_conv2d": _sparse_codes_conv2d,
     "sparse_conv2d": lambda target: _sparse_conv2d(target, depthwise=False),
     "depthwise_planes": lambda target: _sparse_conv2d(target, depthwise=True),
     "dense_float": lambda t: _dense(t, "float"),

@@ -17,7 +17,8 @@ PARTS, CASES_A_PART = 8, 250
 # those that are quick to compile, and have the most shapes, more often
 OFTEN = {"conv2d": 4, "depthwise": 4, "sparse": 4, "low_bit": 1}
 PERMUTING = parse_target("cpu:avx512vbmi")
-ON_FEW_TARGETS = {"sparse_codes": [t for t in (PERMUTING,) if not missing_features(t)]}
+WITH_BYTES = [t for t in (PERMUTING,) if not missing_features(t)]
+ON_FEW_TARGETS = {"sparse_codes": WITH_BYTES, "sparse_codes_conv2d": WITH_BYTES}
 HERE = [family for family in FAMILIES if ON_FEW_TARGETS.get(family, TARGETS)]
 WEIGHED = [family for family in HERE for _ in range(OFTEN.get(family, 2))]
 ARM = [family for family in FAMILIES if family not in ("sparse_n_of_m", *ON_FEW_TARGETS)]

@@ -7,13 +7,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from regions import make_region, make_weight
+from regions import Symbolic, make_region, make_weight
 from torch import nn
 
 import mcc
 from mcc import Data, ops
-from mcc.backends.cpu.kernels.sparse_codes import QUAD, WINDOW, SparseCodes, SparsePerToken, windows
-from mcc.backends.kernel import PER_TOKEN, QuantizedInput, SparseArrays
+from mcc.backends.cpu.kernels.byte_windows import QUAD, WINDOW, windows
+from mcc.backends.cpu.kernels.sparse_codes import SparseCodes, SparsePerToken
+from mcc.backends.cpu.kernels.sparse_codes_conv import SparseCodesConv2d
+from mcc.backends.kernel import PER_TOKEN, QuantizedInput
 from mcc.passes import PruneWeights, Quantize
 from mcc.target import missing_features, parse_target
 
@@ -27,7 +29,7 @@ RUNS_HERE = pytest.mark.skipif(bool(missing_features(TARGET)), reason="this CPU 
 def dense(arrays, outputs, inputs):
     """The weight that the steps multiply."""
     weight = np.zeros((-(-outputs // LANES) * LANES, inputs), np.int32)
-    weights, places = (arrays[key].reshape(-1, LANES, QUAD) for key in ("weights", "places"))
+    weights, places = (arrays[key].reshape(-1, LANES, QUAD) for key in ("weight", "places"))
     for vector, (begin, end) in enumerate(zip(arrays["first_steps"], arrays["first_steps"][1:], strict=False)):
         for step in range(begin, end):
             inputs_read = arrays["windows"][step] + places[step].astype(np.int64)
@@ -35,11 +37,17 @@ def dense(arrays, outputs, inputs):
     return weight[:outputs]
 
 
+def by_vectors(weight):
+    """The one run of a linear layer, of each vector of outputs."""
+    rows = np.pad(weight, ((0, -len(weight) % LANES), (0, 0)))
+    return [[(0, rows[first : first + LANES])] for first in range(0, len(rows), LANES)]
+
+
 @given(st.integers(1, 40), st.integers(WINDOW, 300), st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]), st.integers(0, 99))
 def test_windows_hold_every_weight_once_and_stay_within_the_row(outputs, inputs, density, seed):
-    weight = make_weight((outputs, inputs), "int8", seed, density=density)
-    arrays = windows(weight.sparse, outputs, inputs, LANES)
-    np.testing.assert_array_equal(dense(arrays, outputs, inputs), weight.decoded())
+    weight = make_weight((outputs, inputs), "int8", seed, density=density).decoded()
+    arrays = windows(by_vectors(weight))
+    np.testing.assert_array_equal(dense(arrays, outputs, inputs), weight)
     assert arrays["places"].max() < WINDOW
     assert arrays["windows"].min() >= 0
     assert arrays["windows"].max() <= inputs - WINDOW
@@ -47,13 +55,21 @@ def test_windows_hold_every_weight_once_and_stay_within_the_row(outputs, inputs,
 
 def test_an_output_takes_its_next_four_weights_of_the_window_that_another_waits_for():
     """Two outputs: one with weights 0 to 4, one with weights 31 and 100; of 128 inputs."""
-    columns = np.array([0, 1, 2, 3, 4, 31, 100], np.uint16)
-    sparse = SparseArrays(np.arange(1, 8, dtype=np.int8), columns, np.array([0, 5, 7], np.int32))
-    arrays = windows(sparse, 2, 128, LANES)
+    weight = np.zeros((LANES, 128), np.int8)
+    weight[0, :5], weight[1, [31, 100]] = range(1, 6), (6, 7)
+    arrays = windows([[(0, weight)]])
     assert arrays["windows"].tolist() == [0, 0, 64]
-    weights, places = (arrays[key].reshape(3, LANES, QUAD)[:, :2].tolist() for key in ("weights", "places"))
+    weights, places = (arrays[key].reshape(3, LANES, QUAD)[:, :2].tolist() for key in ("weight", "places"))
     assert weights == [[[1, 2, 3, 4], [6, 0, 0, 0]], [[5, 0, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [7, 0, 0, 0]]]
     assert places == [[[0, 1, 2, 3], [31, 0, 0, 0]], [[4, 0, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [36, 0, 0, 0]]]
+
+
+def test_runs_of_codes_begin_where_they_lie_from_the_first():
+    """Two rows of an image, 1,000 codes apart; the second vector of outputs reads nothing of the first."""
+    ones, nothing = np.ones((LANES, 64), np.int8), np.zeros((LANES, 64), np.int8)
+    arrays = windows([[(0, ones), (1000, ones)], [(0, nothing), (1000, ones)]])
+    assert arrays["windows"].tolist() == [0] * 16 + [1000] * 16 + [1000] * 16
+    assert arrays["first_steps"].tolist() == [0, 32, 48]
 
 
 def test_why_it_takes_no_other_layers():
@@ -98,3 +114,57 @@ def test_a_pruned_and_quantized_network_gives_what_its_graph_gives(activations, 
     x = torch.randn(33, 100)
     for rows in (1, 2, 7, 33):
         torch.testing.assert_close(artifact(x[:rows]), artifact(x)[:rows], rtol=0, atol=0)
+
+
+def refusal_of_convolution(inputs, kernel, target=TARGET, groups=1, dilation=(1, 1), block=(1, 1), height=9):
+    weight = make_weight((32, inputs // groups, *kernel), "int8", 0, density=0.1, block=block)
+    options = ((1, 1), (1, 1, 1, 1), dilation, groups)
+    region = make_region(ops.CONV2D_NHWC, (1, height, 9, inputs), weight, (), CODES, options)
+    return SparseCodesConv2d().refuses(region, target)
+
+
+def test_which_convolutions_are_read_by_windows():
+    """Codes of neighbouring columns lie side by side, those of columns apart do not."""
+    assert refusal_of_convolution(64, (1, 1)) is None
+    assert refusal_of_convolution(22, (3, 3)) is None
+    assert refusal_of_convolution(64, (3, 3), dilation=(2, 2)) is None
+    few = "fewer than 64 codes lie side by side"
+    assert [refusal_of_convolution(*c) for c in ((63, (1, 1)), (21, (3, 3)), (22, (1, 3)))] == [few] * 3
+    assert refusal_of_convolution(22, (3, 3), dilation=(1, 2)) == few
+    assert refusal_of_convolution(64, (1, 1), parse_target("cpu:avx512vnni")) == "cpu:avx512vnni permutes no bytes"
+    assert refusal_of_convolution(64, (1, 1), block=(8, 1)) == "the weight is not stored without its single zeros"
+    other = "its height or width varies, or it has groups"
+    assert refusal_of_convolution(128, (1, 1), groups=2) == other
+    assert refusal_of_convolution(64, (1, 1), height=Symbolic()) == other
+
+
+class Blocks(nn.Module):
+    """Convolutions around a depthwise one, with a residual, a stride, and a few channels at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.wide = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 72, 3, padding=1)
+        self.alone, self.narrow = nn.Conv2d(72, 72, 3, 2, 1, groups=72), nn.Conv2d(72, 65, 1)
+        self.again = nn.Conv2d(65, 65, 3, padding=1)
+
+    def forward(self, x):
+        x = self.narrow(self.alone(self.wide(self.first(x).relu()).relu()).relu())
+        return x + self.again(x.relu())
+
+
+@pytest.mark.parametrize(("target", "kernels"), [
+    ("cpu:avx512vbmi", ["conv2d_int8", "sparse_codes_conv2d", "depthwise_int8", *["sparse_codes_conv2d"] * 2]),
+    ("cpu:avx512vnni", ["conv2d_int8", "conv2d_int8", "depthwise_int8", "conv2d_int8", "sparse_conv2d"]),
+])  # fmt: skip
+def test_convolutions_of_codes_lie_with_channels_last_where_bytes_are_permuted(target, kernels):
+    torch.manual_seed(0)
+    artifact = compiled(Blocks(), torch.randn(1, 3, 17, 19), target, 0.9, verify=False)
+    assert [row.kernel.split()[0] for row in artifact.report.layers] == kernels
+
+
+@RUNS_HERE
+def test_a_network_of_sparse_convolutions_gives_what_its_graph_gives():
+    torch.manual_seed(0)
+    artifact = compiled(Blocks(), torch.randn(2, 3, 17, 19), TARGET, 0.8, dynamic_shapes=({0: "batch"},))
+    x = torch.randn(7, 3, 17, 19)
+    torch.testing.assert_close(artifact(x[:1]), artifact(x)[:1], rtol=0, atol=0)

@@ -1,0 +1,124 @@
+"""Products of a row's codes and weights of which few are not zero, by permuting bytes.
+
+Lanes are outputs, four weights of each in a register. A step has a window of 64 codes, one register of a row: a
+permutation brings to every byte of the register of weights the code that it multiplies, and one `dot4` adds 64
+products. What is permuted, by which places and with which weights is the same for many rows. An output takes its next
+four weights of the window, zeros where it has fewer, and windows move to the code that some output waits for; they
+begin at multiples of half their size, so that most do not straddle a cache line.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tvm.tirx.script.builder.ir as B
+from tvm import tirx
+from tvm.script import tirx as T
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from mcc.backends.cpu.microkernel import Expression, Register, Vectors
+
+WINDOW = 64  # codes
+APART = 32  # places that windows begin at
+QUAD = 4  # weights of an output in a step
+CHAINS = 4  # sums in flight that hide the latency of `dot4`
+BEYOND = np.iinfo(np.int32).max
+PERMUTE = "llvm.x86.avx512.permvar.qi.512"
+
+
+def windows(vectors: Sequence[Sequence[tuple[int, NDArray[np.int8]]]]) -> dict[str, NDArray[Any]]:
+    """The steps of vectors of outputs, one vector's behind the other's.
+
+    Args:
+        vectors: of each the runs of codes that its outputs read: where a run begins, from where a row does, and the
+            weights of its codes, [lanes, codes], at least 64 of them.
+
+    Returns:
+        weight: int8 [steps, lanes, 4]; places: uint8 of that shape, codes within the step's window; windows: int32
+        [steps], the first code of each; first_steps: int32 [vectors + 1].
+    """
+    steps: list[tuple[int, NDArray[np.uint8], NDArray[np.int8]]] = []
+    ends = [0]
+    for runs in vectors:
+        for begin, weights in runs:
+            steps += [(begin + first, places, values) for first, places, values in _steps(weights)]
+        ends.append(len(steps))
+    if not steps:  # an all-zero layer: kernels take no empty arrays
+        lanes = len(vectors[0][0][1])
+        steps.append((0, np.zeros((lanes, QUAD), np.uint8), np.zeros((lanes, QUAD), np.int8)))
+    firsts, places, values = zip(*steps, strict=True)
+    return {
+        "weight": np.stack(values).reshape(-1), "places": np.stack(places).reshape(-1),
+        "windows": np.array(firsts, np.int32), "first_steps": np.array(ends, np.int32),
+    }  # fmt: skip
+
+
+def _steps(weights: NDArray[np.int8]) -> list[tuple[int, NDArray[np.uint8], NDArray[np.int8]]]:
+    """The window, places and weights of each step over one run."""
+    lanes, codes = weights.shape
+    kept = weights != 0
+    order = np.argsort(~kept, axis=1, kind="stable")
+    columns = np.where(np.take_along_axis(kept, order, 1), order, BEYOND)
+    columns = np.pad(columns, ((0, 0), (0, QUAD)), constant_values=BEYOND)
+    values = np.pad(np.take_along_axis(weights, order, 1), ((0, 0), (0, QUAD)))
+    taken, every, steps = np.zeros(lanes, np.int64), np.arange(lanes), []
+    while (waiting := int(columns[every, taken].min())) < codes:
+        first = min(waiting // APART * APART, codes - WINDOW)
+        at = every[:, None], taken[:, None] + np.arange(QUAD)
+        inside = columns[at] < first + WINDOW
+        places, chosen = np.where(inside, columns[at] - first, 0), np.where(inside, values[at], 0)
+        steps.append((first, places.astype(np.uint8), chosen.astype(np.int8)))
+        taken += inside.sum(1)
+    return steps
+
+
+def add_windows(
+    v: Vectors,
+    arrays: Mapping[str, Expression],
+    vector: Expression,
+    source: tuple[Expression, Sequence[Expression]],
+    sums: Sequence[Register],
+) -> None:
+    """Add to the sums of a few rows, for vector number `vector` of outputs, the products of all steps.
+
+    Args:
+        v: of the target.
+        arrays: as `windows` gave them.
+        vector: of outputs.
+        source: codes, and where each row begins.
+        sums: a vector of int32 for each row.
+    """
+    codes, rows = source
+    chains = [list(sums), *v.registers(max(1, CHAINS // len(sums)) - 1, len(sums), "int32")]
+    for chain in chains[1:]:
+        for register in chain:
+            register.set(v.constant(0, "int32"))
+    begin = B.Bind(arrays["first_steps"][vector])
+    count = B.Bind(arrays["first_steps"][vector + 1] - begin)
+    whole = B.Bind(tirx.floordiv(count, len(chains)))
+    size = v.lanes * QUAD
+
+    def step(number: Expression, chain: Sequence[Register]) -> None:
+        at = B.Bind(T.cast(number, "int64"))
+        window = B.Bind(T.cast(arrays["windows"][at], "int64"))
+        places, weights = (B.Bind(v.load(arrays[key], at * size, size)) for key in ("places", "weight"))
+        words, order = T.reinterpret(f"int32x{v.lanes}", weights), T.reinterpret(f"int8x{size}", places)
+        for row, register in zip(rows, chain, strict=True):
+            read = T.reinterpret(f"int8x{size}", v.load(codes, row + window, size))
+            chosen = tirx.call_llvm_pure_intrin(f"int8x{size}", PERMUTE, read, order)
+            register.set(v.dot4(register.get(), T.reinterpret(f"int32x{v.lanes}", chosen), words, bounded=True))
+
+    with B.serial(0, whole) as s:
+        for c, chain in enumerate(chains):
+            step(begin + s * len(chains) + c, chain)
+    if len(chains) > 1:
+        with B.serial(0, count - whole * len(chains)) as s:
+            step(begin + whole * len(chains) + s, chains[0])
+    for total, *others in zip(*chains, strict=True):
+        for other in others:
+            total.set(total.get() + other.get())
