@@ -75,7 +75,7 @@ def integerize(lowering: Lowering) -> Lowering:
 
 
 def reads_sparse(node: Node, target: Target) -> bool:
-    """Whether a convolution with channels first has a kernel: that of sparse weights, whose sums of codes are exact.
+    """Whether a convolution is read best with channels first: by the kernel of sparse weights, whose sums are exact.
 
     Codes that can be permuted as bytes have a faster one with channels last.
     """
@@ -85,7 +85,7 @@ def reads_sparse(node: Node, target: Target) -> bool:
     weight = stored_weight(top)
     if weight is None or weight.sparse is None or not all(isinstance(s, int) for s in source.shape[1:]):
         return False
-    if weight.dtype != "int8" or source.op is not ops.DEQUANTIZE:
+    if weight.dtype != "int8" or quantized_source(source)[0] is None:
         return True
     blocks = not isinstance(weight.sparse, SparseArrays) or weight.sparse.block != (1, 1)
     return codes_sum_exactly(weight) and (blocks or not (target.permutes_bytes and permutes_codes(node)))

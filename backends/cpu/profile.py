@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 CHAINS = 12  # accumulators that hide the latency of a multiply-add on every CPU we know
 STEPS = 20_000
 KNOWN_TO = 0.05  # how well what being asked costs is known, relative: no call is said to take less
-INTEGER_KERNELS = ("dense_int8", "dense_per_token", "low_bit_per_token", "conv2d_int8", "depthwise_int8")
+INTEGER_KERNELS = (
+    "dense_int8", "dense_per_token", "low_bit_per_token", "conv2d_int8", "depthwise_int8", "sparse_codes",
+    "sparse_per_token",
+)  # fmt: skip
 BFLOAT16_KERNELS = ("dense_bf16", "conv2d_bf16")
 _BOOKKEEPING = "vm.builtin."
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mcc import ops
 from mcc.backends.cpu.integer_sums import pairs_fit
-from mcc.backends.cpu.integerize import permutes_codes
+from mcc.backends.cpu.integerize import permutes_codes, quantized_source
 from mcc.backends.cpu.kernels import KERNELS
 from mcc.backends.cpu.kernels.byte_windows import WINDOW
 from mcc.backends.cpu.kernels.pixel_tiles import MOST_PLANES
@@ -145,8 +145,8 @@ def _first(region: Region, lowering: Lowering) -> tuple[Kernel | None, str]:
 def prefer_dense(node: Node, density: float, form: Form, target: Target) -> str | None:
     """Why a weight of this density had better be read dense for this op, or None if a sparse kernel gains by it.
 
-    Measured on AVX2, AVX-512 and AMX, see `DENSEST` and tests/bench/sparse.py. A weight read dense is still stored
-    without its zeros.
+    Measured on AVX2, AVX-512, AMX and, where bytes are permuted, a Zen 4: see `DENSEST` and tests/bench/sparse.py. A
+    weight read dense is still stored without its zeros.
     """
     if node.op is ops.EMBEDDING and form.among:
         return f"no embedding reads rows of {form}"
@@ -157,33 +157,51 @@ def prefer_dense(node: Node, density: float, form: Form, target: Target) -> str 
     kind, what = _rows(node, form) if node.op is ops.LINEAR else _pixels(node, form)
     if not kind:
         return what
-    # activations become codes after the weights that read them
-    codes = source.op in (ops.FAKE_QUANTIZE, ops.FAKE_QUANTIZE_PER_TOKEN, ops.DEQUANTIZE)
-    if codes and form.among:
+    if not _gives_codes(source):
+        return _too_dense(density, DENSEST["float"][kind], what)
+    if form.among:
         return f"no kernel multiplies codes by weights of {form}"
-    precision = _integers(node, form, target) if codes else "float"
-    if source.op is ops.FAKE_QUANTIZE_PER_TOKEN and precision != "permuted":
-        return "no sparse kernel quantizes the rows it reads"
-    beside = _single_channels_beside(node) if codes and precision != "permuted" else None
-    if beside is not None:
-        return f"{beside.layer} beside it has single channels, and codes of those lie with channels last"
-    limit = DENSEST[precision][kind]
+    permuted = target.permutes_bytes and _permuted(node, form)
+    if not permuted and (reason := _no_integers(node, source, form, target)):
+        return reason
+    precision = "permuted" if permuted else "dot4" if target.exact_dot4 else "int8"
+    return _too_dense(density, DENSEST["tiles" if target.tiles else precision][kind], what)
+
+
+def _too_dense(density: float, limit: float, what: str) -> str | None:
     if density <= limit:
         return None
     return f"at density {density:.2f} the dense kernel is faster (sparse gains below {limit} for {what})"
 
 
-def _integers(node: Node, form: Form, target: Target) -> str:
-    """Which instructions multiply codes, as `DENSEST` names them."""
-    if target.tiles:
-        return "tiles"
+def _gives_codes(source: Node) -> bool:
+    """Whether a layer reads unsigned codes of 8 bits, or will: activations become codes after the weights."""
+    if source.op is ops.FAKE_QUANTIZE:
+        axis, low = source.argument(3), source.argument(4)
+        return axis is None and isinstance(low, int) and low >= 0
+    return source.op is ops.FAKE_QUANTIZE_PER_TOKEN or quantized_source(source)[0] is not None
+
+
+def _permuted(node: Node, form: Form) -> bool:
+    """Whether a layer's codes can be permuted as bytes."""
     weight = node.weight_operand
     assert weight is not None
-    single = (form.rows, form.columns, form.among) == (1, 1, 0)
-    wide = permutes_codes(node) if node.op is ops.CONV2D else int(weight.shape[1]) >= WINDOW
-    if single and wide and target.permutes_bytes:
-        return "permuted"
-    return "dot4" if target.exact_dot4 else "int8"
+    if (form.rows, form.columns) != (1, 1):
+        return False
+    return permutes_codes(node) if node.op is ops.CONV2D else int(weight.shape[1]) >= WINDOW
+
+
+def _no_integers(node: Node, source: Node, form: Form, target: Target) -> str | None:
+    """Why no other sparse kernel had better read a layer's codes, if none had."""
+    if source.op is ops.FAKE_QUANTIZE_PER_TOKEN:
+        return "no sparse kernel quantizes the rows it reads"
+    if node.op is not ops.CONV2D:
+        return None
+    if (beside := _single_channels_beside(node)) is not None:
+        return f"{beside.layer} beside it has single channels, and codes of those lie with channels last"
+    if target.permutes_bytes and (form.rows, form.columns) == (1, 1):
+        return "few of its codes lie side by side, and those of other layers lie with channels last"
+    return None
 
 
 def _single_channels_beside(node: Node) -> Node | None:

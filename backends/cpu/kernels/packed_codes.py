@@ -61,7 +61,7 @@ class PackedCodes:
     def integer(
         self, v: Vectors, total: Expression, scale: Expression, bias: Expression, added: Sequence[Expression] = ()
     ) -> Expression:
-        """A sum, with what is added to it, as an integer for `words`: a code before it is held to its range."""
+        """A sum, with what is added to it, as an integer for `words`: a code, or its low half is one, of any range."""
         if self.direct is not None:
             made = v.fma(T.reinterpret(f"float32x{v.lanes}", total), scale, bias)
             return T.reinterpret(f"int32x{v.lanes}", made) + v.constant(self.direct.odd, "int32")

@@ -137,7 +137,7 @@ class _Windows(IntegerBody):
 
     def _tile(self, panel: Expression, width: PanelWidth, first: Expression, count: int) -> None:
         """Some rows of a vector of outputs."""
-        _plan, v = self.plan, self.plan.vectors
+        v = self.plan.vectors
         (sums,) = v.registers(1, count, "int32")
         start = B.Bind(v.load(self.start, panel * v.lanes))
         for register in sums:

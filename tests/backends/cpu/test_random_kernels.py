@@ -31,7 +31,7 @@ def check(case, target):
 
 def drawn_cases(family):
     """A case of a family, and one of its targets."""
-    targets = st.sampled_from(ON_FEW_TARGETS.get(family, TARGETS))
+    targets = st.sampled_from(ON_FEW_TARGETS.get(family, [*TARGETS, *WITH_BYTES]))
     return targets.flatmap(lambda t: st.tuples(cases(family, t), st.just(t)))
 
 

@@ -168,3 +168,28 @@ def test_a_network_of_sparse_convolutions_gives_what_its_graph_gives():
     artifact = compiled(Blocks(), torch.randn(2, 3, 17, 19), TARGET, 0.8, dynamic_shapes=({0: "batch"},))
     x = torch.randn(7, 3, 17, 19)
     torch.testing.assert_close(artifact(x[:1]), artifact(x)[:1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("model", "reason"), [
+    (nn.Linear(64, 64), "at density 0.25 the dense kernel is faster (sparse gains below 0.2 for 4 rows)"),
+    (nn.Linear(40, 64), "at density 0.25 the dense kernel is faster (sparse gains below 0.2 for 4 rows)"),
+])  # fmt: skip
+def test_codes_of_16_bits_are_judged_as_the_floats_they_are_read_as(model, reason):
+    artifact = compiled(model, torch.randn(4, model.in_features), TARGET, 0.75, "int16", verify=False)
+    assert [d.reason for row in artifact.report.passes for d in row.declined] == [f"stored dense: {reason}"]
+
+
+def test_a_convolution_of_16_bits_keeps_its_sparse_kernel():
+    x = torch.randn(1, 64, 14, 14)
+    artifact = compiled(nn.Conv2d(64, 64, 3, padding=1), x, TARGET, 0.9, "int16", verify=False)
+    assert [row.kernel.split()[0] for row in artifact.report.layers] == ["sparse_conv2d"]
+
+
+def test_a_convolution_of_few_channels_between_permuted_ones_is_dense_and_says_why():
+    layers = nn.Conv2d(64, 20, 3), nn.ReLU(), nn.Conv2d(20, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)
+    artifact = compiled(nn.Sequential(*layers), torch.randn(1, 64, 14, 14), TARGET, 0.9, verify=False)
+    kernels = [row.kernel.split()[0] for row in artifact.report.layers]
+    assert kernels == ["sparse_codes_conv2d", "conv2d_int8", "sparse_codes_conv2d"]
+    (declined,) = [d for row in artifact.report.passes for d in row.declined]
+    few = "few of its codes lie side by side, and those of other layers lie with channels last"
+    assert (declined.layer, declined.reason) == ("2", f"stored dense: {few}")
