@@ -6,7 +6,7 @@
 With networks, those of torchvision (random weights, all layers but the first and those of single channels pruned) instead of
 layers. Each layer is called alone, in turns, from NumPy in to NumPy out; a convolution with a relu and one back to as many
 channels behind it, both pruned. Images come and go with their channels first, and mcc's transposes of them count. Sparse
-kernels are forced, whatever the density at which mcc would read the weight dense. DeepSparse 1.8, the last one, reads the
+kernels are forced, whatever the density at which mcc would read the weight dense; in networks mcc chooses. DeepSparse 1.8, the last one, reads the
 same pruned float32 layers in a process of its own (see deepsparse_peer.py).
 """
 
@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,8 @@ def timed(
     """Least ms of each engine."""
     more = {"data": mcc.Data(calibration=[x]), "target": options.target, "threads": 1, "measure": "never"}
     steps = "fold-batch-norm; keep-zeros" + (f"; {quantize}" if quantize else "")
-    with mock.patch.object(cpu, "prefer_dense", return_value=None):
+    chosen = nullcontext() if options.networks else mock.patch.object(cpu, "prefer_dense", return_value=None)
+    with chosen:
         sparse = mcc.compile(model, (x,), passes=steps, **more)
     dense, session = mcc.compile(model, (x,), passes=quantize or (), **more), reference(model, x)
     given, name = x.numpy(), session.get_inputs()[0].name
