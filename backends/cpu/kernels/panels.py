@@ -38,6 +38,7 @@ class PanelPlan:
         self.padded_outputs = -(-self.outputs // vectors.lanes) * vectors.lanes
         self.full_panels, self.full, self.tail = panel_widths(self.outputs, tile, vectors.lanes)
         self.leading = leading_dims(region.source.shape[:-1])
+        self.products = self.inputs * self.outputs  # of a row, by which threads share the work or do not
 
     def function(self, name: str, packed: dict[str, NDArray[Any]], body: Any) -> tirx.PrimFunc:
         """The PrimFunc around `body`."""
@@ -81,7 +82,7 @@ class PanelPlan:
             branch(p < self.full_panels, lambda: emit(p, self.full), lambda: emit(p, tail))
 
     def _single(self, emit_tile: EmitTile) -> None:
-        loop = serial if self.inputs * self.outputs < SERIAL_MACS else parallel
+        loop = serial if self.products < SERIAL_MACS else parallel
         loop(self.panels, lambda p: self.in_panel(p, lambda q, v: emit_tile(q, v, 0, 1)))
 
     def _blocks(self, rows: Expression, emit_tile: EmitTile) -> None:
@@ -98,7 +99,7 @@ class PanelPlan:
 
             self.in_panel(p, tiles)
 
-        few = rows * (self.inputs * self.outputs) < SERIAL_MACS
+        few = rows * self.products < SERIAL_MACS
         total = self.panels * count
         branch(few, lambda: serial(total, block), lambda: parallel(total, block))
 

@@ -118,6 +118,7 @@ class _Windows(IntegerBody):
         weight, lanes = plan.region.weight.decoded(), plan.vectors.lanes
         rows = np.pad(weight, ((0, plan.padded_outputs - plan.outputs), (0, 0)))
         self.steps = windows([[(0, rows[first : first + lanes])] for first in range(0, len(rows), lanes)])
+        plan.products = self.steps["weight"].size
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Those of dense int8 and the steps."""

@@ -16,7 +16,7 @@ from mcc import ops
 from mcc.backends.cpu.integer_sums import sums_overflow
 from mcc.backends.cpu.kernels.byte_windows import WINDOW, add_windows, windows
 from mcc.backends.cpu.kernels.conv2d import conv_reference
-from mcc.backends.cpu.kernels.conv2d_loops import Block, IntegerConvolution, Tile
+from mcc.backends.cpu.kernels.conv2d_loops import BYTES, Block, IntegerConvolution, Tile
 from mcc.backends.cpu.kernels.conv_shape import conv_shape
 from mcc.backends.cpu.kernels.tiles import TileShape, parse_tile
 from mcc.backends.cpu.microkernel import Expression, Vectors
@@ -84,6 +84,7 @@ class _Windows(IntegerConvolution):
         super().__init__(region, vectors, tile)
         ordered = self.plain_weight()[self._lanes()]  # [vector, lane, in, kernel row, kernel column]
         self.packed |= windows([self._runs(lanes.transpose(2, 0, 3, 1)) for lanes in ordered])
+        self.fewest_macs = self.fewest_macs * ordered.size // self.packed["weight"].size  # of those that are done
 
     def _pack_weight(self) -> NDArray[Any]:
         return np.zeros(1, np.int8)  # what the steps multiply takes its place
@@ -100,7 +101,7 @@ class _Windows(IntegerConvolution):
         ]
 
     def _band_bytes(self) -> Expression:
-        return super()._band_bytes() // 4
+        return super()._band_bytes() // BYTES  # a word of one channel is otherwise a float
 
     def direct(self, n: Expression) -> tuple[Expression, Expression]:
         """See `Convolution`."""
