@@ -11,7 +11,7 @@ from torch import fx
 
 from mcc import ops
 from mcc.backends.cpu.integer_sums import codes_sum_exactly
-from mcc.backends.cpu.kernels.byte_windows import WINDOW
+from mcc.backends.cpu.kernels.byte_windows import WINDOW, stored_apart
 from mcc.backends.cpu.kernels.sparse_codes_conv import codes_of_a_run
 from mcc.backends.cpu.tokens import refusal as attention_refusal
 from mcc.backends.kernel import (
@@ -87,8 +87,8 @@ def reads_sparse(node: Node, target: Target) -> bool:
         return False
     if weight.dtype != "int8" or quantized_source(source)[0] is None:
         return True
-    blocks = not isinstance(weight.sparse, SparseArrays) or weight.sparse.block != (1, 1)
-    return codes_sum_exactly(weight) and (blocks or not (target.permutes_bytes and permutes_codes(node)))
+    permuted = target.permutes_bytes and stored_apart(weight.sparse) and permutes_codes(node)
+    return codes_sum_exactly(weight) and not permuted
 
 
 def permutes_codes(node: Node) -> bool:

@@ -10,7 +10,7 @@ from mcc import ops
 from mcc.backends.cpu.integer_sums import pairs_fit
 from mcc.backends.cpu.integerize import permutes_codes, quantized_source
 from mcc.backends.cpu.kernels import KERNELS
-from mcc.backends.cpu.kernels.byte_windows import WINDOW
+from mcc.backends.cpu.kernels.byte_windows import COLUMN, WINDOW
 from mcc.backends.cpu.kernels.pixel_tiles import MOST_PLANES
 from mcc.backends.cpu.lowering import Choice, Lowering
 from mcc.backends.relax.emitter import tuple_of
@@ -62,7 +62,16 @@ DENSEST = {
         "windows": 0.15,
         "windows of blocks": 0.2,
     },
-    "permuted": {"few rows": 0.3, "rows": 0.33, "few pixels": 0.33, "pixels": 0.33, "windows": 0.33},
+    "permuted": {
+        "few rows": 0.3,
+        "few rows of blocks": 0.4,
+        "rows": 0.33,
+        "blocks": 0.4,
+        "few pixels": 0.33,
+        "pixels": 0.33,
+        "windows": 0.33,
+        "windows of blocks": 0.4,
+    },
     "tiles": {
         "few rows": 0.05,
         "few rows of blocks": 0.15,
@@ -186,7 +195,7 @@ def _permuted(node: Node, form: Form) -> bool:
     """Whether a layer's codes can be permuted as bytes."""
     weight = node.weight_operand
     assert weight is not None
-    if (form.rows, form.columns) != (1, 1):
+    if (form.rows, form.columns) not in ((1, 1), COLUMN):
         return False
     return permutes_codes(node) if node.op is ops.CONV2D else int(weight.shape[1]) >= WINDOW
 
@@ -199,7 +208,7 @@ def _no_integers(node: Node, source: Node, form: Form, target: Target) -> str | 
         return None
     if (beside := _single_channels_beside(node)) is not None:
         return f"{beside.layer} beside it has single channels, and codes of those lie with channels last"
-    if target.permutes_bytes and (form.rows, form.columns) == (1, 1):
+    if target.permutes_bytes and (form.rows, form.columns) in ((1, 1), COLUMN):
         return "few of its codes lie side by side, and those of other layers lie with channels last"
     return None
 

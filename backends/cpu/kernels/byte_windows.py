@@ -5,6 +5,9 @@ permutation brings to every byte of the register of weights the code that it mul
 products. What is permuted, by which places and with which weights is the same for many rows. An output takes its next
 four weights of the window, zeros where it has fewer, and windows move to the code that some output waits for; they
 begin at multiples of half their size, so that most do not straddle a cache line.
+
+Where weights stand in blocks of as many outputs as there are lanes, the places of all lanes are the same: a step stores
+them once.
 """
 
 from __future__ import annotations
@@ -16,52 +19,68 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
+from mcc.backends.cpu.microkernel import flat
+from mcc.backends.kernel import SparseArrays
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from mcc.backends.cpu.microkernel import Expression, Register, Vectors
+    from mcc.backends.kernel import NofMArrays
 
 WINDOW = 64  # codes
 APART = 32  # places that windows begin at
 QUAD = 4  # weights of an output in a step
 CHAINS = 4  # sums in flight that hide the latency of `dot4`
+COLUMN = (16, 1)  # the block that has an output in every lane
 BEYOND = np.iinfo(np.int32).max
 PERMUTE = "llvm.x86.avx512.permvar.qi.512"
 
 
-def windows(vectors: Sequence[Sequence[tuple[int, NDArray[np.int8]]]]) -> dict[str, NDArray[Any]]:
+def stored_apart(sparse: SparseArrays | NofMArrays | None) -> bool:
+    """Whether a weight stores single elements, or columns of as many as there are lanes, without their zeros."""
+    return isinstance(sparse, SparseArrays) and sparse.block in ((1, 1), COLUMN)
+
+
+def windows(
+    vectors: Sequence[Sequence[tuple[int, NDArray[np.int8]]]], sparse: SparseArrays | NofMArrays | None
+) -> dict[str, NDArray[Any]]:
     """The steps of vectors of outputs, one vector's behind the other's.
 
     Args:
         vectors: of each the runs of codes that its outputs read: where a run begins, from where a row does, and the
             weights of its codes, [lanes, codes], at least 64 of them.
+        sparse: how the weight is stored.
 
     Returns:
-        weight: int8 [steps, lanes, 4]; places: uint8 of that shape, codes within the step's window; windows: int32
-        [steps], the first code of each; first_steps: int32 [vectors + 1].
+        weight: int8 [steps, lanes, 4]; places: uint8 of that shape, codes within the step's window, or [steps, 4] for
+        columns; windows: int32 [steps], the first code of each; first_steps: int32 [vectors + 1].
     """
+    assert isinstance(sparse, SparseArrays)
+    columns = sparse.block == COLUMN
     steps: list[tuple[int, NDArray[np.uint8], NDArray[np.int8]]] = []
     ends = [0]
     for runs in vectors:
         for begin, weights in runs:
-            steps += [(begin + first, places, values) for first, places, values in _steps(weights)]
+            kept = np.broadcast_to((weights != 0).any(0), weights.shape) if columns else weights != 0
+            steps += [(begin + first, places, values) for first, places, values in _steps(weights, kept)]
         ends.append(len(steps))
     if not steps:  # an all-zero layer: kernels take no empty arrays
         lanes = len(vectors[0][0][1])
         steps.append((0, np.zeros((lanes, QUAD), np.uint8), np.zeros((lanes, QUAD), np.int8)))
     firsts, places, values = zip(*steps, strict=True)
+    stored = np.stack(places)[:, :1] if columns else np.stack(places)
     return {
-        "weight": np.stack(values).reshape(-1), "places": np.stack(places).reshape(-1),
+        "weight": np.stack(values).reshape(-1), "places": stored.reshape(-1),
         "windows": np.array(firsts, np.int32), "first_steps": np.array(ends, np.int32),
     }  # fmt: skip
 
 
-def _steps(weights: NDArray[np.int8]) -> list[tuple[int, NDArray[np.uint8], NDArray[np.int8]]]:
+def _steps(weights: NDArray[np.int8], kept: NDArray[np.bool_]) -> list[tuple[int, NDArray[np.uint8], NDArray[np.int8]]]:
     """The window, places and weights of each step over one run."""
     lanes, codes = weights.shape
-    kept = weights != 0
     order = np.argsort(~kept, axis=1, kind="stable")
     columns = np.where(np.take_along_axis(kept, order, 1), order, BEYOND)
     columns = np.pad(columns, ((0, 0), (0, QUAD)), constant_values=BEYOND)
@@ -106,8 +125,8 @@ def add_windows(
     def step(number: Expression, chain: Sequence[Register]) -> None:
         at = B.Bind(T.cast(number, "int64"))
         window = B.Bind(T.cast(arrays["windows"][at], "int64"))
-        places, weights = (B.Bind(v.load(arrays[key], at * size, size)) for key in ("places", "weight"))
-        words, order = T.reinterpret(f"int32x{v.lanes}", weights), T.reinterpret(f"int8x{size}", places)
+        words = T.reinterpret(f"int32x{v.lanes}", B.Bind(v.load(arrays["weight"], at * size, size)))
+        order = T.reinterpret(f"int8x{size}", B.Bind(_places(v, arrays, at)))
         for row, register in zip(rows, chain, strict=True):
             read = T.reinterpret(f"int8x{size}", v.load(codes, row + window, size))
             chosen = tirx.call_llvm_pure_intrin(f"int8x{size}", PERMUTE, read, order)
@@ -122,3 +141,11 @@ def add_windows(
     for total, *others in zip(*chains, strict=True):
         for other in others:
             total.set(total.get() + other.get())
+
+
+def _places(v: Vectors, arrays: Mapping[str, Expression], step: Expression) -> Expression:
+    """The places of a step, for every lane."""
+    stored, size = arrays["places"], v.lanes * QUAD
+    if int(stored.shape[0]) == int(arrays["weight"].shape[0]):
+        return v.load(stored, step * size, size)
+    return v.splat(flat(stored, stored.shape[0] // QUAD, "int32")[step])

@@ -15,13 +15,13 @@ from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.integer_sums import sums_overflow
-from mcc.backends.cpu.kernels.byte_windows import QUAD, WINDOW, add_windows, windows
+from mcc.backends.cpu.kernels.byte_windows import QUAD, WINDOW, add_windows, stored_apart, windows
 from mcc.backends.cpu.kernels.dense import IntegerBody, dense_reference
 from mcc.backends.cpu.kernels.dense_per_token import PerTokenBody, per_token_reference
 from mcc.backends.cpu.kernels.panels import PanelPlan
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, parse_tile
 from mcc.backends.cpu.microkernel import Expression, Vectors, flat, product
-from mcc.backends.kernel import Lowered, Region, SparseArrays
+from mcc.backends.kernel import Lowered, Region
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,8 +90,8 @@ class SparsePerToken:
 def _refusal(region: Region, target: Target) -> str | None:
     """Why no row's codes are permuted for a region, or None."""
     weight = region.weight
-    if not isinstance(weight.sparse, SparseArrays) or weight.sparse.block != (1, 1):
-        return "the weight is not stored without its single zeros"
+    if not stored_apart(weight.sparse):
+        return "the weight is not stored by single elements or columns of 16"
     if weight.scale is None or weight.grouped:
         return "the weight is not int8 with a scale for each output"
     if not target.permutes_bytes:
@@ -115,9 +115,10 @@ class _Windows(IntegerBody):
 
     def __init__(self, plan: PanelPlan) -> None:
         super().__init__(plan, tiled=False)
-        weight, lanes = plan.region.weight.decoded(), plan.vectors.lanes
-        rows = np.pad(weight, ((0, plan.padded_outputs - plan.outputs), (0, 0)))
-        self.steps = windows([[(0, rows[first : first + lanes])] for first in range(0, len(rows), lanes)])
+        weight, lanes = plan.region.weight, plan.vectors.lanes
+        rows = np.pad(weight.decoded(), ((0, plan.padded_outputs - plan.outputs), (0, 0)))
+        runs = [[(0, rows[first : first + lanes])] for first in range(0, len(rows), lanes)]
+        self.steps = windows(runs, weight.sparse)
         plan.products = self.steps["weight"].size
 
     def arrays(self) -> dict[str, NDArray[Any]]:

@@ -14,13 +14,13 @@ import tvm.tirx.script.builder.ir as B
 
 from mcc import ops
 from mcc.backends.cpu.integer_sums import sums_overflow
-from mcc.backends.cpu.kernels.byte_windows import WINDOW, add_windows, windows
+from mcc.backends.cpu.kernels.byte_windows import WINDOW, add_windows, stored_apart, windows
 from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv2d_loops import BYTES, Block, IntegerConvolution, Tile
 from mcc.backends.cpu.kernels.conv_shape import conv_shape
 from mcc.backends.cpu.kernels.tiles import TileShape, parse_tile
 from mcc.backends.cpu.microkernel import Expression, Vectors
-from mcc.backends.kernel import Lowered, Region, SparseArrays
+from mcc.backends.kernel import Lowered, Region
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,8 +42,8 @@ class SparseCodesConv2d:
     def refuses(self, region: Region, target: Target) -> str | None:
         """Takes convolutions of one group and fixed size whose runs of codes fill a register."""
         weight = region.weight
-        if not isinstance(weight.sparse, SparseArrays) or weight.sparse.block != (1, 1):
-            return "the weight is not stored without its single zeros"
+        if not stored_apart(weight.sparse):
+            return "the weight is not stored by single elements or columns of 16"
         if region.activation is None or weight.scale is None:
             return "weight and activations are not both int8"
         shape = conv_shape(region)
@@ -83,7 +83,7 @@ class _Windows(IntegerConvolution):
     def __init__(self, region: Region, vectors: Vectors, tile: TileShape) -> None:
         super().__init__(region, vectors, tile)
         ordered = self.plain_weight()[self._lanes()]  # [vector, lane, in, kernel row, kernel column]
-        self.packed |= windows([self._runs(lanes.transpose(2, 0, 3, 1)) for lanes in ordered])
+        self.packed |= windows([self._runs(lanes.transpose(2, 0, 3, 1)) for lanes in ordered], region.weight.sparse)
         self.fewest_macs = self.fewest_macs * ordered.size // self.packed["weight"].size  # of those that are done
 
     def _pack_weight(self) -> NDArray[Any]:

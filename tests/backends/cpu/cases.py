@@ -164,8 +164,11 @@ def _sparse(draw: Any, target: Target, *, blocks: bool) -> tuple[Kernel, Region,
 @st.composite
 def _sparse_codes(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
     del target
-    outputs, inputs = draw(channels), draw(st.one_of(st.sampled_from([64, 128, 256]), st.integers(64, 300)))
-    weight = make_weight((outputs, inputs), "int8", 3, density=draw(st.sampled_from([0.0, 0.02, 0.1, 0.4, 1.0])))
+    block = draw(st.sampled_from([(1, 1), (16, 1)]))
+    outputs = block[0] * draw(st.integers(1, 70 // block[0]))
+    inputs = draw(st.one_of(st.sampled_from([64, 128, 256]), st.integers(64, 300)))
+    density = draw(st.sampled_from([0.0, 0.02, 0.1, 0.4, 1.0]))
+    weight = make_weight((outputs, inputs), "int8", 3, density=density, block=block)
     rows, steps, bias = draw(st.sampled_from([Symbolic(), 1, 3])), draw(epilogues()), draw(st.booleans())
     activation = draw(st.one_of(st.just(PER_TOKEN), zero_points.map(lambda z: QuantizedInput(0.02, z))))
     region = make_region(ops.LINEAR, (rows, inputs), weight, steps, activation, bias=bias)
@@ -244,9 +247,10 @@ def _sparse_codes_conv2d(draw: Any, target: Target) -> tuple[Kernel, Region, lis
     image = (draw(st.integers(1, 15)), draw(st.integers(1, 20)))
     size, stride, padding, dilation = draw(_windows(image))
     fewest = -(-WINDOW // codes_of_a_run(1, size, (dilation[0], dilation[1])))
-    inputs, outputs = draw(st.one_of(st.sampled_from([64, 128]), st.integers(fewest, fewest + 70))), draw(channels)
-    inputs = max(inputs, fewest)
-    weight = make_weight((outputs, inputs, *size), "int8", 4, density=draw(st.sampled_from([0.0, 0.02, 0.1, 0.4])))
+    inputs = max(fewest, draw(st.one_of(st.sampled_from([64, 128]), st.integers(fewest, fewest + 70))))
+    block = draw(st.sampled_from([(1, 1), (16, 1)]))
+    outputs, density = block[0] * draw(st.integers(1, 70 // block[0])), draw(st.sampled_from([0.0, 0.02, 0.1, 0.4]))
+    weight = make_weight((outputs, inputs, *size), "int8", 4, density=density, block=block)
     activation = QuantizedInput(0.02, draw(zero_points))
     region = make_region(
         ops.CONV2D_NHWC, (Symbolic(), *image, inputs), weight, draw(epilogues()), activation,

@@ -23,6 +23,7 @@ TARGET = parse_target("cpu:avx512vbmi")
 LANES = 16
 CODES_KERNEL = SparseCodes()
 CODES = QuantizedInput(0.1, 3)
+SINGLE, COLUMNS = (make_weight((16, 64), "int8", 0, density=0.1, block=b).sparse for b in ((1, 1), (16, 1)))
 RUNS_HERE = pytest.mark.skipif(bool(missing_features(TARGET)), reason="this CPU permutes no bytes")
 
 
@@ -46,7 +47,7 @@ def by_vectors(weight):
 @given(st.integers(1, 40), st.integers(WINDOW, 300), st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]), st.integers(0, 99))
 def test_windows_hold_every_weight_once_and_stay_within_the_row(outputs, inputs, density, seed):
     weight = make_weight((outputs, inputs), "int8", seed, density=density).decoded()
-    arrays = windows(by_vectors(weight))
+    arrays = windows(by_vectors(weight), SINGLE)
     np.testing.assert_array_equal(dense(arrays, outputs, inputs), weight)
     assert arrays["places"].max() < WINDOW
     assert arrays["windows"].min() >= 0
@@ -57,7 +58,7 @@ def test_an_output_takes_its_next_four_weights_of_the_window_that_another_waits_
     """Two outputs: one with weights 0 to 4, one with weights 31 and 100; of 128 inputs."""
     weight = np.zeros((LANES, 128), np.int8)
     weight[0, :5], weight[1, [31, 100]] = range(1, 6), (6, 7)
-    arrays = windows([[(0, weight)]])
+    arrays = windows([[(0, weight)]], SINGLE)
     assert arrays["windows"].tolist() == [0, 0, 64]
     weights, places = (arrays[key].reshape(3, LANES, QUAD)[:, :2].tolist() for key in ("weight", "places"))
     assert weights == [[[1, 2, 3, 4], [6, 0, 0, 0]], [[5, 0, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [7, 0, 0, 0]]]
@@ -67,9 +68,19 @@ def test_an_output_takes_its_next_four_weights_of_the_window_that_another_waits_
 def test_runs_of_codes_begin_where_they_lie_from_the_first():
     """Two rows of an image, 1,000 codes apart; the second vector of outputs reads nothing of the first."""
     ones, nothing = np.ones((LANES, 64), np.int8), np.zeros((LANES, 64), np.int8)
-    arrays = windows([[(0, ones), (1000, ones)], [(0, nothing), (1000, ones)]])
+    arrays = windows([[(0, ones), (1000, ones)], [(0, nothing), (1000, ones)]], SINGLE)
     assert arrays["windows"].tolist() == [0] * 16 + [1000] * 16 + [1000] * 16
     assert arrays["first_steps"].tolist() == [0, 32, 48]
+
+
+def test_columns_of_sixteen_store_the_places_of_all_lanes_once():
+    """A zero within a column is a weight as any other."""
+    weight = np.zeros((LANES, 128), np.int8)
+    weight[:, [3, 40, 41, 42, 90]] = np.arange(80).reshape(LANES, 5)
+    arrays = windows([[(0, weight)]], COLUMNS)
+    assert arrays["windows"].tolist() == [0, 64]
+    assert arrays["places"].reshape(-1, QUAD).tolist() == [[3, 40, 41, 42], [26, 0, 0, 0]]
+    assert arrays["weight"].reshape(-1, LANES, QUAD)[0].tolist() == weight[:, [3, 40, 41, 42]].tolist()
 
 
 def test_why_it_takes_no_other_layers():
@@ -80,8 +91,8 @@ def test_why_it_takes_no_other_layers():
     assert refusal() is None
     assert refusal(target=parse_target("cpu:avx512vnni")) == "cpu:avx512vnni permutes no bytes"
     assert refusal(inputs=63) == "it has fewer than 64 inputs"
-    assert refusal(density=None) == "the weight is not stored without its single zeros"
-    assert refusal(block=(4, 4)) == "the weight is not stored without its single zeros"
+    assert refusal(density=None) == "the weight is not stored by single elements or columns of 16"
+    assert refusal(block=(4, 4)) == "the weight is not stored by single elements or columns of 16"
     assert refusal(activation=PER_TOKEN) == "the activations are not codes with one scale"
     assert refusal(dtype="float32") == "the weight is not int8 with a scale for each output"
     assert refusal(activation=PER_TOKEN, kernel=SparsePerToken()) is None
@@ -132,7 +143,10 @@ def test_which_convolutions_are_read_by_windows():
     assert [refusal_of_convolution(*c) for c in ((63, (1, 1)), (21, (3, 3)), (22, (1, 3)))] == [few] * 3
     assert refusal_of_convolution(22, (3, 3), dilation=(1, 2)) == few
     assert refusal_of_convolution(64, (1, 1), parse_target("cpu:avx512vnni")) == "cpu:avx512vnni permutes no bytes"
-    assert refusal_of_convolution(64, (1, 1), block=(8, 1)) == "the weight is not stored without its single zeros"
+    assert (
+        refusal_of_convolution(64, (1, 1), block=(8, 1))
+        == "the weight is not stored by single elements or columns of 16"
+    )
     other = "its height or width varies, or it has groups"
     assert refusal_of_convolution(128, (1, 1), groups=2) == other
     assert refusal_of_convolution(64, (1, 1), height=Symbolic()) == other
