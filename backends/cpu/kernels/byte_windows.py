@@ -23,7 +23,7 @@ from mcc.backends.cpu.microkernel import flat
 from mcc.backends.kernel import SparseArrays
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -45,13 +45,13 @@ def stored_apart(sparse: SparseArrays | NofMArrays | None) -> bool:
 
 
 def windows(
-    vectors: Sequence[Sequence[tuple[int, NDArray[np.int8]]]], sparse: SparseArrays | NofMArrays | None
+    runs: Sequence[tuple[int, NDArray[np.int8]]], sparse: SparseArrays | NofMArrays | None
 ) -> dict[str, NDArray[Any]]:
     """The steps of vectors of outputs, one vector's behind the other's.
 
     Args:
-        vectors: of each the runs of codes that its outputs read: where a run begins, from where a row does, and the
-            weights of its codes, [lanes, codes], at least 64 of them.
+        runs: of codes that outputs read: where a run begins, from where a row does, and the weights of its codes,
+            [vectors, lanes, codes], at least 64 of them.
         sparse: how the weight is stored.
 
     Returns:
@@ -60,40 +60,47 @@ def windows(
     """
     assert isinstance(sparse, SparseArrays)
     columns = sparse.block == COLUMN
-    steps: list[tuple[int, NDArray[np.uint8], NDArray[np.int8]]] = []
-    ends = [0]
-    for runs in vectors:
-        for begin, weights in runs:
-            kept = np.broadcast_to((weights != 0).any(0), weights.shape) if columns else weights != 0
-            steps += [(begin + first, places, values) for first, places, values in _steps(weights, kept)]
-        ends.append(len(steps))
-    if not steps:  # an all-zero layer: kernels take no empty arrays
-        lanes = len(vectors[0][0][1])
-        steps.append((0, np.zeros((lanes, QUAD), np.uint8), np.zeros((lanes, QUAD), np.int8)))
-    firsts, places, values = zip(*steps, strict=True)
-    stored = np.stack(places)[:, :1] if columns else np.stack(places)
+    parts = []
+    for begin, weights in runs:
+        kept = weights != 0
+        kept = np.broadcast_to(kept.any(1, keepdims=True), kept.shape) if columns else kept
+        parts += [(vector, first + begin, *step) for vector, first, *step in _steps(weights, kept)]
+    vectors, lanes, _ = runs[0][1].shape
+    if not parts:  # an all-zero layer: kernels take no empty arrays
+        nothing = np.zeros((1, lanes, QUAD))
+        parts.append((np.zeros(0, np.int64), np.zeros(1, np.int64), nothing.astype(np.uint8), nothing.astype(np.int8)))
+    vector, firsts, places, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    order = np.argsort(vector, kind="stable") if len(vector) else slice(None)
+    ends = np.bincount(vector, minlength=vectors).cumsum()
+    places = places[:, :1] if columns else places
     return {
-        "weight": np.stack(values).reshape(-1), "places": stored.reshape(-1),
-        "windows": np.array(firsts, np.int32), "first_steps": np.array(ends, np.int32),
+        "weight": values[order].reshape(-1), "places": places[order].reshape(-1),
+        "windows": firsts[order].astype(np.int32), "first_steps": np.array([0, *ends], np.int32),
     }  # fmt: skip
 
 
-def _steps(weights: NDArray[np.int8], kept: NDArray[np.bool_]) -> list[tuple[int, NDArray[np.uint8], NDArray[np.int8]]]:
-    """The window, places and weights of each step over one run."""
-    lanes, codes = weights.shape
-    order = np.argsort(~kept, axis=1, kind="stable")
-    columns = np.where(np.take_along_axis(kept, order, 1), order, BEYOND)
-    columns = np.pad(columns, ((0, 0), (0, QUAD)), constant_values=BEYOND)
-    values = np.pad(np.take_along_axis(weights, order, 1), ((0, 0), (0, QUAD)))
-    taken, every, steps = np.zeros(lanes, np.int64), np.arange(lanes), []
-    while (waiting := int(columns[every, taken].min())) < codes:
-        first = min(waiting // APART * APART, codes - WINDOW)
-        at = every[:, None], taken[:, None] + np.arange(QUAD)
-        inside = columns[at] < first + WINDOW
-        places, chosen = np.where(inside, columns[at] - first, 0), np.where(inside, values[at], 0)
-        steps.append((first, places.astype(np.uint8), chosen.astype(np.int8)))
-        taken += inside.sum(1)
-    return steps
+def _steps(
+    weights: NDArray[np.int8], kept: NDArray[np.bool_]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8], NDArray[np.int8]]]:
+    """Step after step over one run, of all vectors that have one: which these are, and window, places and weights."""
+    vectors, lanes, codes = weights.shape
+    order = np.argsort(~kept, axis=2, kind="stable")[:, :, : int(kept.sum(2).max(initial=0))]
+    room = ((0, 0), (0, 0), (0, QUAD))
+    columns = np.pad(np.where(np.take_along_axis(kept, order, 2), order, BEYOND), room, constant_values=BEYOND)
+    values = np.pad(np.take_along_axis(weights, order, 2), room)
+    taken, lane = np.zeros((vectors, lanes, 1), np.int64), np.arange(lanes)[:, None]
+    while True:
+        waiting = np.take_along_axis(columns, taken, 2)[:, :, 0].min(1)
+        left = np.flatnonzero(waiting < codes)
+        if not len(left):
+            return
+        first = np.minimum(waiting[left] // APART * APART, codes - WINDOW)
+        at = left[:, None, None], lane, taken[left] + np.arange(QUAD)
+        read = columns[at] - first[:, None, None]
+        inside = read < WINDOW
+        places, chosen = np.where(inside, read, 0), np.where(inside, values[at], 0)
+        yield left, first, places.astype(np.uint8), chosen.astype(np.int8)
+        taken[left] += inside.sum(2, keepdims=True)
 
 
 def add_windows(

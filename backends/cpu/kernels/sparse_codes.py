@@ -117,8 +117,7 @@ class _Windows(IntegerBody):
         super().__init__(plan, tiled=False)
         weight, lanes = plan.region.weight, plan.vectors.lanes
         rows = np.pad(weight.decoded(), ((0, plan.padded_outputs - plan.outputs), (0, 0)))
-        runs = [[(0, rows[first : first + lanes])] for first in range(0, len(rows), lanes)]
-        self.steps = windows(runs, weight.sparse)
+        self.steps = windows([(0, rows.reshape(-1, lanes, plan.inputs))], weight.sparse)
         plan.products = self.steps["weight"].size
 
     def arrays(self) -> dict[str, NDArray[Any]]:

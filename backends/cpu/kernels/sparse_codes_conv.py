@@ -83,21 +83,21 @@ class _Windows(IntegerConvolution):
     def __init__(self, region: Region, vectors: Vectors, tile: TileShape) -> None:
         super().__init__(region, vectors, tile)
         ordered = self.plain_weight()[self._lanes()]  # [vector, lane, in, kernel row, kernel column]
-        self.packed |= windows([self._runs(lanes.transpose(2, 0, 3, 1)) for lanes in ordered], region.weight.sparse)
+        self.packed |= windows(self._runs(ordered.transpose(3, 0, 1, 4, 2)), region.weight.sparse)
         self.fewest_macs = self.fewest_macs * ordered.size // self.packed["weight"].size  # of those that are done
 
     def _pack_weight(self) -> NDArray[Any]:
         return np.zeros(1, np.int8)  # what the steps multiply takes its place
 
     def _runs(self, weight: NDArray[Any]) -> list[tuple[int, NDArray[Any]]]:
-        """The runs of codes that a pixel reads, of weights [kernel row, lane, kernel column, in]."""
-        (rows, lanes, columns, inputs), (down, across) = weight.shape, self.shape.dilation
+        """The runs of codes that a pixel reads, of weights [kernel row, vector, lane, kernel column, in]."""
+        (rows, vectors, lanes, columns, inputs), (down, across) = weight.shape, self.shape.dilation
         joined = codes_of_a_run(inputs, self.shape.kernel, self.shape.dilation) // inputs
         return [
-            (row * down * self.line + column * across * inputs, run.reshape(lanes, -1))
+            (row * down * self.line + column * across * inputs, run.reshape(vectors, lanes, -1))
             for row in range(rows)
             for column in range(0, columns, joined)
-            for run in [weight[row, :, column : column + joined]]
+            for run in [weight[row, :, :, column : column + joined]]
         ]
 
     def _band_bytes(self) -> Expression:

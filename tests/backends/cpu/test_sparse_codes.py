@@ -39,9 +39,8 @@ def dense(arrays, outputs, inputs):
 
 
 def by_vectors(weight):
-    """The one run of a linear layer, of each vector of outputs."""
-    rows = np.pad(weight, ((0, -len(weight) % LANES), (0, 0)))
-    return [[(0, rows[first : first + LANES])] for first in range(0, len(rows), LANES)]
+    """The one run of a linear layer."""
+    return [(0, np.pad(weight, ((0, -len(weight) % LANES), (0, 0))).reshape(-1, LANES, weight.shape[1]))]
 
 
 @given(st.integers(1, 40), st.integers(WINDOW, 300), st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]), st.integers(0, 99))
@@ -58,7 +57,7 @@ def test_an_output_takes_its_next_four_weights_of_the_window_that_another_waits_
     """Two outputs: one with weights 0 to 4, one with weights 31 and 100; of 128 inputs."""
     weight = np.zeros((LANES, 128), np.int8)
     weight[0, :5], weight[1, [31, 100]] = range(1, 6), (6, 7)
-    arrays = windows([[(0, weight)]], SINGLE)
+    arrays = windows([(0, weight[None])], SINGLE)
     assert arrays["windows"].tolist() == [0, 0, 64]
     weights, places = (arrays[key].reshape(3, LANES, QUAD)[:, :2].tolist() for key in ("weight", "places"))
     assert weights == [[[1, 2, 3, 4], [6, 0, 0, 0]], [[5, 0, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [7, 0, 0, 0]]]
@@ -68,7 +67,7 @@ def test_an_output_takes_its_next_four_weights_of_the_window_that_another_waits_
 def test_runs_of_codes_begin_where_they_lie_from_the_first():
     """Two rows of an image, 1,000 codes apart; the second vector of outputs reads nothing of the first."""
     ones, nothing = np.ones((LANES, 64), np.int8), np.zeros((LANES, 64), np.int8)
-    arrays = windows([[(0, ones), (1000, ones)], [(0, nothing), (1000, ones)]], SINGLE)
+    arrays = windows([(0, np.stack([ones, nothing])), (1000, np.stack([ones, ones]))], SINGLE)
     assert arrays["windows"].tolist() == [0] * 16 + [1000] * 16 + [1000] * 16
     assert arrays["first_steps"].tolist() == [0, 32, 48]
 
@@ -77,7 +76,7 @@ def test_columns_of_sixteen_store_the_places_of_all_lanes_once():
     """A zero within a column is a weight as any other."""
     weight = np.zeros((LANES, 128), np.int8)
     weight[:, [3, 40, 41, 42, 90]] = np.arange(80).reshape(LANES, 5)
-    arrays = windows([[(0, weight)]], COLUMNS)
+    arrays = windows([(0, weight[None])], COLUMNS)
     assert arrays["windows"].tolist() == [0, 64]
     assert arrays["places"].reshape(-1, QUAD).tolist() == [[3, 40, 41, 42], [26, 0, 0, 0]]
     assert arrays["weight"].reshape(-1, LANES, QUAD)[0].tolist() == weight[:, [3, 40, 41, 42]].tolist()
