@@ -34,23 +34,21 @@ class _InstructionSet:
 
 
 # 512-bit vectors are asked for, which LLVM shuns by default
+_WIDE = ("-prefer-256-bit",)
+_WITH_VNNI = (*_WIDE, "+avx512vnni")
+_WITH_VBMI = (*_WITH_VNNI, "+avx512vbmi")
+_WITH_BFLOAT16 = (*_WITH_VBMI, "+avx512bf16")
 _ISAS: dict[Isa, _InstructionSet] = {
     "avx2": _InstructionSet(_V3, "x86_64", "x86-64-v3", (), 8, 16),
-    "avx512": _InstructionSet(_V4, "x86_64", "x86-64-v4", ("-prefer-256-bit",), 16, 32),
-    "avx512vnni": _InstructionSet(
-        (*_V4, "avx512_vnni"), "x86_64", "x86-64-v4", ("-prefer-256-bit", "+avx512vnni"), 16, 32
-    ),
-    "avx512vbmi": _InstructionSet(
-        _VBMI, "x86_64", "x86-64-v4", ("-prefer-256-bit", "+avx512vnni", "+avx512vbmi"), 16, 32
-    ),
-    "avx512bf16": _InstructionSet(
-        _BFLOAT16, "x86_64", "x86-64-v4", ("-prefer-256-bit", "+avx512vnni", "+avx512vbmi", "+avx512bf16"), 16, 32
-    ),
+    "avx512": _InstructionSet(_V4, "x86_64", "x86-64-v4", _WIDE, 16, 32),
+    "avx512vnni": _InstructionSet((*_V4, "avx512_vnni"), "x86_64", "x86-64-v4", _WITH_VNNI, 16, 32),
+    "avx512vbmi": _InstructionSet(_VBMI, "x86_64", "x86-64-v4", _WITH_VBMI, 16, 32),
+    "avx512bf16": _InstructionSet(_BFLOAT16, "x86_64", "x86-64-v4", _WITH_BFLOAT16, 16, 32),
     "amx": _InstructionSet(
         (*_BFLOAT16, *_TILES),
         "x86_64",
         "x86-64-v4",
-        ("-prefer-256-bit", "+avx512vnni", "+avx512vbmi", "+avx512bf16", "+amx-tile", "+amx-int8", "+amx-bf16"),
+        (*_WITH_BFLOAT16, "+amx-tile", "+amx-int8", "+amx-bf16"),
         16,
         32,
     ),
@@ -105,17 +103,17 @@ class Target:
     @property
     def exact_dot4(self) -> bool:
         """Whether one instruction adds four products of bytes, and does not saturate between them."""
-        return self.isa in ("avx512vnni", "avx512vbmi", "avx512bf16", "amx", "neon")
+        return "avx512_vnni" in self.features or "asimddp" in self.features
 
     @property
     def permutes_bytes(self) -> bool:
         """Whether one instruction picks each byte of a register from any of another's."""
-        return self.isa in ("avx512vbmi", "avx512bf16", "amx")
+        return "avx512vbmi" in self.features
 
     @property
     def bfloat16(self) -> bool:
         """Whether one instruction adds two products of bfloat16 to a float32."""
-        return self.isa in ("avx512bf16", "amx")
+        return "avx512_bf16" in self.features
 
     @property
     def tiles(self) -> bool:

@@ -10,7 +10,7 @@ from mcc import ops
 from mcc.backends.cpu.integer_sums import pairs_fit
 from mcc.backends.cpu.integerize import permutes_codes, quantized_source
 from mcc.backends.cpu.kernels import KERNELS
-from mcc.backends.cpu.kernels.byte_windows import COLUMN, WINDOW
+from mcc.backends.cpu.kernels.byte_windows import BLOCKS, WINDOW
 from mcc.backends.cpu.kernels.pixel_tiles import MOST_PLANES
 from mcc.backends.cpu.lowering import Choice, Lowering
 from mcc.backends.relax.emitter import tuple_of
@@ -186,8 +186,7 @@ def _too_dense(density: float, limit: float, what: str) -> str | None:
 def _gives_codes(source: Node) -> bool:
     """Whether a layer reads unsigned codes of 8 bits, or will: activations become codes after the weights."""
     if source.op is ops.FAKE_QUANTIZE:
-        axis, low = source.argument(3), source.argument(4)
-        return axis is None and isinstance(low, int) and low >= 0
+        return source.argument(3) is None and bool(source.argument(4) >= 0)
     return source.op is ops.FAKE_QUANTIZE_PER_TOKEN or quantized_source(source)[0] is not None
 
 
@@ -195,7 +194,7 @@ def _permuted(node: Node, form: Form) -> bool:
     """Whether a layer's codes can be permuted as bytes."""
     weight = node.weight_operand
     assert weight is not None
-    if (form.rows, form.columns) not in ((1, 1), COLUMN):
+    if (form.rows, form.columns) not in BLOCKS:
         return False
     return permutes_codes(node) if node.op is ops.CONV2D else int(weight.shape[1]) >= WINDOW
 
@@ -208,7 +207,7 @@ def _no_integers(node: Node, source: Node, form: Form, target: Target) -> str | 
         return None
     if (beside := _single_channels_beside(node)) is not None:
         return f"{beside.layer} beside it has single channels, and codes of those lie with channels last"
-    if target.permutes_bytes and (form.rows, form.columns) in ((1, 1), COLUMN):
+    if target.permutes_bytes and (form.rows, form.columns) in BLOCKS:
         return "few of its codes lie side by side, and those of other layers lie with channels last"
     return None
 

@@ -6,8 +6,8 @@
 With networks, those of torchvision (random weights, all layers but the first and those of single channels pruned) instead of
 layers. Each layer is called alone, in turns, from NumPy in to NumPy out; a convolution with a relu and one back to as many
 channels behind it, both pruned. Images come and go with their channels first, and mcc's transposes of them count. Sparse
-kernels are forced, whatever the density at which mcc would read the weight dense; in networks mcc chooses. DeepSparse 1.8, the last one, reads the
-same pruned float32 layers in a process of its own (see deepsparse_peer.py).
+kernels are forced, whatever the density at which mcc would read the weight dense; in networks mcc chooses. DeepSparse
+1.8, the last one, reads the same pruned float32 layers in a process of its own (see deepsparse_peer.py).
 """
 
 from __future__ import annotations

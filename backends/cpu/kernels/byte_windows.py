@@ -28,20 +28,31 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mcc.backends.cpu.microkernel import Expression, Register, Vectors
-    from mcc.backends.kernel import NofMArrays
+    from mcc.backends.kernel import NofMArrays, StoredWeight
+    from mcc.target import Target
 
 WINDOW = 64  # codes
 APART = 32  # places that windows begin at
 QUAD = 4  # weights of an output in a step
 CHAINS = 4  # sums in flight that hide the latency of `dot4`
 COLUMN = (16, 1)  # the block that has an output in every lane
+BLOCKS = ((1, 1), COLUMN)
 BEYOND = np.iinfo(np.int32).max
 PERMUTE = "llvm.x86.avx512.permvar.qi.512"
 
 
 def stored_apart(sparse: SparseArrays | NofMArrays | None) -> bool:
     """Whether a weight stores single elements, or columns of as many as there are lanes, without their zeros."""
-    return isinstance(sparse, SparseArrays) and sparse.block in ((1, 1), COLUMN)
+    return isinstance(sparse, SparseArrays) and sparse.block in BLOCKS
+
+
+def refusal(weight: StoredWeight, target: Target) -> str | None:
+    """Why no codes are permuted for a weight, or None."""
+    if not stored_apart(weight.sparse):
+        return "the weight is not stored by single elements or columns of 16"
+    if weight.scale is None or weight.grouped:
+        return "the weight is not int8 with a scale for each output"
+    return None if target.permutes_bytes else f"{target} permutes no bytes"
 
 
 def windows(
@@ -66,11 +77,11 @@ def windows(
         kept = np.broadcast_to(kept.any(1, keepdims=True), kept.shape) if columns else kept
         parts += [(vector, first + begin, *step) for vector, first, *step in _steps(weights, kept)]
     vectors, lanes, _ = runs[0][1].shape
-    if not parts:  # an all-zero layer: kernels take no empty arrays
-        nothing = np.zeros((1, lanes, QUAD))
-        parts.append((np.zeros(0, np.int64), np.zeros(1, np.int64), nothing.astype(np.uint8), nothing.astype(np.int8)))
+    if not parts:  # an all-zero layer has a step of zeros: kernels take no empty arrays
+        none, nothing = np.zeros(1, np.int64), np.zeros((1, lanes, QUAD))
+        parts.append((none, none, nothing.astype(np.uint8), nothing.astype(np.int8)))
     vector, firsts, places, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    order = np.argsort(vector, kind="stable") if len(vector) else slice(None)
+    order = np.argsort(vector, kind="stable")
     ends = np.bincount(vector, minlength=vectors).cumsum()
     places = places[:, :1] if columns else places
     return {

@@ -42,7 +42,7 @@ class PackedConvolution(ConvolutionBody):
         self.blocks = self.full + (1 if self.tail else 0)
         self.depth = self.words_of_a_lane()
         self.columns, self.rows = self.tile_size()
-        self.packed: dict[str, NDArray[Any]] = {"weight": self._pack_weight(), **self._pack_vectors()}
+        self.packed: dict[str, NDArray[Any]] = self.pack_weight() | self._pack_vectors()
 
     def as_computed(self) -> ConvShape:
         """The sizes of the same convolution as its loops see it."""
@@ -95,8 +95,8 @@ class PackedConvolution(ConvolutionBody):
         weight = self.region.weight.decoded()
         return weight.reshape(*weight.shape[:2], *self.shape.kernel)
 
-    def _pack_weight(self) -> NDArray[Any]:
-        """[pass][block][kernel row][kernel column][depth][vector][lane][word]."""
+    def pack_weight(self) -> dict[str, NDArray[Any]]:
+        """The array "weight", [pass][block][kernel row][kernel column][depth][vector][lane][word]."""
         ordered = self.lane_words().transpose(0, 1, 5, 6, 3, 2, 4)  # [pass, vector, row, column, depth, lane, word]
         step = self.tile.vectors
         parts = [
@@ -104,7 +104,7 @@ class PackedConvolution(ConvolutionBody):
             for p in range(self.passes.count)
             for start in range(0, self.vectors, step)
         ]
-        return np.concatenate(parts)
+        return {"weight": np.concatenate(parts)}
 
     def _pack_vectors(self) -> dict[str, NDArray[Any]]:
         """Per-channel arrays, one value a lane."""

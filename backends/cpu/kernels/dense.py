@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -329,9 +329,13 @@ class IntegerBody:
     def __init__(self, plan: PanelPlan, *, tiled: bool) -> None:
         self.plan = plan
         self.tiled = tiled
-        self.bounded = pairs_fit(plan.region.weight.decoded())
         self.groups = -(-plan.inputs // 4)
         self.packed_codes = PackedCodes.of(plan.region) if plan.outputs % plan.vectors.lanes == 0 else None
+
+    @cached_property
+    def bounded(self) -> bool:
+        """See `Vectors.dot4`."""
+        return pairs_fit(self.plan.region.weight.decoded())
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Bias, product of scales, and what sums begin with, of every output of all panels."""

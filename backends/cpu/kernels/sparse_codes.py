@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.integer_sums import sums_overflow
-from mcc.backends.cpu.kernels.byte_windows import QUAD, WINDOW, add_windows, stored_apart, windows
+from mcc.backends.cpu.kernels.byte_windows import QUAD, WINDOW, add_windows, refusal, windows
 from mcc.backends.cpu.kernels.dense import IntegerBody, dense_reference
 from mcc.backends.cpu.kernels.dense_per_token import PerTokenBody, per_token_reference
 from mcc.backends.cpu.kernels.panels import PanelPlan
@@ -89,16 +89,8 @@ class SparsePerToken:
 
 def _refusal(region: Region, target: Target) -> str | None:
     """Why no row's codes are permuted for a region, or None."""
-    weight = region.weight
-    if not stored_apart(weight.sparse):
-        return "the weight is not stored by single elements or columns of 16"
-    if weight.scale is None or weight.grouped:
-        return "the weight is not int8 with a scale for each output"
-    if not target.permutes_bytes:
-        return f"{target} permutes no bytes"
-    if weight.shape[1] < WINDOW:
-        return f"it has fewer than {WINDOW} inputs"
-    return sums_overflow(region)
+    few = f"it has fewer than {WINDOW} inputs" if region.weight.shape[1] < WINDOW else None
+    return refusal(region.weight, target) or few or sums_overflow(region)
 
 
 def _plan(region: Region, target: Target, tile: str) -> PanelPlan:

@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import tvm.tirx.script.builder.ir as B
 
 from mcc import ops
 from mcc.backends.cpu.integer_sums import sums_overflow
-from mcc.backends.cpu.kernels.byte_windows import WINDOW, add_windows, stored_apart, windows
+from mcc.backends.cpu.kernels.byte_windows import WINDOW, add_windows, refusal, windows
 from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv2d_loops import BYTES, Block, IntegerConvolution, Tile
 from mcc.backends.cpu.kernels.conv_shape import conv_shape
@@ -41,21 +40,16 @@ class SparseCodesConv2d:
 
     def refuses(self, region: Region, target: Target) -> str | None:
         """Takes convolutions of one group and fixed size whose runs of codes fill a register."""
-        weight = region.weight
-        if not stored_apart(weight.sparse):
-            return "the weight is not stored by single elements or columns of 16"
-        if region.activation is None or weight.scale is None:
-            return "weight and activations are not both int8"
+        if region.activation is None:
+            return "the activations are not codes"
         shape = conv_shape(region)
         if isinstance(shape, str):
             return shape
         if shape.varies or shape.groups > 1:
             return "its height or width varies, or it has groups"
-        if not target.permutes_bytes:
-            return f"{target} permutes no bytes"
-        if codes_of_a_run(shape.inputs, shape.kernel, shape.dilation) < WINDOW:
-            return f"fewer than {WINDOW} codes lie side by side"
-        return sums_overflow(region)
+        side_by_side = codes_of_a_run(shape.inputs, shape.kernel, shape.dilation)
+        few = f"fewer than {WINDOW} codes lie side by side" if side_by_side < WINDOW else None
+        return refusal(region.weight, target) or few or sums_overflow(region)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """Pixels that share what they are permuted by."""
@@ -82,12 +76,13 @@ class _Windows(IntegerConvolution):
 
     def __init__(self, region: Region, vectors: Vectors, tile: TileShape) -> None:
         super().__init__(region, vectors, tile)
-        ordered = self.plain_weight()[self._lanes()]  # [vector, lane, in, kernel row, kernel column]
-        self.packed |= windows(self._runs(ordered.transpose(3, 0, 1, 4, 2)), region.weight.sparse)
-        self.fewest_macs = self.fewest_macs * ordered.size // self.packed["weight"].size  # of those that are done
+        dense = self.vectors * self.v.lanes * self.taps
+        self.fewest_macs = self.fewest_macs * dense // self.packed["weight"].size  # of those that are done
 
-    def _pack_weight(self) -> NDArray[Any]:
-        return np.zeros(1, np.int8)  # what the steps multiply takes its place
+    def pack_weight(self) -> dict[str, NDArray[Any]]:
+        """The steps."""
+        ordered = self.plain_weight()[self._lanes()]  # [vector, lane, in, kernel row, kernel column]
+        return windows(self._runs(ordered.transpose(3, 0, 1, 4, 2)), self.region.weight.sparse)
 
     def _runs(self, weight: NDArray[Any]) -> list[tuple[int, NDArray[Any]]]:
         """The runs of codes that a pixel reads, of weights [kernel row, vector, lane, kernel column, in]."""
