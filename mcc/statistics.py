@@ -305,7 +305,8 @@ class StepwiseRuns:
         self._runs = [fx.Interpreter(graph.module) for _ in self.batches]
         for run, batch in zip(self._runs, self.batches, strict=True):
             run.args_iter = iter(in_order(batch, graph.signature.inputs))
-        self._nodes = iter(graph.module.graph.nodes)
+        self._nodes = list(graph.module.graph.nodes)
+        self._done = 0
 
     def arguments(self, node: fx.Node) -> list[list[Any]]:
         """What the next node is called with, for each batch."""
@@ -330,11 +331,37 @@ class StepwiseRuns:
 
     def run_to(self, name: str) -> list[Tensor]:
         """Run up to the node called `name`; returns its value for each batch."""
-        for node in self._nodes:
+        place = next((i for i in range(self._done, len(self._nodes)) if self._nodes[i].name == name), None)
+        if place is None:
+            raise MccError(f"the graph has no further node %{name}", remedy="ask for nodes in their order")
+        self._advance(place + 1)
+        return [run.env[self._nodes[place]] for run in self._runs]
+
+    def run_before(self, node: fx.Node) -> None:
+        """Run up to what comes before a node."""
+        self._advance(self._nodes.index(node))
+
+    def _advance(self, count: int) -> None:
+        for node in self._nodes[self._done : count]:
             self.step(node)
-            if node.name == name:
-                return [run.env[node] for run in self._runs]
-        raise MccError(f"the graph has no further node %{name}", remedy="ask for nodes in their order")
+        self._done = max(count, self._done)
+
+    def values(self, nodes: Iterable[fx.Node]) -> list[dict[fx.Node, Any]]:
+        """What nodes have given, for each batch; each of them has readers to come."""
+        wanted = tuple(nodes)
+        return [{node: run.env[node] for node in wanted} for run in self._runs]
+
+    def refresh(self, nodes: Iterable[fx.Node]) -> None:
+        """Run those of some nodes again that have run, all that is stored: the tensors they read have changed."""
+        wanted = set(nodes)
+        stale = [node for node in self._nodes[: self._done] if node in wanted]
+        for run in self._runs:
+            kept = {node for node in stale if node in run.env}
+            for node in stale:
+                run.env[node] = run.run_node(node)
+            for node in stale:
+                if node not in kept:
+                    del run.env[node]
 
 
 def run_in_step(graph: Graph, batches: Iterable[Inputs], before: Callable[[fx.Node, list[list[Any]]], bool]) -> None:
@@ -353,14 +380,14 @@ def run_in_step(graph: Graph, batches: Iterable[Inputs], before: Callable[[fx.No
         DataError: there is no batch, or a batch does not fit the graph's inputs.
     """
     runs = StepwiseRuns(graph, batches)
-    stored = _made_of_stored(graph)
+    stored = made_of_stored(graph)
     with torch.no_grad():
         for node in graph.module.graph.nodes:
             changed = node.op == "call_function" and before(node, runs.arguments(node))
             runs.step(node, _stored_ancestors(node, stored) if changed else ())
 
 
-def _made_of_stored(graph: Graph) -> set[fx.Node]:
+def made_of_stored(graph: Graph) -> set[fx.Node]:
     """The nodes whose values depend on stored tensors alone."""
     found: set[fx.Node] = set()
     for node in graph.module.graph.nodes:

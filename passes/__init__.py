@@ -19,6 +19,8 @@ from mcc.passes.prune_weights import PruneWeights
 from mcc.passes.quantize import Quantize
 from mcc.passes.quantize_codebook import QuantizeCodebook
 from mcc.passes.quantize_kv_cache import QuantizeKvCache
+from mcc.passes.reconstruct import Reconstruct
+from mcc.passes.reestimate_batch_norm import ReestimateBatchNorm
 from mcc.passes.regularize_channels import RegularizeChannels
 from mcc.passes.rigl import Rigl
 from mcc.passes.round_bfloat16 import RoundBfloat16
@@ -27,14 +29,14 @@ from mcc.passes.sparse_gpt import SparseGpt
 from mcc.rewrite import Pass
 
 PASSES: tuple[type[Pass], ...] = (
-    EliminateIdentity, FoldBatchNorm, FoldConstants, KeepZeros, PruneWeights, Rigl, SparseGpt, RegularizeChannels,
-    PruneChannels, PruneHeads, PruneNeurons, PruneBlocks, FineTune, EqualizeLayers, SmoothQuant, Awq, Gptq, Quantize,
-    AdaRound, CorrectBias, QuantizeKvCache, QuantizeCodebook, Hqq, RoundBfloat16,
+    EliminateIdentity, ReestimateBatchNorm, FoldBatchNorm, FoldConstants, KeepZeros, PruneWeights, Rigl, SparseGpt,
+    RegularizeChannels, PruneChannels, PruneHeads, PruneNeurons, PruneBlocks, FineTune, EqualizeLayers, SmoothQuant,
+    Awq, Gptq, Quantize, AdaRound, CorrectBias, Reconstruct, QuantizeKvCache, QuantizeCodebook, Hqq, RoundBfloat16,
 )  # fmt: skip
 
 __all__ = [
     "PASSES", "AdaRound", "Awq", "CorrectBias", "EliminateIdentity", "EqualizeLayers", "FineTune", "FoldBatchNorm",
     "FoldConstants", "Gptq", "Hqq", "KeepZeros", "PruneBlocks", "PruneChannels", "PruneHeads", "PruneNeurons",
-    "PruneWeights", "Quantize", "QuantizeCodebook", "QuantizeKvCache", "RegularizeChannels", "Rigl", "RoundBfloat16",
-    "SmoothQuant", "SparseGpt",
+    "PruneWeights", "Quantize", "QuantizeCodebook", "QuantizeKvCache", "Reconstruct", "ReestimateBatchNorm",
+    "RegularizeChannels", "Rigl", "RoundBfloat16", "SmoothQuant", "SparseGpt",
 ]  # fmt: skip

@@ -1,0 +1,123 @@
+"""The parts of a network: from one value that all that follows comes from to the next."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, fx
+
+from mcc import ops
+from mcc.graph import Node
+from mcc.statistics import made_of_stored
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from mcc.graph import Graph
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some layers and what lies between them: a residual branch with its addition, or in a chain one layer.
+
+    Attributes:
+        layers: those that were asked for.
+        nodes: from the first of them on, with what computes weights from stored tensors, in order; the last one's value
+            is what the part gives.
+        inputs: values from before the first layer that `nodes` read.
+        parameters: names of the trainable tensors that nothing but `nodes` reads.
+    """
+
+    layers: tuple[Node, ...]
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    parameters: tuple[str, ...]
+
+    @property
+    def end(self) -> str:
+        """The name of what the part gives."""
+        return self.nodes[-1].name
+
+
+def parts(graph: Graph, layers: Iterable[Node], comparable: Callable[[Node], bool]) -> list[Part]:
+    """Cut a graph behind `layers`, wherever all that it has learned so far goes through a single value.
+
+    Masks and tables of positions go past the parts. A batch norm behind that value, and a relu, belong to the part
+    before them.
+
+    Args:
+        graph: to cut.
+        layers: what changes values.
+        comparable: whether the graph may be cut at a value.
+
+    Returns:
+        Parts in order, each with one of `layers` at least; layers behind the last cut are in none.
+    """
+    order = list(graph.module.graph.nodes)
+    place = {node: i for i, node in enumerate(order)}
+    wanted = {layer.fx for layer in layers}
+    found, open_layers, end = list[Part](), list[fx.Node](), -1
+    cuts = [place[n] for n in _single_values(_learned(graph), place) if comparable(Node(n, graph))]
+    for position, following in itertools.pairwise([*cuts, len(order)]):
+        open_layers += [n for n in order[end + 1 : position + 1] if n in wanted]
+        behind = order[following] if following < len(order) else None
+        end = position
+        if not open_layers or (behind is not None and _completes(behind, order[position])):
+            continue
+        found.append(_part(graph, open_layers, order[position], place))
+        open_layers = []
+    return found
+
+
+def _learned(graph: Graph) -> list[fx.Node]:
+    """The nodes whose values come from those of inputs and from trainable tensors: no masks or tables of positions."""
+    trainable = {name for name, p in graph.named_parameters() if p.is_floating_point()}
+    data, learned = set[fx.Node](), set[fx.Node]()
+    for node in graph.module.graph.nodes:
+        read = node.all_input_nodes
+        holds = isinstance(node.meta.get("val"), Tensor | tuple | list)  # not a size
+        if holds and (node.op == "placeholder" or not data.isdisjoint(read)):
+            data.add(node)
+        if (node.op == "get_attr" and node.target in trainable) or not learned.isdisjoint(read):
+            learned.add(node)
+    return [n for n in graph.module.graph.nodes if n.op == "call_function" and n in data and n in learned]
+
+
+def _single_values(learned: list[fx.Node], place: dict[fx.Node, int]) -> list[fx.Node]:
+    """Those behind which no other one from before is read any more."""
+    found, open_until = [], -1
+    for node in learned:
+        if open_until <= place[node] and isinstance(node.meta["val"], Tensor):
+            found.append(node)
+        read = [place[user] for user in node.users if user.op != "output"]
+        open_until = max(open_until, *read, place[node])
+    return found
+
+
+def _completes(node: fx.Node, source: fx.Node) -> bool:
+    return ops.lookup(node.target) in (ops.BATCH_NORM, ops.RELU) and node.args[0] is source
+
+
+def _part(graph: Graph, layers: list[fx.Node], end: fx.Node, place: dict[fx.Node, int]) -> Part:
+    stored, first = made_of_stored(graph), place[layers[0]]
+    nodes, inputs, waiting = set[fx.Node](), set[fx.Node](), [end]
+    while waiting:
+        node = waiting.pop()
+        if node in nodes or node in inputs:
+            continue
+        if place[node] < first and node not in stored:
+            inputs.add(node)
+            continue
+        nodes.add(node)
+        waiting += node.all_input_nodes
+    trainable = {name for name, p in graph.named_parameters() if p.is_floating_point()}
+    read = {str(n.target) for n in nodes if n.op == "get_attr"} & trainable
+    outside = {str(n.target) for n in place if n.op == "get_attr" and (n not in nodes or not nodes.issuperset(n.users))}
+    return Part(
+        tuple(Node(n, graph) for n in layers),
+        tuple(sorted(nodes, key=place.__getitem__)),
+        tuple(sorted(inputs, key=place.__getitem__)),
+        tuple(sorted(read - outside)),
+    )
