@@ -27,7 +27,7 @@ class Part:
         nodes: from the first of them on, with what computes weights from stored tensors, in order; the last one's value
             is what the part gives.
         inputs: values from before the first layer that `nodes` read.
-        parameters: names of the trainable tensors that nothing but `nodes` reads.
+        parameters: names of the trainable tensors that nothing else depends on, but by what the part gives.
     """
 
     layers: tuple[Node, ...]
@@ -53,7 +53,8 @@ def parts(graph: Graph, layers: Iterable[Node], comparable: Callable[[Node], boo
         comparable: whether the graph may be cut at a value.
 
     Returns:
-        Parts in order, each with one of `layers` at least; layers behind the last cut are in none.
+        Parts in order, each with one of `layers` at least. Layers behind the last cut, and those that only outputs of
+        the graph read, are in none.
     """
     order = list(graph.module.graph.nodes)
     place = {node: i for i, node in enumerate(order)}
@@ -66,8 +67,21 @@ def parts(graph: Graph, layers: Iterable[Node], comparable: Callable[[Node], boo
         end = position
         if not open_layers or (behind is not None and _completes(behind, order[position])):
             continue
-        found.append(_part(graph, open_layers, order[position], place))
+        above = _above(order[position])
+        if through := [n for n in open_layers if n in above]:
+            found.append(_part(graph, through, order[position], place))
         open_layers = []
+    return found
+
+
+def _above(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it depends on."""
+    found, waiting = set[fx.Node](), [node]
+    while waiting:
+        some = waiting.pop()
+        if some not in found:
+            found.add(some)
+            waiting += some.all_input_nodes
     return found
 
 
@@ -101,6 +115,7 @@ def _completes(node: fx.Node, source: fx.Node) -> bool:
 
 
 def _part(graph: Graph, layers: list[fx.Node], end: fx.Node, place: dict[fx.Node, int]) -> Part:
+    """The part from the first of some layers that `end` depends on; it has one of them at least."""
     stored, first = made_of_stored(graph), place[layers[0]]
     nodes, inputs, waiting = set[fx.Node](), set[fx.Node](), [end]
     while waiting:
@@ -112,12 +127,22 @@ def _part(graph: Graph, layers: list[fx.Node], end: fx.Node, place: dict[fx.Node
             continue
         nodes.add(node)
         waiting += node.all_input_nodes
-    trainable = {name for name, p in graph.named_parameters() if p.is_floating_point()}
-    read = {str(n.target) for n in nodes if n.op == "get_attr"} & trainable
-    outside = {str(n.target) for n in place if n.op == "get_attr" and (n not in nodes or not nodes.issuperset(n.users))}
     return Part(
         tuple(Node(n, graph) for n in layers),
         tuple(sorted(nodes, key=place.__getitem__)),
         tuple(sorted(inputs, key=place.__getitem__)),
-        tuple(sorted(read - outside)),
+        tuple(sorted(_own_parameters(graph, nodes, end))),
     )
+
+
+def _own_parameters(graph: Graph, nodes: set[fx.Node], end: fx.Node) -> set[str]:
+    """The trainable tensors of which nothing outside of a part reads anything but through its end."""
+    read_outside = set[fx.Node]()
+    for node in reversed(list(graph.module.graph.nodes)):
+        within = node in nodes and (node is end or all(u in nodes and u not in read_outside for u in node.users))
+        if not within:
+            read_outside.add(node)
+    trainable = {name for name, p in graph.named_parameters() if p.is_floating_point()}
+    reads = [n for n in graph.module.graph.nodes if n.op == "get_attr"]
+    read, outside = ({str(n.target) for n in reads if (n in read_outside) is out} for out in (False, True))
+    return (read - outside) & trainable

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mcc.cost import graph_size
 from mcc.errors import DataError, MccError, PassError
 from mcc.report import PassRow
-from mcc.rewrite import Context, Pass
+from mcc.rewrite import Context, Exact, Pass
 from mcc.verify import sample_inputs, verify_pass
 
 if TYPE_CHECKING:
@@ -94,11 +94,14 @@ class Pipeline:
         self.check()
         inputs = [tuple(example), sample_inputs(example, self.seed)]
         rows = [self._first_row(graph, inputs[0])]
-        captured = graph
+        captured = exact = graph
         for position, step in enumerate(self.passes):
             label = f"pass {position + 1}/{len(self.passes)}: {step}"
+            before = graph
             with _shown(progress, label):
-                graph, inputs, row = self._step(position, (captured, graph), inputs, progress)
+                graph, inputs, row = self._step(position, (captured, exact, graph), inputs, progress)
+            if before is exact and isinstance(step.guarantee, Exact):
+                exact = graph
             rows.append(row)
         return graph, rows, inputs[0]
 
@@ -107,14 +110,18 @@ class Pipeline:
         return PassRow("capture", 0, (), graph_size(graph), metric=self._metric(graph), latency_ms=latency)
 
     def _step(
-        self, position: int, graphs: tuple[Graph, Graph], inputs: list[tuple[Any, ...]], progress: Progress | None
+        self,
+        position: int,
+        graphs: tuple[Graph, Graph, Graph],
+        inputs: list[tuple[Any, ...]],
+        progress: Progress | None,
     ) -> tuple[Graph, list[tuple[Any, ...]], PassRow]:
-        step, (captured, before) = self.passes[position], graphs
+        step, (captured, exact, before) = self.passes[position], graphs
         measured = not any(s.changes_signature for s in self.passes[: position + 1])
         started = time.perf_counter()
         measure = self.measure_latency
         latency = None if measure is None else lambda graph: measure(graph, inputs[0])
-        context = Context(self.target, self.data, self.seed, progress, latency, captured)
+        context = Context(self.target, self.data, self.seed, progress, latency, captured, exact)
         try:
             after = step.run(before.copy(), context).clean().repropagate()
         except MccError:

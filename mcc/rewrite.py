@@ -62,6 +62,7 @@ class Context:
         declined: candidates not taken, with reasons.
         latency: median latency in ms of a graph's artifact on the target, or None where that cannot be measured.
         captured: the graph as it was before the first pass, not to be edited, or None.
+        exact: the graph as it was before the first pass that is not exact, not to be edited, or None.
         notes: further facts for the report.
     """
 
@@ -71,6 +72,7 @@ class Context:
     progress: Progress | None = None
     latency: Callable[[Graph], float] | None = None
     captured: Graph | None = None
+    exact: Graph | None = None
     edits: int = 0
     declined: list[Declined] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -306,6 +306,7 @@ class StepwiseRuns:
         for run, batch in zip(self._runs, self.batches, strict=True):
             run.args_iter = iter(in_order(batch, graph.signature.inputs))
         self._nodes = list(graph.module.graph.nodes)
+        self._stored = made_of_stored(graph)
         self._done = 0
 
     def arguments(self, node: fx.Node) -> list[list[Any]]:
@@ -318,16 +319,25 @@ class StepwiseRuns:
         Raises:
             DataError: a batch does not fit the graph's inputs.
         """
+        extra = [n for n in changed if n not in self._runs[0].env]
+        self._compute(changed)
+        if node in self._stored:
+            self._compute([node])
         for i, run in enumerate(self._runs):
-            extra = [n for n in changed if n not in run.env]
-            for ancestor in changed:
-                run.env[ancestor] = run.run_node(ancestor)
             try:
-                run.env[node] = run.run_node(node)
+                if node not in self._stored:
+                    run.env[node] = run.run_node(node)
             except (RuntimeError, TypeError, StopIteration) as error:
                 raise _misfit(i, self.batches[i], error) from error
             for last in {*run.user_to_last_uses.get(node, []), *extra}:
                 del run.env[last]
+
+    def _compute(self, stored: Iterable[fx.Node]) -> None:
+        """Run what depends on stored tensors alone, once for all batches."""
+        for node in stored:
+            value = self._runs[0].run_node(node)
+            for run in self._runs:
+                run.env[node] = value
 
     def run_to(self, name: str) -> list[Tensor]:
         """Run up to the node called `name`; returns its value for each batch."""
@@ -355,13 +365,11 @@ class StepwiseRuns:
         """Run those of some nodes again that have run, all that is stored: the tensors they read have changed."""
         wanted = set(nodes)
         stale = [node for node in self._nodes[: self._done] if node in wanted]
+        extra = [node for node in stale if node not in self._runs[0].env]
+        self._compute(stale)
         for run in self._runs:
-            kept = {node for node in stale if node in run.env}
-            for node in stale:
-                run.env[node] = run.run_node(node)
-            for node in stale:
-                if node not in kept:
-                    del run.env[node]
+            for node in extra:
+                del run.env[node]
 
 
 def run_in_step(graph: Graph, batches: Iterable[Inputs], before: Callable[[fx.Node, list[list[Any]]], bool]) -> None:

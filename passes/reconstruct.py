@@ -13,7 +13,7 @@ from mcc import ops
 from mcc.cost import weight_expression
 from mcc.errors import DataError, PassError, SpecError
 from mcc.parts import Part, parts
-from mcc.quantization import layers_taken, quantizer_tensors, without_quantizers
+from mcc.quantization import layers_taken, multiplying, quantizer_tensors, without_quantizers
 from mcc.rewrite import Context, Lossy, Pass
 from mcc.statistics import StepwiseRuns
 
@@ -36,9 +36,10 @@ class Reconstruct(Pass):
         %add: f32[8, 64] = add.Tensor(%x, %down)
     gets other values in @up.weight, @up.bias, @down.weight and @down.bias, for the least squared error of %add. A part
     is a residual branch with its addition, or in a chain a single layer. What goes in comes from the parts before,
-    trained already; what should come out is the captured model's. No labels are needed. Zeros stay, gradients go
-    straight through fake-quantizers, and scales stay. Of eight batches one is not learned from: a part whose error
-    there does not fall stays as it was. Give this after a pass that prunes or quantizes.
+    trained already; what should come out is what the graph gave before the first pass that is not exact. No labels are
+    needed. Zeros stay, gradients go straight through fake-quantizers, and scales stay. Of eight batches one is not
+    learned from: a part whose error there does not fall stays as it was. Give this after a pass that prunes or
+    quantizes.
     Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang, Gu: BRECQ: pushing the limit of post-training quantization by block
     reconstruction. ICLR 2021. Guo, Wu, Zhang, Yin, Wu, Wang: EBFT: effective and block-wise fine-tuning for sparse
     LLMs. arXiv 2402.12419, 2024.
@@ -65,9 +66,9 @@ class Reconstruct(Pass):
         return ("calibration",)
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        """Train part by part while the calibration data runs through the graph and the captured one."""
-        assert context.captured is not None
-        exact_graph = without_quantizers(context.captured)
+        """Train part by part while the calibration data runs through the graph and the exact one."""
+        assert context.exact is not None
+        exact_graph = without_quantizers(context.exact)
         found = self._parts(graph, exact_graph, context)
         assert context.data.calibration is not None
         batches = list(context.data.calibration)
@@ -78,8 +79,9 @@ class Reconstruct(Pass):
         with torch.no_grad():
             for part in found:
                 student.run_before(part.layers[0].fx)
-                problem = _Problem(graph, part, student.values(part.inputs), exact.run_to(part.end))
-                errors.append(self._improve(problem, context, generator))
+                values = student.values(part.inputs), exact.run_to(part.end)
+                errors.append(self._improve(_Problem(graph, part, *values), context, generator))
+                del values  # before those of the next part are there
                 student.refresh(part.nodes)
                 if context.progress is not None and task is not None:
                     context.progress.advance(task)
@@ -97,15 +99,14 @@ class Reconstruct(Pass):
         return trained
 
     def _parts(self, graph: Graph, exact: Graph, context: Context) -> list[Part]:
-        layers = [n for n in graph.nodes if n.op in ops.LAYERS]
         failure = PassError(f"{self}: no layer is compressed", remedy="give it after a pass that prunes or quantizes")
-        taken = layers_taken(layers, context, _refusal, failure)
+        taken = layers_taken(multiplying(graph), context, _refusal, failure)
         known = {n.name: list(n.shape) for n in exact.nodes if isinstance(n.value, Tensor)}
         found = parts(graph, taken, lambda n: n.dtype.is_floating_point and known.get(n.name) == list(n.shape))
         inside = {layer for part in found for layer in part.layers}
         for layer in taken:
             if layer not in inside:
-                context.decline(layer, "no single value behind it is one of the captured model's")
+                context.decline(layer, "only an output reads it, or no single value behind it is one of the model's")
         if not found:
             raise PassError(f"{self}: no part can be compared: {context.reasons}", remedy="leave it out, or fine-tune")
         return found
@@ -118,55 +119,68 @@ class Reconstruct(Pass):
                 f"reconstruct: what {problem.label} reads or gives is not finite",
                 remedy="check the batches and weights",
             )
+        for layer, reason in problem.left:
+            context.decline(layer, reason)
+        if not problem.trained:
+            return before, before
         kept = [p.detach().clone() for p in problem.parameters]
-        self._train(problem, generator)
-        after = problem.error()
+        after, reason = math.inf, "what its part gives comes no closer"
+        try:
+            self._train(problem, generator)
+            after = problem.error()
+        except RuntimeError as error:  # an op without a gradient
+            reason = f"its part cannot be trained: {str(error).splitlines()[0]}"
         if after < before:
             context.edited(len(kept))
             return before, after
         for parameter, old in zip(problem.parameters, kept, strict=True):
             parameter.copy_(old)
-        for layer in problem.part.layers:
-            context.decline(
-                layer, "what its part gives comes no closer" if kept else "its weight is read elsewhere too"
-            )
+        for layer in problem.trained:
+            context.decline(layer, reason)
         return before, before
 
     def _train(self, problem: _Problem, generator: torch.Generator) -> None:
-        if not problem.parameters:
-            return
         rates = (self.learning_rate * unit for unit in problem.units)
         groups = [{"params": [p], "lr": rate} for p, rate in zip(problem.parameters, rates, strict=True)]
         optimizer = torch.optim.Adam(groups, betas=BETAS)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.iterations)
         for batch in problem.picked(self.iterations, generator):
-            optimizer.zero_grad(set_to_none=True)
-            with torch.enable_grad():
-                problem.loss(batch).backward()  # type: ignore[no-untyped-call]  # torch leaves it so
+            for parameter, gradient in zip(problem.parameters, problem.gradients(batch), strict=True):
+                parameter.grad = gradient
             optimizer.step()
             schedule.step()
         optimizer.zero_grad(set_to_none=True)
 
 
 def _refusal(node: Node) -> str | None:
+    if node.op not in ops.LAYERS:
+        return f"{node.op} has no weight of its own"
     expression = weight_expression(node.operand(1))
     if expression is None:
         return "its weight is computed"
     direct = node.operand(1)
     if direct is not None and direct.op in ops.FIXED:
         return "its weight is already encoded"
+    if node.dtype not in (torch.float32, torch.float64):
+        return f"it computes in {str(node.dtype).removeprefix('torch.')}, too coarse to train in"
     if expression.mask is None and expression.quantizer is None:
         return "its weight is neither pruned nor quantized"
     return None
 
 
-def _step(layer: Node) -> tuple[str, float | None]:
-    """The name of a layer's weight and the mean of its scales, or None where it is not quantized."""
+def _weight(layer: Node) -> str:
     expression = weight_expression(layer.operand(1))
     assert expression is not None
-    quantizer = expression.quantizer
-    scale = None if quantizer is None or quantizer.op is not ops.FAKE_QUANTIZE else quantizer_tensors(quantizer)[0]
-    return str(expression.root.fx.target), None if scale is None else float(scale.float().mean())
+    return str(expression.root.fx.target)
+
+
+def _step(layer: Node) -> float | None:
+    """The mean of a weight's scales, or None where it is not quantized."""
+    expression = weight_expression(layer.operand(1))
+    quantizer = None if expression is None else expression.quantizer
+    if quantizer is None or quantizer.op is not ops.FAKE_QUANTIZE:
+        return None
+    return float(quantizer_tensors(quantizer)[0].float().mean())
 
 
 def _size(tensor: Tensor) -> float:
@@ -177,10 +191,11 @@ class _Problem:
     """One part: what goes in, what should come out, and the tensors to train.
 
     Attributes:
-        part: the part.
         label: names of its layers, for errors.
-        parameters: those tensors.
-        units: what learning rates are shares of.
+        parameters: the tensors to train.
+        units: what their learning rates are shares of.
+        trained: the layers whose weights are among them.
+        left: the others, and why.
 
     Args:
         graph: of the part.
@@ -190,18 +205,24 @@ class _Problem:
     """
 
     def __init__(self, graph: Graph, part: Part, inputs: list[dict[fx.Node, Any]], wanted: list[Tensor]) -> None:
-        self.part, self._inputs, self._wanted = part, inputs, wanted
-        self.label = ", ".join(layer.layer for layer in part.layers)
+        self._nodes, self._inputs, self._wanted = part.nodes, inputs, wanted
         self._run = fx.Interpreter(graph.module, garbage_collect_values=False)
+        self.label = ", ".join(layer.layer for layer in part.layers)
+        weights = {layer: _weight(layer) for layer in part.layers}
+        self.trained = [layer for layer, name in weights.items() if name in part.parameters]
+        reason = "its weight is read elsewhere too, or is no parameter"
+        self.left = [(layer, reason) for layer in part.layers if layer not in self.trained]
         self.parameters = [graph.tensor(name) for name in part.parameters]
-        steps = dict(map(_step, part.layers))
-        self.units = [steps.get(name) or _size(graph.tensor(name)) for name in part.parameters]
+        steps = {weights[layer]: _step(layer) for layer in part.layers}
+        # a bias of zeros would not learn: a part's tensors count as no smaller than its smallest weight
+        least = min((_size(graph.tensor(name)) for name in weights.values()), default=0.0)
+        self.units = [steps.get(name) or max(_size(graph.tensor(name)), least) for name in part.parameters]
         whole = [i for i, w in enumerate(wanted) if w.numel()]
         if not whole:
             raise DataError(f"reconstruct: no calibration batch has a row for {self.label}", remedy="give at least one")
         self._held_out = whole[HELD_OUT - 1 :: HELD_OUT] or whole
         self._learned = [i for i in whole if i not in self._held_out] or whole
-        self._power = float(torch.stack([wanted[i].square().mean() for i in whole]).mean().clamp(min=1e-30))
+        self._power = float(torch.stack([wanted[i].square().mean() for i in whole]).mean()) or 1.0
 
     def picked(self, count: int, generator: torch.Generator) -> Iterator[int]:
         """So many of the batches to learn from; all come before one comes again."""
@@ -209,12 +230,30 @@ class _Problem:
             order = torch.randperm(len(self._learned), generator=generator).tolist()
             yield from (self._learned[i] for i in order[: count - start])
 
+    def gradients(self, batch: int) -> list[Tensor]:
+        """Of the loss by the parameters, frozen ones too.
+
+        Raises:
+            RuntimeError: an op of the part has no gradient.
+        """
+        frozen = [p for p in self.parameters if not p.requires_grad]
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_()
+            with torch.enable_grad():
+                found = torch.autograd.grad(self.loss(batch), self.parameters, allow_unused=True)
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
+
     def loss(self, batch: int) -> Tensor:
         """The mean squared error of what the part gives, relative to what it should give."""
         self._run.env = dict(self._inputs[batch])
-        for node in self.part.nodes:
+        for node in self._nodes:
             self._run.env[node] = self._run.run_node(node)
-        given: Tensor = self._run.env[self.part.nodes[-1]]
+        given: Tensor = self._run.env[self._nodes[-1]]
+        self._run.env = {}
         return (given - self._wanted[batch]).square().mean() / self._power
 
     def error(self) -> float:

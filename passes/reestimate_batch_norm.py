@@ -16,6 +16,8 @@ from mcc.rewrite import Context, Lossy, Pass
 from mcc.statistics import run_in_step
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import fx
 
     from mcc.graph import Graph, Node
@@ -52,10 +54,9 @@ class ReestimateBatchNorm(Pass):
             if node not in taken:
                 return False
             found = _channel_statistics(taken[node], [x for x, *_ in arguments])
-            for position, values in zip((3, 4), found, strict=True):
-                stored = taken[node].operand(position)
+            for stored, values in zip((taken[node].operand(3), taken[node].operand(4)), found, strict=True):
                 assert stored is not None
-                graph.set_tensor(str(stored.fx.target), values.to(stored.dtype))
+                graph.set_tensor(str(stored.fx.target), values)
             context.edited()
             return True
 
@@ -84,18 +85,23 @@ def _refusal(node: Node) -> str | None:
 
 
 def _channel_statistics(node: Node, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and variance, as an estimate for all data, of each channel over all batches: float64 [channels].
+    """Mean and variance, as an estimate for all data, of each channel over all batches, [channels].
 
     Raises:
         DataError: there are fewer than two values of a channel, or they are not finite.
     """
-    rows = [x.movedim(1, -1).flatten(0, -2).double() for x in inputs]
-    count = sum(len(r) for r in rows)
-    mean = torch.stack([r.sum(0) for r in rows]).sum(0) / count
-    variance = torch.stack([(r - mean).square().sum(0) for r in rows]).sum(0) / (count - 1)
+    stored = node.operand(3)
+    assert stored is not None
+
+    def total(of: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.stack([of(x.movedim(1, -1).flatten(0, -2).double()).sum(0) for x in inputs]).sum(0)
+
+    count = sum(x.numel() // x.shape[1] for x in inputs)
+    mean = total(lambda rows: rows) / count
+    variance = (total(lambda rows: (rows - mean).square()) / (count - 1)).to(stored.dtype)
     if count < 2 or not variance.isfinite().all():
         raise DataError(
             f"reestimate-batch-norm: calibration gives {node.layer} fewer than two rows, or some are not finite",
             remedy="give some hundred examples, and check the weights",
         )
-    return mean, variance
+    return mean.to(stored.dtype), variance

@@ -2,7 +2,7 @@
 
     MCC_DATA=... python tests/bench/accuracy.py [--only ResNet-20,MiniLM] [--epochs 2] [--seed 0] [--target cpu:avx2]
 
-Prints a Markdown table for each model. ResNet-20: top-1 of the 10,000 test images of CIFAR-10; calibrated with 1,000
+Prints a Markdown table for each model. ResNet-20 and ResNet-56: top-1 of the 10,000 test images of CIFAR-10; calibrated with 1,000
 training images, `--thousand` says which; training with quantizers takes `--epochs` over all 50,000 (about six minutes each
 on one core), none with 0. Of classifiers it also says how many answers each of mcc's ways has right that a peer has wrong,
 and the other way round, with the probability that so uneven a split comes by chance (two-sided sign test).
@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 import mcc
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "end_to_end"))
-from real_models import cifar, efficientnet_lite0, imagenet, minilm, rank_correlation, resnet20, sentences
+from real_models import RESNETS, cifar, efficientnet_lite0, imagenet, minilm, rank_correlation, resnet, sentences
 from zoo import import_torchvision
 
 Batches = list[tuple[Tensor, ...]]
@@ -135,8 +136,8 @@ def _sign_test(ours: Tensor, theirs: Tensor) -> tuple[str, str, str]:
     return str(gained), str(lost), f"{p:.2f}"
 
 
-def resnet(data: Path, options: argparse.Namespace) -> None:
-    model = resnet20(data)
+def cifar_resnet(data: Path, options: argparse.Namespace, name: str) -> None:
+    model = resnet(data, name)
     images, labels = cifar(data, "test", 10_000)
     train, train_labels = cifar(data, "train", 50_000)
     batches = [(x,) for x in train[1000 * options.thousand :][:1000].split(100)]
@@ -145,11 +146,13 @@ def resnet(data: Path, options: argparse.Namespace) -> None:
 
     def rows() -> Iterator[tuple[str, tuple[str, ...]]]:
         yield found.row("eager", found.exact)
-        for passes in ("fold-batch-norm; quantize", "fold-batch-norm; quantize; correct-bias"):
+        for tail in ("", "; correct-bias", "; reconstruct"):
+            passes = "fold-batch-norm; quantize" + tail
             yield found.of_passes(passes, compiled(model, passes, batches, options))
         for passes in (
             "fold-batch-norm", "fold-batch-norm; quantize{weight_range='halved'}",
-            "fold-batch-norm; quantize{weights='int4'}", "fold-batch-norm; quantize{weights='int4'}; ada-round",
+            *("fold-batch-norm; quantize{weights='int4'}" + tail for tail in ("", "; ada-round", "; reconstruct")),
+            *("quantize{weights='int2', activations=None}" + tail for tail in ("", "; reconstruct")),
         ):  # fmt: skip
             yield found.row(f"`{passes}`", answers(compiled(model, passes, batches, options), images, 100))
         for name, run in engines(model, batches):
@@ -160,7 +163,7 @@ def resnet(data: Path, options: argparse.Namespace) -> None:
             trained = compiled(model, passes, batches, options, augmented)
             yield found.row(f"`{passes}`", answers(trained, images, 100))
 
-    table("ResNet-20, CIFAR-10 (a JPEG copy)", ("top-1", "as eager"), rows())
+    table(f"{name}, CIFAR-10 (a JPEG copy)", ("top-1", "as eager"), rows())
     found.compare()
 
 
@@ -212,7 +215,11 @@ def sentence_encoder(data: Path, options: argparse.Namespace) -> None:
     table("MiniLM sentence encoder, 200 sentences of SST-2", ("error", "ranks"), rows())
 
 
-MODELS = {"ResNet-20": resnet, "EfficientNet-Lite0": efficientnet, "MiniLM": sentence_encoder}
+MODELS = {
+    **{name: partial(cifar_resnet, name=name) for name in RESNETS},
+    "EfficientNet-Lite0": efficientnet,
+    "MiniLM": sentence_encoder,
+}
 
 
 def main() -> None:

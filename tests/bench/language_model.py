@@ -39,6 +39,8 @@ WAYS = (
     *(way.format(pattern, BODY) for pattern in ("", "2:4") for way in (
         "prune-weights{{scope='layer', pattern='{}', {}}}",
         "prune-weights{{scope='output', saliency='wanda', pattern='{}', {}}}", "sparse-gpt{{pattern='{}', {}}}",
+        "prune-weights{{scope='output', saliency='wanda', pattern='{}', {}}}; reconstruct{{iterations=100}}",
+        "sparse-gpt{{pattern='{}', {}}}; reconstruct{{iterations=100}}",
     )),
 )  # fmt: skip
 STEP = "quantize{weights='int4', activations='dynamic', group_size=32}"

@@ -15,10 +15,11 @@ from mcc.backends.cpu.kernels.sparse_codes import SparseCodes, SparsePerToken
 from mcc.backends.cpu.kernels.sparse_codes_conv import SparseCodesConv2d
 from mcc.backends.cpu.kernels.sparse_conv import DepthwisePlanes, SparseConv2d
 from mcc.backends.cpu.kernels.sparse_n_of_m import SparseNofM
+from mcc.backends.cpu.kernels.sparse_rows import SparseRows
 from mcc.backends.kernel import Kernel
 
 KERNELS: tuple[Kernel, ...] = (
-    SparseCodes(), SparsePerToken(), SparseDense(), SparseBlocks(), SparseNofM(), LowBitDense(), LowBitPerToken(),
-    DenseInt8(), DensePerToken(), DenseBfloat16(), DenseFloat(), DepthwiseInt8(), Depthwise(), SparseConv2d(),
-    DepthwisePlanes(), SparseCodesConv2d(), Conv2dInt8(), Conv2dBfloat16(), Conv2dFloat(),
+    SparseCodes(), SparsePerToken(), SparseRows(), SparseDense(), SparseBlocks(), SparseNofM(), LowBitDense(),
+    LowBitPerToken(), DenseInt8(), DensePerToken(), DenseBfloat16(), DenseFloat(), DepthwiseInt8(), Depthwise(),
+    SparseConv2d(), DepthwisePlanes(), SparseCodesConv2d(), Conv2dInt8(), Conv2dBfloat16(), Conv2dFloat(),
 )  # fmt: skip

@@ -2,9 +2,7 @@
 
 Lanes are outputs, four weights of each in a register. A step has a window of 64 codes, one register of a row: a
 permutation brings to every byte of the register of weights the code that it multiplies, and one `dot4` adds 64
-products. What is permuted, by which places and with which weights is the same for many rows. An output takes its next
-four weights of the window, zeros where it has fewer, and windows move to the code that some output waits for; they
-begin at multiples of half their size, so that most do not straddle a cache line.
+products. What is permuted, by which places and with which weights is the same for many rows. See windows.py.
 
 Where weights stand in blocks of as many outputs as there are lanes, the places of all lanes are the same: a step stores
 them once.
@@ -12,32 +10,28 @@ them once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
+from mcc.backends.cpu.kernels.windows import COLUMN, Steps
 from mcc.backends.cpu.microkernel import flat
 from mcc.backends.kernel import SparseArrays
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from numpy.typing import NDArray
+    from collections.abc import Mapping, Sequence
 
     from mcc.backends.cpu.microkernel import Expression, Register, Vectors
     from mcc.backends.kernel import NofMArrays, StoredWeight
     from mcc.target import Target
 
 WINDOW = 64  # codes
-APART = 32  # places that windows begin at
 QUAD = 4  # weights of an output in a step
+STEPS = Steps(WINDOW, 32, QUAD)
 CHAINS = 4  # sums in flight that hide the latency of `dot4`
-COLUMN = (16, 1)  # the block that has an output in every lane
 BLOCKS = ((1, 1), COLUMN)
-BEYOND = np.iinfo(np.int32).max
 PERMUTE = "llvm.x86.avx512.permvar.qi.512"
 
 
@@ -55,65 +49,6 @@ def refusal(weight: StoredWeight, target: Target) -> str | None:
     return None if target.permutes_bytes else f"{target} permutes no bytes"
 
 
-def windows(
-    runs: Sequence[tuple[int, NDArray[np.int8]]], sparse: SparseArrays | NofMArrays | None
-) -> dict[str, NDArray[Any]]:
-    """The steps of vectors of outputs, one vector's behind the other's.
-
-    Args:
-        runs: of codes that outputs read: where a run begins, from where a row does, and the weights of its codes,
-            [vectors, lanes, codes], at least 64 of them.
-        sparse: how the weight is stored.
-
-    Returns:
-        weight: int8 [steps, lanes, 4]; places: uint8 of that shape, codes within the step's window, or [steps, 4] for
-        columns; windows: int32 [steps], the first code of each; first_steps: int32 [vectors + 1].
-    """
-    assert isinstance(sparse, SparseArrays)
-    columns = sparse.block == COLUMN
-    parts = []
-    for begin, weights in runs:
-        kept = weights != 0
-        kept = np.broadcast_to(kept.any(1, keepdims=True), kept.shape) if columns else kept
-        parts += [(vector, first + begin, *step) for vector, first, *step in _steps(weights, kept)]
-    vectors, lanes, _ = runs[0][1].shape
-    if not parts:  # an all-zero layer has a step of zeros: kernels take no empty arrays
-        none, nothing = np.zeros(1, np.int64), np.zeros((1, lanes, QUAD))
-        parts.append((none, none, nothing.astype(np.uint8), nothing.astype(np.int8)))
-    vector, firsts, places, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    order = np.argsort(vector, kind="stable")
-    ends = np.bincount(vector, minlength=vectors).cumsum()
-    places = places[:, :1] if columns else places
-    return {
-        "weight": values[order].reshape(-1), "places": places[order].reshape(-1),
-        "windows": firsts[order].astype(np.int32), "first_steps": np.array([0, *ends], np.int32),
-    }  # fmt: skip
-
-
-def _steps(
-    weights: NDArray[np.int8], kept: NDArray[np.bool_]
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8], NDArray[np.int8]]]:
-    """Step after step over one run, of all vectors that have one: which these are, and window, places and weights."""
-    vectors, lanes, codes = weights.shape
-    order = np.argsort(~kept, axis=2, kind="stable")[:, :, : int(kept.sum(2).max(initial=0))]
-    room = ((0, 0), (0, 0), (0, QUAD))
-    columns = np.pad(np.where(np.take_along_axis(kept, order, 2), order, BEYOND), room, constant_values=BEYOND)
-    values = np.pad(np.take_along_axis(weights, order, 2), room)
-    taken, lane = np.zeros((vectors, lanes, 1), np.int64), np.arange(lanes)[:, None]
-    while True:
-        waiting = np.take_along_axis(columns, taken, 2)[:, :, 0].min(1)
-        left = np.flatnonzero(waiting < codes)
-        if not len(left):
-            return
-        first = np.minimum(waiting[left] // APART * APART, codes - WINDOW)
-        at = left[:, None, None], lane, taken[left] + np.arange(QUAD)
-        read = columns[at] - first[:, None, None]
-        inside = read < WINDOW
-        places, chosen = np.where(inside, read, 0), np.where(inside, values[at], 0)
-        yield left, first, places.astype(np.uint8), chosen.astype(np.int8)
-        taken[left] += inside.sum(2, keepdims=True)
-
-
 def add_windows(
     v: Vectors,
     arrays: Mapping[str, Expression],
@@ -125,7 +60,7 @@ def add_windows(
 
     Args:
         v: of the target.
-        arrays: as `windows` gave them.
+        arrays: as `Steps.pack` gave them.
         vector: of outputs.
         source: codes, and where each row begins.
         sums: a vector of int32 for each row.

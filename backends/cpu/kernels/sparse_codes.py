@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.integer_sums import sums_overflow
-from mcc.backends.cpu.kernels.byte_windows import QUAD, WINDOW, add_windows, refusal, windows
+from mcc.backends.cpu.kernels.byte_windows import QUAD, STEPS, WINDOW, add_windows, refusal
 from mcc.backends.cpu.kernels.dense import IntegerBody, dense_reference
 from mcc.backends.cpu.kernels.dense_per_token import PerTokenBody, per_token_reference
 from mcc.backends.cpu.kernels.panels import PanelPlan
@@ -109,7 +109,7 @@ class _Windows(IntegerBody):
         super().__init__(plan, tiled=False)
         weight, lanes = plan.region.weight, plan.vectors.lanes
         rows = np.pad(weight.decoded(), ((0, plan.padded_outputs - plan.outputs), (0, 0)))
-        self.steps = windows([(0, rows.reshape(-1, lanes, plan.inputs))], weight.sparse)
+        self.steps = STEPS.pack([(0, rows.reshape(-1, lanes, plan.inputs))], weight.sparse)
         plan.products = self.steps["weight"].size
 
     def arrays(self) -> dict[str, NDArray[Any]]:

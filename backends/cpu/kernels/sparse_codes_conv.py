@@ -13,7 +13,7 @@ import tvm.tirx.script.builder.ir as B
 
 from mcc import ops
 from mcc.backends.cpu.integer_sums import sums_overflow
-from mcc.backends.cpu.kernels.byte_windows import WINDOW, add_windows, refusal, windows
+from mcc.backends.cpu.kernels.byte_windows import STEPS, WINDOW, add_windows, refusal
 from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv2d_loops import BYTES, Block, IntegerConvolution, Tile
 from mcc.backends.cpu.kernels.conv_shape import conv_shape
@@ -82,7 +82,7 @@ class _Windows(IntegerConvolution):
     def pack_weight(self) -> dict[str, NDArray[Any]]:
         """The steps."""
         ordered = self.plain_weight()[self._lanes()]  # [vector, lane, in, kernel row, kernel column]
-        return windows(self._runs(ordered.transpose(3, 0, 1, 4, 2)), self.region.weight.sparse)
+        return STEPS.pack(self._runs(ordered.transpose(3, 0, 1, 4, 2)), self.region.weight.sparse)
 
     def _runs(self, weight: NDArray[Any]) -> list[tuple[int, NDArray[Any]]]:
         """The runs of codes that a pixel reads, of weights [kernel row, vector, lane, kernel column, in]."""

@@ -12,7 +12,7 @@ from torch import nn
 
 import mcc
 from mcc import Data, ops
-from mcc.backends.cpu.kernels.byte_windows import QUAD, WINDOW, windows
+from mcc.backends.cpu.kernels.byte_windows import QUAD, STEPS, WINDOW
 from mcc.backends.cpu.kernels.sparse_codes import SparseCodes, SparsePerToken
 from mcc.backends.cpu.kernels.sparse_codes_conv import SparseCodesConv2d
 from mcc.backends.kernel import PER_TOKEN, QuantizedInput
@@ -46,7 +46,7 @@ def by_vectors(weight):
 @given(st.integers(1, 40), st.integers(WINDOW, 300), st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]), st.integers(0, 99))
 def test_windows_hold_every_weight_once_and_stay_within_the_row(outputs, inputs, density, seed):
     weight = make_weight((outputs, inputs), "int8", seed, density=density).decoded()
-    arrays = windows(by_vectors(weight), SINGLE)
+    arrays = STEPS.pack(by_vectors(weight), SINGLE)
     np.testing.assert_array_equal(dense(arrays, outputs, inputs), weight)
     assert arrays["places"].max() < WINDOW
     assert arrays["windows"].min() >= 0
@@ -57,7 +57,7 @@ def test_an_output_takes_its_next_four_weights_of_the_window_that_another_waits_
     """Two outputs: one with weights 0 to 4, one with weights 31 and 100; of 128 inputs."""
     weight = np.zeros((LANES, 128), np.int8)
     weight[0, :5], weight[1, [31, 100]] = range(1, 6), (6, 7)
-    arrays = windows([(0, weight[None])], SINGLE)
+    arrays = STEPS.pack([(0, weight[None])], SINGLE)
     assert arrays["windows"].tolist() == [0, 0, 64]
     weights, places = (arrays[key].reshape(3, LANES, QUAD)[:, :2].tolist() for key in ("weight", "places"))
     assert weights == [[[1, 2, 3, 4], [6, 0, 0, 0]], [[5, 0, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [7, 0, 0, 0]]]
@@ -67,7 +67,7 @@ def test_an_output_takes_its_next_four_weights_of_the_window_that_another_waits_
 def test_runs_of_codes_begin_where_they_lie_from_the_first():
     """Two rows of an image, 1,000 codes apart; the second vector of outputs reads nothing of the first."""
     ones, nothing = np.ones((LANES, 64), np.int8), np.zeros((LANES, 64), np.int8)
-    arrays = windows([(0, np.stack([ones, nothing])), (1000, np.stack([ones, ones]))], SINGLE)
+    arrays = STEPS.pack([(0, np.stack([ones, nothing])), (1000, np.stack([ones, ones]))], SINGLE)
     assert arrays["windows"].tolist() == [0] * 16 + [1000] * 16 + [1000] * 16
     assert arrays["first_steps"].tolist() == [0, 32, 48]
 
@@ -76,7 +76,7 @@ def test_columns_of_sixteen_store_the_places_of_all_lanes_once():
     """A zero within a column is a weight as any other."""
     weight = np.zeros((LANES, 128), np.int8)
     weight[:, [3, 40, 41, 42, 90]] = np.arange(80).reshape(LANES, 5)
-    arrays = windows([(0, weight[None])], COLUMNS)
+    arrays = STEPS.pack([(0, weight[None])], COLUMNS)
     assert arrays["windows"].tolist() == [0, 64]
     assert arrays["places"].reshape(-1, QUAD).tolist() == [[3, 40, 41, 42], [26, 0, 0, 0]]
     assert arrays["weight"].reshape(-1, LANES, QUAD)[0].tolist() == weight[:, [3, 40, 41, 42]].tolist()
