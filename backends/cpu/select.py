@@ -12,6 +12,7 @@ from mcc.backends.cpu.integerize import permutes_codes, quantized_source
 from mcc.backends.cpu.kernels import KERNELS
 from mcc.backends.cpu.kernels.byte_windows import BLOCKS, WINDOW
 from mcc.backends.cpu.kernels.pixel_tiles import MOST_PLANES
+from mcc.backends.cpu.kernels.sparse_rows import unpermuted
 from mcc.backends.cpu.lowering import Choice, Lowering
 from mcc.backends.relax.emitter import tuple_of
 from mcc.ops import extent
@@ -34,6 +35,7 @@ FEWEST_INPUTS = 4  # of an output: with fewer there is too little to leave out
 DENSEST = {
     "float": {
         "few rows": 0.2,
+        "few permuted rows": 0.35,
         "few rows of blocks": 0.3,
         "rows": 0.35,
         "blocks": 0.7,
@@ -167,6 +169,8 @@ def prefer_dense(node: Node, density: float, form: Form, target: Target) -> str 
     if not kind:
         return what
     if not _gives_codes(source):
+        if kind == "few rows" and unpermuted(int(source.shape[-1]), source.shape[:-1], target) is None:
+            kind = "few permuted rows"
         return _too_dense(density, DENSEST["float"][kind], what)
     if form.among:
         return f"no kernel multiplies codes by weights of {form}"

@@ -58,7 +58,7 @@ class SparseRows:
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """All rows at once, so that places and weights are read once."""
         del target
-        return (str(TileShape(max(1, math.prod(map(int, region.source.shape[:-1]))), 1)),)
+        return (str(TileShape(math.prod(map(int, region.source.shape[:-1])), 1)),)
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text."""
@@ -77,8 +77,8 @@ def unpermuted(inputs: int, rows: Sequence[Any], target: Target) -> str | None:
         return f"{target} permutes no two registers of floats"
     if inputs < WINDOW:
         return f"it has fewer than {WINDOW} inputs"
-    if not all(isinstance(size, int) for size in rows) or math.prod(rows) > MOST_ROWS:
-        return f"its rows are more than {MOST_ROWS}, or known at run time only"
+    if not all(isinstance(size, int) for size in rows) or not 0 < math.prod(rows) <= MOST_ROWS:
+        return f"its rows are none, more than {MOST_ROWS}, or known at run time only"
     return None
 
 

@@ -24,6 +24,7 @@ from mcc.backends.cpu.kernels.sparse_codes import SparseCodes, SparsePerToken
 from mcc.backends.cpu.kernels.sparse_codes_conv import SparseCodesConv2d, codes_of_a_run
 from mcc.backends.cpu.kernels.sparse_conv import DepthwisePlanes, SparseConv2d
 from mcc.backends.cpu.kernels.sparse_n_of_m import SparseNofM
+from mcc.backends.cpu.kernels.sparse_rows import SparseRows
 from mcc.backends.kernel import (
     PER_TOKEN,
     Activation,
@@ -54,6 +55,7 @@ FAMILIES = (
     "low_bit_per_token",
     "sparse",
     "sparse_codes",
+    "sparse_rows",
     "sparse_blocks",
     "sparse_n_of_m",
     "sparse_conv2d",
@@ -180,6 +182,17 @@ def _sparse_codes(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple
 
 
 @st.composite
+def _sparse_rows(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
+    del target
+    outputs, inputs = draw(st.integers(1, 70)), draw(st.one_of(st.sampled_from([32, 64, 256]), st.integers(32, 300)))
+    density = draw(st.sampled_from([0.0, 0.02, 0.1, 0.4, 1.0]))
+    weight = make_weight((outputs, inputs), draw(st.sampled_from(FORMATS[:2])), 3, density=density)
+    rows = draw(st.sampled_from([(), (1,), (2,), (1, 3), (6,)]))
+    region = make_region(ops.LINEAR, (*rows, inputs), weight, draw(epilogues()), bias=draw(st.booleans()))
+    return SparseRows(), region, [(*rows, inputs)]
+
+
+@st.composite
 def _n_of_m(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
     among = draw(st.sampled_from(AMONG))
     kept, groups, outputs = draw(st.integers(1, among // 2)), draw(st.integers(1, 20)), draw(channels)
@@ -293,6 +306,7 @@ _DRAWN = {
     "low_bit_per_token": lambda target: _low_bit(target, per_token=True),
     "sparse": lambda target: _sparse(target, blocks=False),
     "sparse_codes": _sparse_codes,
+    "sparse_rows": _sparse_rows,
     "sparse_n_of_m": _n_of_m,
     "sparse_blocks": lambda target: _sparse(target, blocks=True),
     "conv2d": lambda t: _conv2d(t, "conv2d"),
