@@ -101,8 +101,8 @@ class Reconstruct(Pass):
     def _parts(self, graph: Graph, exact: Graph, context: Context) -> list[Part]:
         failure = PassError(f"{self}: no layer is compressed", remedy="give it after a pass that prunes or quantizes")
         taken = layers_taken(multiplying(graph), context, _refusal, failure)
-        known = {n.name: list(n.shape) for n in exact.nodes if isinstance(n.value, Tensor)}
-        found = parts(graph, taken, lambda n: n.dtype.is_floating_point and known.get(n.name) == list(n.shape))
+        known = {n.name: ops.shape_of(n.fx) for n in exact.nodes if isinstance(n.value, Tensor)}
+        found = parts(graph, taken, lambda n: n.dtype.is_floating_point and known.get(n.name) == ops.shape_of(n.fx))
         inside = {layer for part in found for layer in part.layers}
         for layer in taken:
             if layer not in inside:
