@@ -121,9 +121,10 @@ def check(case: Case, target: str) -> None:
     codes = codes_of(case)
     wanted, one = expected(case, codes)
     found = run(case, target, codes)
-    # exp is within 1e-5: of 255 codes few lie so near the middle between two
+    # exp is within 1e-5: of 255 codes few lie so near the middle between two; one that does moves a whole row
+    a_row = one.max() * case.width / one.size
     assert (np.abs(found - wanted) <= 2 * one + 1e-5).all()
-    assert np.abs(found - wanted).mean() <= 0.02 * one.mean() + 1e-5
+    assert np.abs(found - wanted).mean() <= 0.02 * one.mean() + a_row + 1e-5
 
 
 CASES = {
