@@ -104,20 +104,17 @@ def layer_by_layer(
     """
     assert context.data.calibration is not None
     by_call = {node.fx: node for node in layers}
-    task = context.progress.add_task(label, total=len(by_call)) if context.progress is not None else None
 
     def before(node: fx.Node, arguments: list[list[Any]]) -> bool:
         if node not in by_call:
             return False
         change(by_call[node], arguments)
         context.edited()
-        if context.progress is not None and task is not None:
-            context.progress.advance(task)
+        advance()
         return True
 
-    run_in_step(graph, context.data.calibration, before)
-    if context.progress is not None and task is not None:
-        context.progress.remove_task(task)
+    with context.shown(label, len(by_call)) as advance:
+        run_in_step(graph, context.data.calibration, before)
 
 
 def compensated(weight: Tensor, inverse: Tensor, settle: Callable[[Tensor, int], Tensor]) -> Tensor:

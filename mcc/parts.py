@@ -60,7 +60,9 @@ def parts(graph: Graph, layers: Iterable[Node], comparable: Callable[[Node], boo
     place = {node: i for i, node in enumerate(order)}
     wanted = {layer.fx for layer in layers}
     found, open_layers, end = list[Part](), list[fx.Node](), -1
-    cuts = [place[n] for n in _single_values(_learned(graph), place) if comparable(Node(n, graph))]
+    trainable = {name for name, p in graph.named_parameters() if p.is_floating_point()}
+    stored = made_of_stored(graph)
+    cuts = [place[n] for n in _single_values(_learned(graph, trainable), place) if comparable(Node(n, graph))]
     for position, following in itertools.pairwise([*cuts, len(order)]):
         open_layers += [n for n in order[end + 1 : position + 1] if n in wanted]
         behind = order[following] if following < len(order) else None
@@ -69,7 +71,15 @@ def parts(graph: Graph, layers: Iterable[Node], comparable: Callable[[Node], boo
             continue
         above = _above(order[position])
         if through := [n for n in open_layers if n in above]:
-            found.append(_part(graph, through, order[position], place))
+            nodes, inputs = _between(through[0], order[position], place, stored)
+            found.append(
+                Part(
+                    tuple(Node(n, graph) for n in through),
+                    tuple(sorted(nodes, key=place.__getitem__)),
+                    tuple(sorted(inputs, key=place.__getitem__)),
+                    tuple(sorted(_own_tensors(graph, nodes, order[position]) & trainable)),
+                )
+            )
         open_layers = []
     return found
 
@@ -85,9 +95,8 @@ def _above(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _learned(graph: Graph) -> list[fx.Node]:
+def _learned(graph: Graph, trainable: set[str]) -> list[fx.Node]:
     """The nodes whose values come from those of inputs and from trainable tensors: no masks or tables of positions."""
-    trainable = {name for name, p in graph.named_parameters() if p.is_floating_point()}
     data, learned = set[fx.Node](), set[fx.Node]()
     for node in graph.module.graph.nodes:
         read = node.all_input_nodes
@@ -114,35 +123,29 @@ def _completes(node: fx.Node, source: fx.Node) -> bool:
     return ops.lookup(node.target) in (ops.BATCH_NORM, ops.RELU) and node.args[0] is source
 
 
-def _part(graph: Graph, layers: list[fx.Node], end: fx.Node, place: dict[fx.Node, int]) -> Part:
-    """The part from the first of some layers that `end` depends on; it has one of them at least."""
-    stored, first = made_of_stored(graph), place[layers[0]]
+def _between(
+    first: fx.Node, end: fx.Node, place: dict[fx.Node, int], stored: set[fx.Node]
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """What `end` depends on from `first` on and all stored values, and the other values from before that these read."""
     nodes, inputs, waiting = set[fx.Node](), set[fx.Node](), [end]
     while waiting:
         node = waiting.pop()
         if node in nodes or node in inputs:
             continue
-        if place[node] < first and node not in stored:
+        if place[node] < place[first] and node not in stored:
             inputs.add(node)
             continue
         nodes.add(node)
         waiting += node.all_input_nodes
-    return Part(
-        tuple(Node(n, graph) for n in layers),
-        tuple(sorted(nodes, key=place.__getitem__)),
-        tuple(sorted(inputs, key=place.__getitem__)),
-        tuple(sorted(_own_parameters(graph, nodes, end))),
-    )
+    return nodes, inputs
 
 
-def _own_parameters(graph: Graph, nodes: set[fx.Node], end: fx.Node) -> set[str]:
-    """The trainable tensors of which nothing outside of a part reads anything but through its end."""
+def _own_tensors(graph: Graph, nodes: set[fx.Node], end: fx.Node) -> set[str]:
+    """The stored tensors of which nothing outside of a part reads anything but through its end."""
     read_outside = set[fx.Node]()
     for node in reversed(list(graph.module.graph.nodes)):
         within = node in nodes and (node is end or all(u in nodes and u not in read_outside for u in node.users))
         if not within:
             read_outside.add(node)
-    trainable = {name for name, p in graph.named_parameters() if p.is_floating_point()}
     reads = [n for n in graph.module.graph.nodes if n.op == "get_attr"]
-    read, outside = ({str(n.target) for n in reads if (n in read_outside) is out} for out in (False, True))
-    return (read - outside) & trainable
+    return {str(n.target) for n in reads} - {str(n.target) for n in reads if n in read_outside}

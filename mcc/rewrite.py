@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -89,6 +91,18 @@ class Context:
     def reasons(self) -> str:
         """Every candidate that was not taken, and why, for an error that says there is none left."""
         return "; ".join(f"{d.layer}: {d.reason}" for d in self.declined) or "there is none"
+
+    @contextmanager
+    def shown(self, label: str, total: int) -> Iterator[Callable[[], None]]:
+        """Show progress over so many steps, if it is shown at all; gives what to call behind each."""
+        if self.progress is None:
+            yield lambda: None
+            return
+        task = self.progress.add_task(label, total=total)
+        try:
+            yield partial(self.progress.advance, task)
+        finally:
+            self.progress.remove_task(task)
 
     def note(self, text: str) -> None:
         """Add a fact to the report."""

@@ -290,6 +290,9 @@ def record(graph: Graph, names: Iterable[str], batches: Iterable[Inputs], take: 
 class StepwiseRuns:
     """A graph that runs over all calibration batches at once, node by node; values live until their last reader.
 
+    Attributes:
+        stored: the nodes whose values depend on stored tensors alone.
+
     Args:
         graph: as it is now.
         batches: kept in memory together.
@@ -306,7 +309,7 @@ class StepwiseRuns:
         for run, batch in zip(self._runs, self.batches, strict=True):
             run.args_iter = iter(in_order(batch, graph.signature.inputs))
         self._nodes = list(graph.module.graph.nodes)
-        self._stored = made_of_stored(graph)
+        self.stored = made_of_stored(graph)
         self._done = 0
 
     def arguments(self, node: fx.Node) -> list[list[Any]]:
@@ -319,25 +322,27 @@ class StepwiseRuns:
         Raises:
             DataError: a batch does not fit the graph's inputs.
         """
-        extra = [n for n in changed if n not in self._runs[0].env]
-        self._compute(changed)
-        if node in self._stored:
+        extra = self._compute(changed)
+        if node in self.stored:
             self._compute([node])
         for i, run in enumerate(self._runs):
             try:
-                if node not in self._stored:
+                if node not in self.stored:
                     run.env[node] = run.run_node(node)
             except (RuntimeError, TypeError, StopIteration) as error:
                 raise _misfit(i, self.batches[i], error) from error
             for last in {*run.user_to_last_uses.get(node, []), *extra}:
                 del run.env[last]
 
-    def _compute(self, stored: Iterable[fx.Node]) -> None:
-        """Run what depends on stored tensors alone, once for all batches."""
-        for node in stored:
+    def _compute(self, stored: Iterable[fx.Node]) -> list[fx.Node]:
+        """Run what depends on stored tensors alone, once for all batches; returns those that had no value."""
+        wanted = list(stored)
+        new = [node for node in wanted if node not in self._runs[0].env]
+        for node in wanted:
             value = self._runs[0].run_node(node)
             for run in self._runs:
                 run.env[node] = value
+        return new
 
     def run_to(self, name: str) -> list[Tensor]:
         """Run up to the node called `name`; returns its value for each batch."""
@@ -364,9 +369,7 @@ class StepwiseRuns:
     def refresh(self, nodes: Iterable[fx.Node]) -> None:
         """Run those of some nodes again that have run, all that is stored: the tensors they read have changed."""
         wanted = set(nodes)
-        stale = [node for node in self._nodes[: self._done] if node in wanted]
-        extra = [node for node in stale if node not in self._runs[0].env]
-        self._compute(stale)
+        extra = self._compute(node for node in self._nodes[: self._done] if node in wanted)
         for run in self._runs:
             for node in extra:
                 del run.env[node]
@@ -388,11 +391,10 @@ def run_in_step(graph: Graph, batches: Iterable[Inputs], before: Callable[[fx.No
         DataError: there is no batch, or a batch does not fit the graph's inputs.
     """
     runs = StepwiseRuns(graph, batches)
-    stored = made_of_stored(graph)
     with torch.no_grad():
         for node in graph.module.graph.nodes:
             changed = node.op == "call_function" and before(node, runs.arguments(node))
-            runs.step(node, _stored_ancestors(node, stored) if changed else ())
+            runs.step(node, _stored_ancestors(node, runs.stored) if changed else ())
 
 
 def made_of_stored(graph: Graph) -> set[fx.Node]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -214,22 +214,30 @@ def loss_gradients(
     Raises:
         DataError: the training data is empty or its batches do not fit the graph.
     """
-    frozen = [t for t in tensors if not t.requires_grad]
     empty = True
+    for *inputs, labels in itertools.islice(_batches(context), count):
+        empty = False
+        yield gradients(lambda: _output_and_loss(graph, inputs, labels, context)[1], tensors)  # noqa: B023 (called here)
+    if empty:
+        raise DataError("the training data is empty", remedy="give a DataLoader or a list of (*inputs, labels)")
+
+
+def gradients(loss: Callable[[], Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of a loss by some float tensors, zeros where it does not depend on one; frozen ones stay so.
+
+    Raises:
+        RuntimeError: an op that the loss is computed by has no gradient.
+    """
+    frozen = [t for t in tensors if not t.requires_grad]
     try:
         for tensor in frozen:
             tensor.requires_grad_()
-        for *inputs, labels in itertools.islice(_batches(context), count):
-            empty = False
-            with torch.enable_grad():
-                _, loss = _output_and_loss(graph, inputs, labels, context)
-                found = torch.autograd.grad(loss, tensors, allow_unused=True)
-            yield tuple(torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True))
+        with torch.enable_grad():
+            found = torch.autograd.grad(loss(), tensors, allow_unused=True)
     finally:
         for tensor in frozen:
             tensor.requires_grad_(False)
-    if empty:
-        raise DataError("the training data is empty", remedy="give a DataLoader or a list of (*inputs, labels)")
+    return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True))
 
 
 def _epoch_length(context: Context) -> int:

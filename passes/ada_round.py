@@ -72,7 +72,6 @@ class AdaRound(Pass):
         assert context.data.calibration is not None
         batches = list(context.data.calibration)
         exact = StepwiseRuns(without_quantizers(graph), batches)
-        task = None if context.progress is None else context.progress.add_task("ada-round", total=len(layers))
         generator = torch.Generator().manual_seed(context.seed)
         errors: list[tuple[float, float]] = []
 
@@ -92,13 +91,11 @@ class AdaRound(Pass):
                 context.edited()
             else:
                 context.decline(layers[node], "nearest rounding has the least error")
-            if context.progress is not None and task is not None:
-                context.progress.advance(task)
+            advance()
             return learned < nearest
 
-        run_in_step(graph, batches, before)
-        if context.progress is not None and task is not None:
-            context.progress.remove_task(task)
+        with context.shown("ada-round", len(layers)) as advance:
+            run_in_step(graph, batches, before)
         before_, after = (sum(e) / len(errors) for e in zip(*errors, strict=True))
         context.note(
             f"mean error of a layer's output, relative: {before_:.2e} rounded to nearest, {after:.2e} as learned"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from mcc.parts import Part, parts
 from mcc.quantization import layers_taken, multiplying, quantizer_tensors, without_quantizers
 from mcc.rewrite import Context, Lossy, Pass
 from mcc.statistics import StepwiseRuns
+from mcc.train import gradients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,20 +75,16 @@ class Reconstruct(Pass):
         assert context.data.calibration is not None
         batches = list(context.data.calibration)
         student, exact = StepwiseRuns(graph, batches), StepwiseRuns(exact_graph, batches)
-        task = None if context.progress is None else context.progress.add_task("reconstruct", total=len(found))
         generator = torch.Generator().manual_seed(context.seed)
         errors: list[tuple[float, float]] = []
-        with torch.no_grad():
+        with torch.no_grad(), context.shown("reconstruct", len(found)) as advance:
             for part in found:
                 student.run_before(part.layers[0].fx)
                 values = student.values(part.inputs), exact.run_to(part.end)
                 errors.append(self._improve(_Problem(graph, part, *values), context, generator))
                 del values  # before those of the next part are there
                 student.refresh(part.nodes)
-                if context.progress is not None and task is not None:
-                    context.progress.advance(task)
-        if context.progress is not None and task is not None:
-            context.progress.remove_task(task)
+                advance()
         before, after = (sum(e) / len(errors) for e in zip(*errors, strict=True))
         context.note(f"mean error of what {len(found)} parts give, relative: {before:.2e} before, {after:.2e} after")
         return graph
@@ -145,7 +143,8 @@ class Reconstruct(Pass):
         optimizer = torch.optim.Adam(groups, betas=BETAS)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.iterations)
         for batch in problem.picked(self.iterations, generator):
-            for parameter, gradient in zip(problem.parameters, problem.gradients(batch), strict=True):
+            found = gradients(partial(problem.loss, batch), problem.parameters)
+            for parameter, gradient in zip(problem.parameters, found, strict=True):
                 parameter.grad = gradient
             optimizer.step()
             schedule.step()
@@ -166,12 +165,6 @@ def _refusal(node: Node) -> str | None:
     if expression.mask is None and expression.quantizer is None:
         return "its weight is neither pruned nor quantized"
     return None
-
-
-def _weight(layer: Node) -> str:
-    expression = weight_expression(layer.operand(1))
-    assert expression is not None
-    return str(expression.root.fx.target)
 
 
 def _step(layer: Node) -> float | None:
@@ -208,7 +201,7 @@ class _Problem:
         self._nodes, self._inputs, self._wanted = part.nodes, inputs, wanted
         self._run = fx.Interpreter(graph.module, garbage_collect_values=False)
         self.label = ", ".join(layer.layer for layer in part.layers)
-        weights = {layer: _weight(layer) for layer in part.layers}
+        weights = {layer: str(root.fx.target) for layer in part.layers if (root := layer.weight) is not None}
         self.trained = [layer for layer, name in weights.items() if name in part.parameters]
         reason = "its weight is read elsewhere too, or is no parameter"
         self.left = [(layer, reason) for layer in part.layers if layer not in self.trained]
@@ -229,23 +222,6 @@ class _Problem:
         for start in range(0, count, len(self._learned)):
             order = torch.randperm(len(self._learned), generator=generator).tolist()
             yield from (self._learned[i] for i in order[: count - start])
-
-    def gradients(self, batch: int) -> list[Tensor]:
-        """Of the loss by the parameters, frozen ones too.
-
-        Raises:
-            RuntimeError: an op of the part has no gradient.
-        """
-        frozen = [p for p in self.parameters if not p.requires_grad]
-        try:
-            for parameter in frozen:
-                parameter.requires_grad_()
-            with torch.enable_grad():
-                found = torch.autograd.grad(self.loss(batch), self.parameters, allow_unused=True)
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
 
     def loss(self, batch: int) -> Tensor:
         """The mean squared error of what the part gives, relative to what it should give."""

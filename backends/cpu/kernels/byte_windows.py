@@ -3,9 +3,6 @@
 Lanes are outputs, four weights of each in a register. A step has a window of 64 codes, one register of a row: a
 permutation brings to every byte of the register of weights the code that it multiplies, and one `dot4` adds 64
 products. What is permuted, by which places and with which weights is the same for many rows. See windows.py.
-
-Where weights stand in blocks of as many outputs as there are lanes, the places of all lanes are the same: a step stores
-them once.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ if TYPE_CHECKING:
 
 WINDOW = 64  # codes
 QUAD = 4  # weights of an output in a step
-STEPS = Steps(WINDOW, 32, QUAD)
+STEPS = Steps(WINDOW, WINDOW // 2, QUAD)
 CHAINS = 4  # sums in flight that hide the latency of `dot4`
 BLOCKS = ((1, 1), COLUMN)
 PERMUTE = "llvm.x86.avx512.permvar.qi.512"
@@ -70,9 +67,6 @@ def add_windows(
     for chain in chains[1:]:
         for register in chain:
             register.set(v.constant(0, "int32"))
-    begin = B.Bind(arrays["first_steps"][vector])
-    count = B.Bind(arrays["first_steps"][vector + 1] - begin)
-    whole = B.Bind(tirx.floordiv(count, len(chains)))
     size = v.lanes * QUAD
 
     def step(number: Expression, chain: Sequence[Register]) -> None:
@@ -85,15 +79,7 @@ def add_windows(
             chosen = tirx.call_llvm_pure_intrin(f"int8x{size}", PERMUTE, read, order)
             register.set(v.dot4(register.get(), T.reinterpret(f"int32x{v.lanes}", chosen), words, bounded=True))
 
-    with B.serial(0, whole) as s:
-        for c, chain in enumerate(chains):
-            step(begin + s * len(chains) + c, chain)
-    if len(chains) > 1:
-        with B.serial(0, count - whole * len(chains)) as s:
-            step(begin + whole * len(chains) + s, chains[0])
-    for total, *others in zip(*chains, strict=True):
-        for other in others:
-            total.set(total.get() + other.get())
+    STEPS.emit(arrays, vector, chains, step)
 
 
 def _places(v: Vectors, arrays: Mapping[str, Expression], step: Expression) -> Expression:

@@ -20,7 +20,6 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc import ops
-from mcc.backends.cpu.epilogue import channel_vectors
 from mcc.backends.cpu.integer_sums import pairs_fit, sums_overflow, zero_sum_factor
 from mcc.backends.cpu.kernels.packed_codes import PackedCodes, sum_arrays
 from mcc.backends.cpu.kernels.panels import PanelPlan
@@ -70,7 +69,7 @@ class DenseFloat:
         weight = region.weight
         assert weight.dense is not None
         packed = {"weight": pack_panels(weight.dense, plan.width, target.vector_lanes)}
-        packed |= _padded_vectors(region, plan.padded_outputs)
+        packed |= plan.channel_arrays()
         body = _FloatBody(plan, scaled=weight.scale is not None)
 
         def element(arrays: Mapping[str, Expression], output: Expression, k: Expression) -> Expression:
@@ -191,10 +190,6 @@ def pack_panels_of(size: int, weight: NDArray[Any], width: int, lanes: int) -> N
         for start in range(0, len(padded), width)
     ]
     return np.concatenate(panels)
-
-
-def _padded_vectors(region: Region, size: int) -> dict[str, NDArray[Any]]:
-    return {key: np.pad(a, (0, size - len(a))) for key, a in channel_vectors(region).items()}
 
 
 def dense_reference(region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 
+from mcc.backends.cpu.epilogue import channel_vectors
 from mcc.backends.cpu.kernels.ahead import NextPanel
 from mcc.backends.cpu.kernels.region_function import region_function
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, leading_dims, panel_widths, row_blocks
@@ -157,6 +159,36 @@ class PanelPlan:
 
         serial(words, step)
         return sums
+
+    def channel_arrays(self) -> dict[str, NDArray[Any]]:
+        """Bias, and scale where there is one, of every output of all panels."""
+        beyond = self.padded_outputs - self.outputs
+        return {key: np.pad(array, (0, beyond)) for key, array in channel_vectors(self.region).items()}
+
+    def finish(
+        self,
+        arrays: Mapping[str, Expression],
+        first: Expression,
+        column: Expression,
+        sums: Sequence[Register],
+        used: int,
+    ) -> None:
+        """Scale the float sums that rows from `first` on have of a vector of outputs, add the bias, and write them.
+
+        Args:
+            arrays: with those of `channel_arrays`.
+            first: row.
+            column: the vector's first output.
+            sums: of a row each.
+            used: lanes.
+        """
+        v = self.vectors
+        bias = B.Bind(v.load(arrays["bias"], column))
+        scale = B.Bind(v.load(arrays["scale"], column)) if "scale" in arrays else None
+        for i, register in enumerate(sums):
+            total = register.get()
+            value = total + bias if scale is None else v.fma(total, scale, bias)
+            self.store(first + i, column, value, used)
 
     def store(self, row: Expression, column: Expression, value: Expression, used: int) -> None:
         """Finish an output vector and write its first `used` lanes."""

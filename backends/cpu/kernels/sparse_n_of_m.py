@@ -19,7 +19,6 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc import ops
-from mcc.backends.cpu.epilogue import channel_vectors
 from mcc.backends.cpu.kernels.dense import dense_reference
 from mcc.backends.cpu.kernels.panels import PanelPlan
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, parse_tile
@@ -107,8 +106,7 @@ class _Body:
         places = np.pad(places, ((0, 0), (0, 0), (0, self.words * a_word - places.shape[2])))
         shifts = np.arange(a_word, dtype=np.uint32) * self.bits
         words = (places.reshape(padded, sets, self.words, a_word) << shifts).sum(-1, dtype=np.uint32).view(np.int32)
-        channels = {key: np.pad(array, (0, missing)) for key, array in channel_vectors(self.plan.region).items()}
-        return {"values": self._by_panel(values), "places": self._by_panel(words)} | channels
+        return {"values": self._by_panel(values), "places": self._by_panel(words)} | self.plan.channel_arrays()
 
     def _by_panel(self, array: NDArray[Any]) -> NDArray[Any]:
         """[outputs, a, b] as, panel after panel, [a, b, outputs of the panel]."""
@@ -130,13 +128,8 @@ class _Body:
         if left:
             self._set(panel, first, sums, whole, left)
         for j in range(width.vectors):
-            column = panel * plan.width + j * v.lanes
-            bias = B.Bind(v.load(self.arrays["bias"], column))
-            scale = B.Bind(v.load(self.arrays["scale"], column)) if "scale" in self.arrays else None
-            for i, row in enumerate(sums):
-                total = row[j].get()
-                total = total + bias if scale is None else v.fma(total, scale, bias)
-                plan.store(first + i, column, total, width.used_lanes(j, v.lanes))
+            column, used = panel * plan.width + j * v.lanes, width.used_lanes(j, v.lanes)
+            plan.finish(self.arrays, first, column, [row[j] for row in sums], used)
 
     def _set(
         self, panel: Expression, first: Expression, sums: list[list[Any]], number: Expression, groups: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,7 +18,6 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc import ops
-from mcc.backends.cpu.epilogue import channel_vectors
 from mcc.backends.cpu.kernels.dense import dense_reference
 from mcc.backends.cpu.kernels.panels import PanelPlan
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, parse_tile
@@ -87,11 +87,9 @@ class _Body:
 
     def __init__(self, plan: PanelPlan) -> None:
         self.plan, self.v = plan, plan.vectors
-        sparse, missing = plan.region.weight.sparse, plan.padded_outputs - plan.outputs
-        assert isinstance(sparse, SparseArrays)
-        weight = np.pad(plan.region.weight.decoded(), ((0, missing), (0, 0)))
-        channels = {key: np.pad(array, (0, missing)) for key, array in channel_vectors(plan.region).items()}
-        self.packed = STEPS.pack([(0, weight.reshape(-1, LANES, plan.inputs))], sparse) | channels
+        weight = np.pad(plan.region.weight.decoded(), ((0, plan.padded_outputs - plan.outputs), (0, 0)))
+        steps = STEPS.pack([(0, weight.reshape(-1, LANES, plan.inputs))], plan.region.weight.sparse)
+        self.packed = steps | plan.channel_arrays()
         plan.products = self.packed["weight"].size
 
     def emit(self, x: Expression, *arrays: Expression) -> None:
@@ -101,29 +99,14 @@ class _Body:
 
     def _tile(self, panel: Expression, width: PanelWidth, first: Expression, count: int) -> None:
         """All steps of a vector of outputs."""
-        v, arrays = self.v, self.arrays
+        v = self.v
         chains = v.registers(max(1, CHAINS // count), count, "float32")
         for register in (r for chain in chains for r in chain):
             register.set(v.constant(0.0))
-        begin = B.Bind(arrays["first_steps"][panel])
-        steps = B.Bind(arrays["first_steps"][panel + 1] - begin)
-        whole = B.Bind(tirx.floordiv(steps, len(chains)))
-        with B.serial(0, whole) as s:
-            for c, chain in enumerate(chains):
-                self._step(begin + s * len(chains) + c, first, chain)
-        with B.serial(0, steps - whole * len(chains)) as s:
-            self._step(begin + whole * len(chains) + s, first, chains[0])
-        column = panel * LANES
-        bias = B.Bind(v.load(arrays["bias"], column))
-        scale = B.Bind(v.load(arrays["scale"], column)) if "scale" in arrays else None
-        for i, sums in enumerate(zip(*chains, strict=True)):
-            total = sums[0].get()
-            for other in sums[1:]:
-                total = total + other.get()
-            value = total + bias if scale is None else v.fma(total, scale, bias)
-            self.plan.store(first + i, column, value, width.used_lanes(0, LANES))
+        STEPS.emit(self.arrays, panel, chains, partial(self._step, first))
+        self.plan.finish(self.arrays, first, panel * LANES, chains[0], width.used_lanes(0, LANES))
 
-    def _step(self, number: Expression, first: Expression, sums: Sequence[Register]) -> None:
+    def _step(self, first: Expression, number: Expression, sums: Sequence[Register]) -> None:
         """Add the products of a step to the sums of all rows."""
         v, arrays = self.v, self.arrays
         at = B.Bind(T.cast(number, "int64"))

@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import tvm.tirx.script.builder.ir as B
+from tvm import tirx
 
 from mcc.backends.kernel import SparseArrays
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from mcc.backends.cpu.microkernel import Expression, Register
     from mcc.backends.kernel import NofMArrays
 
 COLUMN = (16, 1)  # the block that has an output in every lane
@@ -76,6 +79,30 @@ class Steps:
             "weight": values[order].reshape(-1), "places": places[order].reshape(-1),
             "windows": firsts[order].astype(np.int32), "first_steps": np.array([0, *ends], np.int32),
         }  # fmt: skip
+
+    @staticmethod
+    def emit(
+        arrays: Mapping[str, Expression],
+        vector: Expression,
+        chains: Sequence[Sequence[Register]],
+        step: Callable[[Expression, Sequence[Register]], None],
+    ) -> None:
+        """Call `step` with the number of each step of a vector of outputs and one of the chains of sums in turn.
+
+        The sums of all chains end up in the first.
+        """
+        begin = B.Bind(arrays["first_steps"][vector])
+        count = B.Bind(arrays["first_steps"][vector + 1] - begin)
+        whole = B.Bind(tirx.floordiv(count, len(chains)))
+        with B.serial(0, whole) as s:
+            for c, chain in enumerate(chains):
+                step(begin + s * len(chains) + c, chain)
+        if len(chains) > 1:
+            with B.serial(0, count - whole * len(chains)) as s:
+                step(begin + whole * len(chains) + s, chains[0])
+        for total, *others in zip(*chains, strict=True):
+            for other in others:
+                total.set(total.get() + other.get())
 
     def _run(
         self, weights: NDArray[Any], kept: NDArray[np.bool_]
