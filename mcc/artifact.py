@@ -16,7 +16,7 @@ import os
 import secrets
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 ALIGNMENT = 64
+DIRECT = "direct"
+"""The library's function that runs a small call without TVM's virtual machine, where it has one."""
+SMALL_CALL = 1 << 16
+"""Bytes of all inputs and outputs of a call up to which what surrounds its kernels counts."""
 MANIFEST, WEIGHTS, LIBRARY = "manifest.json", "weights.safetensors", "library.so"
 _LOCAL_HEADER = 30
 _SMALLEST_BITMAP = 4096
@@ -58,6 +62,10 @@ class TensorSpec:
     shape: tuple[int | str, ...]
     dtype: str
     alignment: int = ALIGNMENT
+
+    def aligned(self, alignment: int) -> TensorSpec:
+        """The same with that alignment."""
+        return replace(self, alignment=alignment)
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,11 @@ from mcc.passes import PASSES, EliminateIdentity, FoldBatchNorm
 from mcc.pipeline import Pipeline
 from mcc.report import Declined, PassRow, Report
 from mcc.rewrite import Context, Pass
-from mcc.runtime import Artifact, use_threads
+from mcc.runtime import Artifact
 from mcc.spec import parse_passes, read_recipe
 from mcc.spellings import unify_spellings
 from mcc.target import Target, missing_features, parse_target
+from mcc.tvm_runtime import use_threads
 from mcc.verify import sample_inputs, verify_artifact, verify_capture, verify_encoding
 
 if TYPE_CHECKING:

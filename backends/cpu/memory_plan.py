@@ -96,9 +96,9 @@ def _tensors(bindings: Sequence[Any], result: Any) -> list[_Tensor]:
     held: dict[Any, set[Any]] = {}  # the activations that a variable may be
     for at, binding in enumerate(bindings):
         value = binding.value
-        if _is_call(value, _STORAGE):
+        if is_call(value, _STORAGE):
             continue
-        if _is_call(value, _TENSOR):
+        if is_call(value, _TENSOR):
             shape, dtype = _fixed(value.args[2]), str(value.args[3].value)
             if shape is not None and dtype in PLACED:
                 size = math.prod(shape) * int(tvm.DataType(dtype).itemsize)
@@ -109,17 +109,19 @@ def _tensors(bindings: Sequence[Any], result: Any) -> list[_Tensor]:
         for variable in read:
             found[variable].last = at
         # a kernel writes into what it is given and returns nothing; all else may return a view of what it reads
-        held[binding.var] = set() if _is_kernel(value) else read
+        held[binding.var] = set() if is_kernel(value) else read
     for variable in set().union(*(held.get(v, set()) for v in _variables(result))):
         found[variable].last = len(bindings)
     return list(found.values())
 
 
-def _is_call(value: Any, name: str) -> bool:
+def is_call(value: Any, name: str) -> bool:
+    """Whether a value is what the relax op of that name gives."""
     return isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.Op) and value.op.name == name
 
 
-def _is_kernel(value: Any) -> bool:
+def is_kernel(value: Any) -> bool:
+    """Whether a value is a call of a function of the module."""
     return isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.GlobalVar)
 
 
@@ -160,10 +162,10 @@ def _rewritten(main: Any, bindings: Sequence[Any], inside: Sequence[_Tensor]) ->
     """The function with a workspace, and without the storages that it no longer needs."""
     places = {t.variable: i for i, t in enumerate(inside)}
     workspace = relax.Var("workspace", relax.TupleType([relax.TensorType(t.shape, t.dtype) for t in inside]))
-    kept = {b.value.args[0] for b in bindings if _is_call(b.value, _TENSOR) and b.var not in places}
+    kept = {b.value.args[0] for b in bindings if is_call(b.value, _TENSOR) and b.var not in places}
     placed: list[Any] = []
     for binding in bindings:
-        if _is_call(binding.value, _STORAGE) and binding.var not in kept:
+        if is_call(binding.value, _STORAGE) and binding.var not in kept:
             continue
         if binding.var in places:
             binding = relax.VarBinding(binding.var, relax.TupleGetItem(workspace, places[binding.var]))

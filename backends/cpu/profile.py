@@ -25,8 +25,9 @@ from mcc.backends.cpu.microkernel import (
     serial,
     tvm_target,
 )
-from mcc.runtime import use_threads, workspace_arrays
+from mcc.runtime import workspace_arrays
 from mcc.target import host_target
+from mcc.tvm_runtime import use_threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,10 +81,10 @@ class Profiler:
 
     def __init__(self, lowering: Lowering, inputs: Sequence[NDArray[Any]]) -> None:
         self._lowering = lowering
-        executable, memory = compile_module(lowering, "bytecode")
-        self._machine = relax.VirtualMachine(executable, tvm.cpu())
+        compiled = compile_module(lowering, "bytecode")
+        self._machine = relax.VirtualMachine(compiled.executable, tvm.cpu())
         weights = [tvm.runtime.tensor(np.ascontiguousarray(w)) for w in lowering.weights.values()]
-        workspace = [tvm.runtime.from_dlpack(x) for x in workspace_arrays(memory.workspace)]
+        workspace = [tvm.runtime.from_dlpack(x) for x in workspace_arrays(compiled.memory.workspace)]
         self._arguments = [*(tvm.runtime.tensor(x) for x in inputs), *map(tvm.runtime.convert, (weights, workspace))]
         kinds = ("float32", "int8", *(["bfloat16"] if lowering.target.bfloat16 else []))
         self._peaks = {kind: peak(lowering.target, kind) for kind in kinds}

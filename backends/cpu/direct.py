@@ -1,0 +1,160 @@
+"""A second way into small artifacts: all kernel calls as one function, beside what TVM's virtual machine runs.
+
+The machine makes a call's outputs, checks its inputs and looks up weights, which takes a microsecond and more, as long
+as a small network itself. The caller can do that once for all calls of equal shapes. So this function takes inputs,
+outputs that the caller made, and a table of where weights and workspace lie, and calls one kernel after the other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import tvm
+import tvm.tirx.script.builder.ir as B
+from tvm import relax, tirx
+from tvm.ir import PointerType, PrimType
+from tvm.script.ir_builder import IRBuilder
+
+from mcc.artifact import DIRECT, SMALL_CALL
+from mcc.backends.cpu.memory_plan import is_call, is_kernel
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MOST_BINDINGS = 400  # some hundred kernels: LLVM's time grows with the square, and a microsecond is little beside them
+_STORAGE, _IN_STORAGE = "relax.memory.alloc_storage", "relax.memory.alloc_tensor"
+_ALONE, _VIEW = "relax.builtin.alloc_tensor", "relax.reshape"
+
+
+@dataclass(frozen=True)
+class Direct:
+    """The function.
+
+    Attributes:
+        function: of inputs, outputs, and a table of addresses: int64, of all weights, then of all of the workspace.
+        alignments: bytes that the address of each output must be a multiple of.
+    """
+
+    function: tirx.PrimFunc
+    alignments: tuple[int, ...]
+
+
+def direct_function(module: tvm.IRModule) -> Direct | None:
+    """What `main`, its memory planned, does besides checks; None where calls are large or it does more than that."""
+    main = module["main"]
+    bindings = [binding for block in main.body.blocks for binding in block.bindings]
+    writer = _Writer(module, main, bindings)
+    return writer.write() if len(bindings) <= MOST_BINDINGS and writer.can() else None
+
+
+class _Writer:
+    """Writes the function of one module."""
+
+    def __init__(self, module: tvm.IRModule, main: Any, bindings: Sequence[Any]) -> None:
+        self.module, self.bindings = module, bindings
+        *self.inputs, self.weights, self.workspace = main.params
+        self.values = {b.var: b.value for b in bindings}
+        result = main.body.body
+        fields = self.values.get(result, result)
+        self.results = list(fields.fields) if isinstance(fields, relax.Tuple) else [result]
+        self.outputs = [self._root(r) for r in self.results]
+        self.buffers: dict[Any, Any] = {}
+
+    def _root(self, variable: Any) -> Any:
+        """The variable whose memory another one is, or a view of."""
+        value: Any = self.values.get(variable)
+        while isinstance(value, relax.Var) or is_call(value, _VIEW):
+            variable = value if isinstance(value, relax.Var) else value.args[0]
+            value = self.values.get(variable)
+        return variable
+
+    def can(self) -> bool:
+        """Whether a call may be small, outputs have memory of their own, and nothing but kernels is called."""
+        own = len(set(self.outputs)) == len(self.outputs) and all(
+            is_call(self.values.get(o), _ALONE) for o in self.outputs
+        )
+        plain = all(isinstance(d, tirx.IntImm | tirx.Var) for i in self.inputs for d in _dims(i.ty))
+        small = sum(_least_bytes(v.ty) for v in (*self.inputs, *self.results)) <= SMALL_CALL
+        return own and plain and small and all(self._knows(b, b.value) for b in self.bindings)
+
+    def _knows(self, binding: Any, value: Any) -> bool:
+        if isinstance(binding, relax.MatchCast):
+            return False
+        if isinstance(value, relax.TupleGetItem):
+            return value.tuple_value in {self.weights, self.workspace}
+        if is_kernel(value):
+            return all(isinstance(a, relax.Var) for a in value.args)
+        if is_call(value, _ALONE):
+            return binding.var in set(self.outputs)
+        if is_call(value, _STORAGE):  # one of fixed size would lie on the stack, less aligned
+            return not isinstance(value.args[0].values[0], tirx.IntImm)
+        return isinstance(value, relax.Var | relax.Tuple) or is_call(value, _IN_STORAGE) or is_call(value, _VIEW)
+
+    def write(self) -> Direct:
+        """The function, and how its outputs are aligned."""
+        alignments = tuple(self._alignment(o) for o in self.outputs)
+        size = len(self.weights.ty.fields) + len(self.workspace.ty.fields)
+        with IRBuilder() as builder, B.prim_func(is_private=False, s_tir=True):
+            B.func_name(DIRECT)
+            B.func_attr({"global_symbol": DIRECT, "tirx.noalias": True, "tirx.is_scheduled": True})
+            for i, variable in enumerate(self.inputs):
+                self.buffers[variable] = B.arg(f"input{i}", _buffer(variable.ty))
+            results = [B.arg(f"output{i}", _buffer(r.ty)) for i, r in enumerate(self.results)]
+            table = B.arg("table", B.buffer((max(size, 1),), "int64", layout=None))
+            for variable, buffer in zip(self.outputs, results, strict=True):
+                self.buffers[variable] = _seen_as(buffer, variable.ty)
+            with B.sblock("root"):
+                B.reads([])
+                B.writes([])
+                for binding in self.bindings:
+                    self._bind(binding.var, binding.value, table)
+        return Direct(builder.get(), alignments)
+
+    def _bind(self, variable: Any, value: Any, table: Any) -> None:
+        if isinstance(value, relax.Tuple) or is_call(value, _ALONE):
+            return
+        if is_kernel(value):
+            none = tirx.reinterpret("handle", tirx.const(0, "uint64"))
+            # an argument that is no tensor is a dim, which the function knows from its inputs
+            B.evaluate(tirx.call_cpacked(value.op.name_hint, *(self.buffers.get(a, a) for a in value.args), none))
+        elif isinstance(value, relax.Var):
+            self.buffers[variable] = self.buffers[value]
+        elif isinstance(value, relax.TupleGetItem):
+            first = 0 if value.tuple_value.same_as(self.weights) else len(self.weights.ty.fields)
+            pointer = PointerType(PrimType(str(variable.ty.dtype)), "global")
+            data = B.Bind(tirx.reinterpret(pointer, table[first + value.index]))
+            self.buffers[variable] = B.decl_buffer(_dims(variable.ty), str(variable.ty.dtype), data=data, layout=None)
+        elif is_call(value, _STORAGE):
+            self.buffers[variable] = B.alloc_buffer(tuple(value.args[0].values), "uint8", layout=None)
+        else:
+            self.buffers[variable] = _seen_as(self.buffers[value.args[0]], variable.ty)
+
+    def _alignment(self, output: Any) -> int:
+        """What the kernels that take an output need of its address."""
+        needed = 1
+        for value in [b.value for b in self.bindings if is_kernel(b.value)]:
+            for argument, parameter in zip(value.args, self.module[value.op].params, strict=True):
+                if self._root(argument).same_as(output):
+                    needed = max(needed, int(parameter.ty.data_alignment))
+        return needed
+
+
+def _dims(kind: Any) -> tuple[Any, ...]:
+    return tuple(kind.shape.values)
+
+
+def _buffer(kind: Any) -> Any:
+    return B.buffer(_dims(kind), str(kind.dtype), layout=None)
+
+
+def _seen_as(buffer: Any, kind: Any) -> Any:
+    """The memory of a buffer, as a tensor of that type."""
+    return B.decl_buffer(_dims(kind), str(kind.dtype), data=buffer.data, layout=None)
+
+
+def _least_bytes(kind: Any) -> int:
+    """Of a tensor, dims of unknown size taken as one."""
+    known = [int(d) for d in _dims(kind) if isinstance(d, tirx.IntImm)]
+    return math.prod(known) * int(tvm.DataType(str(kind.dtype)).itemsize)

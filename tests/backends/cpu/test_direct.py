@@ -1,0 +1,129 @@
+"""Small calls that go straight to the kernels: they give what TVM's virtual machine gives."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mcc
+from mcc.artifact import SMALL_CALL
+from mcc.errors import ArtifactError
+
+QUICK = {"measure": "never", "tuning": "model"}
+
+
+class Two(nn.Module):
+    """Two inputs, outputs of three kinds: a kernel's, a view of a kernel's, and the op library's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(19, 24), nn.Linear(24, 7)
+
+    def forward(self, x, y):
+        hidden = self.first(x).relu()
+        return {"logits": self.second(hidden) + y, "view": hidden.reshape(-1, 3, 8), "found": (y > 0, [y.softmax(-1)])}
+
+
+def straight(artifact: mcc.Artifact) -> list[tuple[tuple[int, ...], ...]]:
+    """Shapes of the inputs for which the next call does not go through the virtual machine."""
+    return list(artifact._rooms)
+
+
+@pytest.mark.parametrize("dims", [None, ({0: "batch"}, {0: "batch"})], ids=["fixed", "dynamic"])
+def test_the_second_call_of_a_shape_gives_what_the_first_gave(dims):
+    model = Two().eval()
+    artifact = mcc.compile(model, (torch.randn(5, 19), torch.randn(5, 7)), dynamic_shapes=dims, **QUICK)
+    for batch in (5,) if dims is None else (1, 5, 7):
+        x, y = np.random.default_rng(batch).standard_normal((2, batch, 19)).astype(np.float32)
+        y = np.ascontiguousarray(y[:, :7])
+        first, second, third = artifact(x, y), artifact(x, y), artifact(x.copy(), -y)
+        assert ((batch, 19), (batch, 7)) in straight(artifact)
+        for a, b in zip(leaves(first), leaves(second), strict=True):
+            np.testing.assert_array_equal(a, b)
+            assert not np.shares_memory(a, b)
+        assert not np.array_equal(third["logits"], first["logits"])
+        with torch.no_grad():
+            torch.testing.assert_close(
+                torch.from_numpy(third["logits"]), model(*map(torch.from_numpy, (x, -y)))["logits"]
+            )
+
+
+def leaves(outputs):
+    return [outputs["logits"], outputs["view"], outputs["found"][0], *outputs["found"][1]]
+
+
+def linear(inputs: int, outputs: int, **options: object) -> mcc.Artifact:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU(), nn.Linear(outputs, outputs)).eval()
+    return mcc.compile(network, (torch.randn(3, inputs),), dynamic_shapes={"input": {0: "batch"}}, **QUICK, **options)
+
+
+def test_large_and_empty_calls_go_through_the_machine_every_time():
+    artifact = linear(32, 32)
+    most = SMALL_CALL // (2 * 32 * 4)
+    for batch in (0, 1, most, most + 1):
+        for _ in range(2):
+            assert artifact(np.ones((batch, 32), np.float32)).shape == (batch, 32)
+    assert straight(artifact) == [((3, 32),), ((1, 32),), ((most, 32),)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (np.ones((3, 33), np.float32), "float32[3, 33], the artifact takes float32[batch, 32]"),
+        (np.ones((3, 32), np.float64), "float64[3, 32], the artifact takes float32[batch, 32]"),
+        (np.ones((1, 3, 32), np.float32), "float32[1, 3, 32], the artifact takes float32[batch, 32]"),
+    ],
+)
+def test_wrong_inputs_are_refused_as_before(wrong, message):
+    artifact = linear(32, 32)
+    artifact(np.ones((3, 32), np.float32))
+    with pytest.raises(ArtifactError) as caught:
+        artifact(wrong)
+    assert message in str(caught.value)
+
+
+def test_arrays_of_any_layout_and_of_other_libraries_give_the_same_answer():
+    artifact = linear(32, 32)
+    x = np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32)
+    expected = artifact(x)
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    shifted = np.empty(97, np.float32)[1:].reshape(3, 32)
+    shifted[...] = x
+    for same in (np.asfortranarray(x), frozen, shifted, np.repeat(x, 2, 1)[:, ::2], x[::-1][::-1]):
+        np.testing.assert_array_equal(artifact(same), expected)
+    found = artifact(torch.from_numpy(x))
+    assert isinstance(found, torch.Tensor)
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+def test_threads_calling_at_once_have_a_workspace_each():
+    artifact = linear(64, 48, threads=1)
+    xs = [np.random.default_rng(i).standard_normal((i % 4 + 1, 64)).astype(np.float32) for i in range(8)]
+    expected = [artifact(x) for x in xs]
+
+    def many(i: int) -> bool:
+        return all(np.array_equal(artifact(xs[i]), expected[i]) for _ in range(500))
+
+    with ThreadPoolExecutor(8) as workers:
+        assert all(workers.map(many, range(8)))
+
+
+def test_outputs_that_are_an_input_or_another_output_have_memory_of_their_own():
+    class Shares(nn.Module):
+        def forward(self, x):
+            doubled = x * 2
+            return doubled, doubled.reshape(-1), x
+
+    artifact = mcc.compile(Shares().eval(), (torch.randn(2, 8),), **QUICK)
+    x = np.ones((2, 8), np.float32)
+    for _ in range(2):
+        doubled, flat, same = artifact(x)
+        np.testing.assert_array_equal(doubled.reshape(-1), flat)
+        np.testing.assert_array_equal(same, x)
+        assert not any(np.shares_memory(a, b) for a, b in ((doubled, flat), (same, x)))
