@@ -48,11 +48,24 @@ def load_runtime(name: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(Path(spec.origin).parent / "lib" / f"lib{name}.so"), ctypes.RTLD_GLOBAL)
 
 
+class _Caller(threading.local):
+    """What each calling thread has set.
+
+    Attributes:
+        count: of the threads that kernels use; none before the first call.
+    """
+
+    count = 0
+
+
 class Threads:
     """How many threads kernels use, for each calling thread: TVM keeps a pool for every one of them.
 
     A pool must be made with all the cores it may ever use, and without the binding to cores that TVM does by default
     (it would narrow the caller's affinity). With one thread no pool is made at all.
+
+    Attributes:
+        caller: of this thread.
     """
 
     def __init__(self) -> None:
@@ -61,13 +74,13 @@ class Threads:
         self._limit = library._ZN3tvm7runtime9threading17SetMaxConcurrencyEi
         self._limit.argtypes, self._limit.restype = [ctypes.c_int], None
         self._array = ffi.Array
-        self._caller = threading.local()
+        self.caller = _Caller()
         self._forked = False
         os.register_at_fork(after_in_child=self._after_fork)
 
     def use(self, count: int) -> None:
         """Let kernels called from this thread use `count` threads."""
-        if getattr(self._caller, "count", 0) != count:
+        if self.caller.count != count:
             self._change(count)
 
     def _change(self, count: int) -> None:
@@ -77,12 +90,12 @@ class Threads:
         else:
             self._limit(len(cores))
             self._configure(_SHARE_LISTED_CORES, min(count, len(cores)), self._array([str(c) for c in cores]))
-        self._caller.count = count
+        self.caller.count = count
 
     def _after_fork(self) -> None:
         # the pool's threads do not survive a fork: waiting for them would hang
         self._forked = True
-        self._caller = threading.local()
+        self.caller.count = 0
 
 
 def use_threads(count: int) -> None:

@@ -35,7 +35,8 @@ FEWEST_INPUTS = 4  # of an output: with fewer there is too little to leave out
 DENSEST = {
     "float": {
         "few rows": 0.2,
-        "few permuted rows": 0.35,
+        "a permuted row": 0.6,
+        "few permuted rows": 0.45,
         "few rows of blocks": 0.3,
         "rows": 0.35,
         "blocks": 0.7,
@@ -170,7 +171,7 @@ def prefer_dense(node: Node, density: float, form: Form, target: Target) -> str 
         return what
     if not _gives_codes(source):
         if kind == "few rows" and unpermuted(int(source.shape[-1]), source.shape[:-1], target) is None:
-            kind = "few permuted rows"
+            kind = "a permuted row" if math.prod(source.shape[:-1]) == 1 else "few permuted rows"
         return _too_dense(density, DENSEST["float"][kind], what)
     if form.among:
         return f"no kernel multiplies codes by weights of {form}"
