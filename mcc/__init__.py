@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mcc.compiler import compile  # noqa: A004 (the public name)
+    from mcc.compiler import Compressed, compile, compress  # noqa: A004 (the public name)
     from mcc.data import Data
     from mcc.errors import MccError
     from mcc.frontend import capture
@@ -20,17 +20,17 @@ __version__ = "0.1.0"
 
 # names are imported at first use: `import mcc` must not load torch, which a deployed program may not have
 _HOMES = {
-    "Artifact": "runtime", "Context": "rewrite", "Data": "data", "Exact": "rewrite", "Graph": "graph",
-    "Lossy": "rewrite",
-    "Match": "rewrite", "MccError": "errors", "Node": "graph", "Pass": "rewrite", "Reject": "rewrite",
-    "Report": "report",
-    "Rewrite": "rewrite", "Rewriter": "rewrite", "Target": "target", "Within": "rewrite", "capture": "frontend",
-    "compile": "compiler", "load": "runtime", "parse_target": "target",
+    "Artifact": "runtime", "Compressed": "compiler", "Context": "rewrite", "Data": "data", "Exact": "rewrite",
+    "Graph": "graph", "Lossy": "rewrite", "Match": "rewrite", "MccError": "errors", "Node": "graph", "Pass": "rewrite",
+    "Reject": "rewrite", "Report": "report", "Rewrite": "rewrite", "Rewriter": "rewrite", "Target": "target",
+    "Within": "rewrite", "capture": "frontend", "compile": "compiler", "compress": "compiler", "load": "runtime",
+    "parse_target": "target",
 }  # fmt: skip
 
 __all__ = [
-    "Artifact", "Context", "Data", "Exact", "Graph", "Lossy", "Match", "MccError", "Node", "Pass", "Reject", "Report",
-    "Rewrite", "Rewriter", "Target", "Within", "capture", "compile", "load", "parse_target",
+    "Artifact", "Compressed", "Context", "Data", "Exact", "Graph", "Lossy", "Match", "MccError", "Node", "Pass",
+    "Reject", "Report", "Rewrite", "Rewriter", "Target", "Within", "capture", "compile", "compress", "load",
+    "parse_target",
 ]  # fmt: skip
 
 

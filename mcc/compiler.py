@@ -87,6 +87,32 @@ class Options:
         return parse_target(self.target) if isinstance(self.target, str) else self.target
 
 
+@dataclass(frozen=True)
+class Compressed:
+    """A compressed model, not compiled yet: to be compiled for several targets, or for shapes fixed afterwards.
+
+    Attributes:
+        graph: what the passes made; it can be called as a module is.
+        example: inputs that it takes.
+        passes: their text, every option written.
+        report: a row for each pass.
+    """
+
+    graph: Graph
+    example: tuple[Any, ...]
+    passes: str
+    report: Report
+
+    def fixed(self, *example: Any) -> Compressed:
+        """The same for inputs of exactly the example's shapes; see `Graph.fixed`.
+
+        Raises:
+            CaptureError: the example is not what the graph takes.
+        """
+        inputs = tuple(pytree.tree_leaves(pytree.tree_map(_as_tensor, example)))
+        return replace(self, graph=self.graph.fixed(inputs), example=inputs)
+
+
 class Deferred:
     """A compiled model that is captured and compiled at its first call, for that call's shapes."""
 
@@ -113,7 +139,7 @@ class Deferred:
 
 
 def compile(  # noqa: A001, PLR0913 (the public name; its options are those of design and docs)
-    model: Model,
+    model: Model | Compressed,
     example_inputs: tuple[Any, ...] | None = None,
     *,
     passes: Passes = (),
@@ -130,7 +156,7 @@ def compile(  # noqa: A001, PLR0913 (the public name; its options are those of d
     """Compress and compile a model.
 
     Args:
-        model: nn.Module, ExportedProgram, mcc.Graph, or ONNX model (path or ModelProto).
+        model: nn.Module, ExportedProgram, mcc.Graph, what `compress` gave, or ONNX model (path or ModelProto).
         example_inputs: positional inputs; left out, the model is captured at its first call.
         passes: passes, their text, a path of a YAML recipe, or a list of passes and texts.
         keyword_inputs: example inputs given by name; numbers, texts and None among them are fixed, and no inputs.
@@ -153,17 +179,64 @@ def compile(  # noqa: A001, PLR0913 (the public name; its options are those of d
     steps = resolve_passes(passes)
     Pipeline(steps, options.resolved_target, options.data).check()
 
+    earlier = model if isinstance(model, Compressed) else None
+
     def compile_for(args: tuple[Any, ...], named: dict[str, Any]) -> Artifact:
-        inputs, given = pytree.tree_map(_as_tensor, (args, named))
-        keywords, constants = split_constants(given)
-        with with_constants(model, constants):
-            graph = load_graph(model, inputs, keywords, dynamic_shapes, verify=verify)
-        flat = tuple(pytree.tree_leaves((inputs, keywords))) or example_of(graph)
-        return compile_graph(graph, flat, steps, options)
+        graph, flat = _captured(model, args, named, dynamic_shapes, verify=verify)
+        return compile_graph(graph, flat, steps, options, earlier)
 
     if example_inputs is None and keyword_inputs is None and isinstance(model, torch.nn.Module):
         return Deferred(compile_for)
     return compile_for(tuple(example_inputs or ()), dict(keyword_inputs or {}))
+
+
+def compress(  # noqa: PLR0913 (as of `compile`)
+    model: Model | Compressed,
+    example_inputs: tuple[Any, ...] = (),
+    *,
+    passes: Passes,
+    keyword_inputs: Mapping[str, Any] | None = None,
+    dynamic_shapes: object = None,
+    target: Target | str = "cpu",
+    data: Data | None = None,
+    verify: bool = True,
+    seed: int = 0,
+) -> Compressed:
+    """Compress a model without compiling it, once for several artifacts: all arguments are as those of `compile`.
+
+    Raises:
+        MccError: what is wrong, naming the pass and the node.
+    """
+    steps, given = resolve_passes(passes), data or Data()
+    pipeline = Pipeline(steps, Options(target).resolved_target, given, seed, verify)
+    pipeline.check()
+    graph, flat = _captured(model, example_inputs, dict(keyword_inputs or {}), dynamic_shapes, verify=verify)
+    with progress_display() as progress:
+        compressed, rows, taken = pipeline.run_with_inputs(graph, flat, progress)
+    earlier = model if isinstance(model, Compressed) else None
+    return Compressed(compressed, taken, _passes_text(steps, earlier), Report(_all_rows(rows, earlier), ()))
+
+
+def _passes_text(steps: tuple[Pass, ...], earlier: Compressed | None) -> str:
+    before = [earlier.passes] if earlier is not None and earlier.passes else []
+    return "; ".join([*before, *(step.full_text() for step in steps)])
+
+
+def _all_rows(rows: Sequence[PassRow], earlier: Compressed | None) -> tuple[PassRow, ...]:
+    return tuple(rows) if earlier is None else (*earlier.report.passes, *rows[1:])
+
+
+def _captured(
+    model: Model | Compressed, args: tuple[Any, ...], named: Mapping[str, Any], dynamic_shapes: object, *, verify: bool
+) -> tuple[Graph, tuple[Any, ...]]:
+    """The graph, and its inputs."""
+    inputs, given = pytree.tree_map(_as_tensor, (args, named))
+    keywords, constants = split_constants(given)
+    if isinstance(model, Compressed):
+        inputs, model = inputs or model.example, model.graph
+    with with_constants(model, constants):
+        graph = load_graph(model, inputs, keywords, dynamic_shapes, verify=verify)
+    return graph, tuple(pytree.tree_leaves((inputs, keywords))) or example_of(graph)
 
 
 def _as_tensor(value: Any) -> Any:
@@ -250,7 +323,9 @@ def resolve_passes(passes: Passes) -> tuple[Pass, ...]:
     return tuple(steps)
 
 
-def compile_graph(graph: Graph, example: tuple[Any, ...], steps: tuple[Pass, ...], options: Options) -> Artifact:
+def compile_graph(
+    graph: Graph, example: tuple[Any, ...], steps: tuple[Pass, ...], options: Options, earlier: Compressed | None = None
+) -> Artifact:
     """Run passes over a captured graph, encode, lower and verify."""
     target = options.resolved_target
     runnable = not missing_features(target)
@@ -279,10 +354,8 @@ def compile_graph(graph: Graph, example: tuple[Any, ...], steps: tuple[Pass, ...
         progress.remove_task(task)
     if before is not None:
         rows[0] = replace(rows[0], latency_ms=before)
-    report = Report((*rows, last), artifact.report.layers)
-    return artifact.with_manifest(
-        passes="; ".join(step.full_text() for step in steps), report=json.loads(report.as_json())
-    )
+    report = Report((*_all_rows(rows, earlier), last), artifact.report.layers)
+    return artifact.with_manifest(passes=_passes_text(steps, earlier), report=json.loads(report.as_json()))
 
 
 def layer_profiler(graph: Graph, example: tuple[Tensor, ...], steps: tuple[Pass, ...], options: Options) -> Profiler:
