@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 ALIGNMENT = 64
-DIRECT = "direct"
-"""The library's function that runs a small call without TVM's virtual machine, where it has one."""
+DIRECT, DIRECT_ALONE = "direct", "direct_alone"
+"""The library's function that runs a small call without TVM's virtual machine, where it has one; the second name says
+that none of its kernels uses several threads."""
 SMALL_CALL = 1 << 16
 """Bytes of all inputs and outputs of a call up to which what surrounds its kernels counts."""
 MANIFEST, WEIGHTS, LIBRARY = "manifest.json", "weights.safetensors", "library.so"

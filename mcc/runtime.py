@@ -20,6 +20,7 @@ import numpy as np
 from mcc.artifact import (
     ALIGNMENT,
     DIRECT,
+    DIRECT_ALONE,
     SMALL_CALL,
     Contents,
     Manifest,
@@ -182,7 +183,7 @@ class Artifact:
         self.threads = threads or len(os.sched_getaffinity(0))
         self._ffi, _ = tvm_ffi_module()
         self._pool = pool()
-        self._run, self._direct = self._load_library()
+        self._load_library()
         self._weight_arrays = [_aligned(contents.weights[n]) for n in manifest.weights]
         self._weights = self._ffi.Array([self._ffi.from_dlpack(a) for a in self._weight_arrays])
         self._workspaces: list[_Workspace] = []  # those that no call is using
@@ -203,8 +204,8 @@ class Artifact:
         artifact._small_call = _no_small_call
         return artifact
 
-    def _load_library(self) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
-        """The library's main function, and its function for small calls if it has one."""
+    def _load_library(self) -> None:
+        """Find the library's main function, and its function for small calls if it has one."""
         descriptor, path = tempfile.mkstemp(suffix=".so", prefix="mcc-")
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -214,7 +215,11 @@ class Artifact:
             os.unlink(path)
         module = library["vm_load_executable"]()
         module["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
-        return module["main"], library.get_function(DIRECT, True) if library.implements_function(DIRECT, True) else None
+        self._run: Callable[..., Any] = module["main"]
+        self._direct: Callable[..., Any] | None = None
+        self._alone = library.implements_function(DIRECT_ALONE, True)
+        if self._alone or library.implements_function(DIRECT, True):
+            self._direct = library.get_function(DIRECT_ALONE if self._alone else DIRECT, True)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -315,7 +320,7 @@ class Artifact:
         It does nothing that `_call` does not, in a third of its time, which counts beside a small network: everything
         it reads is a local name.
         """
-        run, threads, use, caller = self._direct, self.threads, self._pool.use, self._pool.caller
+        run, alone, threads, use = self._direct, self._alone, self.threads, self._pool.use
         if run is None or not self._single or len(self._checks) != 1:
             return _no_small_call
         kind, taken, result_of = np.ndarray, self._checks[0].dtype, self._results.get
@@ -327,7 +332,7 @@ class Artifact:
             shape = result_of(value.shape)
             if shape is None or value.dtype is not taken or not value.flags.carray:
                 return None
-            if caller.count != threads:
+            if not alone:
                 use(threads)
             try:
                 workspace = pop()

@@ -63,9 +63,6 @@ class Threads:
 
     A pool must be made with all the cores it may ever use, and without the binding to cores that TVM does by default
     (it would narrow the caller's affinity). With one thread no pool is made at all.
-
-    Attributes:
-        caller: of this thread.
     """
 
     def __init__(self) -> None:
@@ -74,13 +71,13 @@ class Threads:
         self._limit = library._ZN3tvm7runtime9threading17SetMaxConcurrencyEi
         self._limit.argtypes, self._limit.restype = [ctypes.c_int], None
         self._array = ffi.Array
-        self.caller = _Caller()
+        self._caller = _Caller()
         self._forked = False
         os.register_at_fork(after_in_child=self._after_fork)
 
     def use(self, count: int) -> None:
         """Let kernels called from this thread use `count` threads."""
-        if self.caller.count != count:
+        if self._caller.count != count:
             self._change(count)
 
     def _change(self, count: int) -> None:
@@ -90,12 +87,12 @@ class Threads:
         else:
             self._limit(len(cores))
             self._configure(_SHARE_LISTED_CORES, min(count, len(cores)), self._array([str(c) for c in cores]))
-        self.caller.count = count
+        self._caller.count = count
 
     def _after_fork(self) -> None:
         # the pool's threads do not survive a fork: waiting for them would hang
         self._forked = True
-        self.caller.count = 0
+        self._caller.count = 0
 
 
 def use_threads(count: int) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tvm
 from tvm import relax, s_tir, tirx
 
-from mcc.artifact import DIRECT, TensorSpec
+from mcc.artifact import TensorSpec
 from mcc.backends.cpu.direct import Direct, direct_function
 from mcc.backends.cpu.memory_plan import MemoryPlan, plan_memory
 from mcc.backends.cpu.microkernel import NOT_FOR_KERNELS, OPAQUE, tvm_target
@@ -105,7 +105,7 @@ def compile_module(lowering: Lowering, mode: Literal["compiled", "bytecode"]) ->
             module, plan = plan_memory(module)
             direct = direct_function(module) if mode == "compiled" else None
             if direct is not None:
-                module[DIRECT] = direct.function
+                module[direct.name] = direct.function
             planned.append((plan, direct))
             for stage in _AFTER_PLAN:
                 module = stage()(module)

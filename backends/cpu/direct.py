@@ -17,14 +17,17 @@ from tvm import relax, tirx
 from tvm.ir import PointerType, PrimType
 from tvm.script.ir_builder import IRBuilder
 
-from mcc.artifact import DIRECT, SMALL_CALL
+from mcc.artifact import DIRECT, DIRECT_ALONE, SMALL_CALL
 from mcc.backends.cpu.memory_plan import is_call, is_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MOST_BINDINGS = 400  # some hundred kernels: LLVM's time grows with the square, and a microsecond is little beside them
+MOST_BINDINGS = (
+    600  # some hundred kernels; TVM and LLVM take longer by the square, and from 1,000 on TVM overflows its stack
+)
 _STORAGE, _IN_STORAGE = "relax.memory.alloc_storage", "relax.memory.alloc_tensor"
+_HOLD_STATEMENTS = ("body", "block", "init", "then_case", "else_case")
 _ALONE, _VIEW = "relax.builtin.alloc_tensor", "relax.reshape"
 
 
@@ -33,10 +36,12 @@ class Direct:
     """The function.
 
     Attributes:
+        name: that says whether its kernels use several threads.
         function: of inputs, outputs, and a table of addresses: int64, of all weights, then of all of the workspace.
         alignments: bytes that the address of each output must be a multiple of.
     """
 
+    name: str
     function: tirx.PrimFunc
     alignments: tuple[int, ...]
 
@@ -56,6 +61,7 @@ class _Writer:
         self.module, self.bindings = module, bindings
         *self.inputs, self.weights, self.workspace = main.params
         self.values = {b.var: b.value for b in bindings}
+        self.kernels = [b.value for b in bindings if is_kernel(b.value)]
         result = main.body.body
         fields = self.values.get(result, result)
         self.results = list(fields.fields) if isinstance(fields, relax.Tuple) else [result]
@@ -96,9 +102,10 @@ class _Writer:
         """The function, and how its outputs are aligned."""
         alignments = tuple(self._alignment(o) for o in self.outputs)
         size = len(self.weights.ty.fields) + len(self.workspace.ty.fields)
+        name = DIRECT if any(_shares_work(self.module[k.op]) for k in self.kernels) else DIRECT_ALONE
         with IRBuilder() as builder, B.prim_func(is_private=False, s_tir=True):
-            B.func_name(DIRECT)
-            B.func_attr({"global_symbol": DIRECT, "tirx.noalias": True, "tirx.is_scheduled": True})
+            B.func_name(name)
+            B.func_attr({"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True})
             for i, variable in enumerate(self.inputs):
                 self.buffers[variable] = B.arg(f"input{i}", _buffer(variable.ty))
             results = [B.arg(f"output{i}", _buffer(r.ty)) for i, r in enumerate(self.results)]
@@ -110,7 +117,7 @@ class _Writer:
                 B.writes([])
                 for binding in self.bindings:
                     self._bind(binding.var, binding.value, table)
-        return Direct(builder.get(), alignments)
+        return Direct(name, builder.get(), alignments)
 
     def _bind(self, variable: Any, value: Any, table: Any) -> None:
         if isinstance(value, relax.Tuple) or is_call(value, _ALONE):
@@ -134,11 +141,19 @@ class _Writer:
     def _alignment(self, output: Any) -> int:
         """What the kernels that take an output need of its address."""
         needed = 1
-        for value in [b.value for b in self.bindings if is_kernel(b.value)]:
+        for value in self.kernels:
             for argument, parameter in zip(value.args, self.module[value.op].params, strict=True):
                 if self._root(argument).same_as(output):
                     needed = max(needed, int(parameter.ty.data_alignment))
         return needed
+
+
+def _shares_work(statement: Any) -> bool:
+    """Whether a loop in a statement, or in a kernel, is run by several threads."""
+    if isinstance(statement, tirx.For) and statement.kind == tirx.ForKind.PARALLEL:
+        return True
+    inner = (getattr(statement, name, None) for name in _HOLD_STATEMENTS)
+    return any(_shares_work(s) for s in (*getattr(statement, "seq", ()), *inner) if s is not None)
 
 
 def _dims(kind: Any) -> tuple[Any, ...]:

@@ -43,7 +43,7 @@ class BlockPairs:
         blocks: int64 [steps / 2], the numbers of three blocks in BLOCK_BITS bits each, the first one's lowest: the
             first two are those of one step, the last two of the next.
         first_steps: int32 [vectors + 1], of each vector of outputs, in units of TOGETHER.
-        positions: int32 [outputs], of each output among the lanes of all vectors.
+        outputs: int32 [outputs], which one each lane of each vector has.
         apart: whether the inputs of a block lie as far apart as there are blocks.
     """
 
@@ -51,7 +51,7 @@ class BlockPairs:
     places: NDArray[np.int32]
     blocks: NDArray[np.int64]
     first_steps: NDArray[np.int32]
-    positions: NDArray[np.int32]
+    outputs: NDArray[np.int32]
     apart: bool
 
 
@@ -85,12 +85,11 @@ def _packed(weight: NDArray[Any], *, apart: bool) -> BlockPairs:
     kept = which[:, None] != NOTHING
     places = np.where(kept, places[which] ^ BLOCK * turned[:, None], 0).astype(np.uint8)
     words = np.ascontiguousarray(places.reshape(-1, TOGETHER, BLOCK).swapaxes(1, 2)).view("<i4")
-    positions = np.empty(outputs, np.int32)
-    positions[order] = np.arange(outputs)
     return BlockPairs(
         np.where(kept, values[which], 0).astype(weight.dtype).reshape(-1), words.reshape(-1),
         (blocks << BLOCK_BITS * np.arange(3)).sum(1),
-        np.cumsum([0, *(len(numbers) // TOGETHER for numbers, _ in taken)], dtype=np.int32), positions, apart,
+        np.cumsum([0, *(len(numbers) // TOGETHER for numbers, _ in taken)], dtype=np.int32), order.astype(np.int32),
+        apart,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from mcc.backends.cpu.kernels.block_pairs import BLOCK, BLOCK_BITS, PLACE_BITS, 
 from mcc.backends.cpu.kernels.dense import dense_reference
 from mcc.backends.cpu.kernels.panels import PanelPlan
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, parse_tile
-from mcc.backends.cpu.microkernel import Expression, Register, Vectors, serial
+from mcc.backends.cpu.microkernel import Expression, Register, Vectors, lane, serial
 from mcc.backends.kernel import Lowered, Region, SparseArrays
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class _Body:
         self.plan, self.v = plan, plan.vectors
         weight = np.pad(plan.region.weight.decoded(), ((0, plan.padded_outputs - plan.outputs), (0, 0)))
         steps = pack_pairs(weight)
-        arrays = {key: getattr(steps, key) for key in ("weight", "places", "blocks", "first_steps", "positions")}
+        arrays = {key: getattr(steps, key) for key in ("weight", "places", "blocks", "first_steps", "outputs")}
         self.packed = arrays | plan.channel_arrays()
         self.apart, self.blocks = steps.apart, -(-plan.inputs // BLOCK)
         self.rows = math.prod(map(int, plan.leading))
@@ -146,8 +146,11 @@ class _Body:
 
         serial(firsts[panel + 1] - firsts[panel], four)
         for row, sums in enumerate(zip(*chains, strict=True)):
-            total = reduce(operator.add, [register.get() for register in sums])
-            v.store(self.room, self.sums + (first + row) * self.plan.padded_outputs + panel * BLOCK, total)
+            total = v.hold(reduce(operator.add, [register.get() for register in sums]))
+            begin = self.sums + (first + row) * self.plan.padded_outputs
+            for i in range(BLOCK):  # one by one, beside the next vector's steps, which store nothing
+                output = self.arrays["outputs"][panel * BLOCK + i]
+                B.buffer_store(self.room, lane(total, i), [begin + output])
 
     def _two_steps(
         self, first: Expression, at: Expression, places: tuple[Expression, int], chains: list[list[Register]]
@@ -177,11 +180,9 @@ class _Body:
                 sums[row].set(v.fma(chosen, weight, sums[row].get()))
 
     def _finish(self, panel: Expression, width: PanelWidth) -> None:
-        """Write a vector of outputs, whose sums lie apart."""
+        """Write a vector of outputs."""
         v, plan = self.v, self.plan
-        positions = B.Bind(v.load(self.arrays["positions"], panel * BLOCK))
         for row in range(self.rows):
-            begin = self.sums + row * plan.padded_outputs
             ((register,),) = v.registers(1, 1, "float32")
-            register.set(tirx.BufferLoad(self.room, [positions + v.constant(begin, "int32")]))
+            register.set(v.load(self.room, self.sums + row * plan.padded_outputs + panel * BLOCK))
             plan.finish(self.arrays, row, panel * BLOCK, [register], width.used_lanes(0, BLOCK))

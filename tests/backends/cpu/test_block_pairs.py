@@ -12,9 +12,8 @@ from mcc.backends.cpu.kernels.block_pairs import BLOCK, BLOCK_BITS, TOGETHER, Bl
 
 def unpacked(steps: BlockPairs, inputs: int) -> np.ndarray:
     """The weight, every element of which one step has."""
-    outputs, blocks = len(steps.positions), -(-inputs // BLOCK)
+    outputs, blocks = len(steps.outputs), -(-inputs // BLOCK)
     weight = np.zeros((outputs, blocks * BLOCK), steps.weight.dtype)
-    output = np.argsort(steps.positions)
     values = steps.weight.reshape(-1, BLOCK)
     places = steps.places.view(np.uint8).reshape(-1, BLOCK, TOGETHER).swapaxes(1, 2).reshape(-1, BLOCK).astype(int)
     numbers = np.stack([steps.blocks >> BLOCK_BITS * i & (1 << BLOCK_BITS) - 1 for i in range(3)], 1)
@@ -24,7 +23,7 @@ def unpacked(steps: BlockPairs, inputs: int) -> np.ndarray:
                 second, place = divmod(places[step, lane], BLOCK)
                 block = numbers[step // 2, step % 2 + second]
                 column = place * blocks + block if steps.apart else block * BLOCK + place
-                row = output[vector * BLOCK + lane]
+                row = steps.outputs[vector * BLOCK + lane]
                 assert weight[row, column] == 0
                 weight[row, column] = values[step, lane]
     return weight[:, :inputs]
