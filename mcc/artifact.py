@@ -16,7 +16,7 @@ import os
 import secrets
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +63,6 @@ class TensorSpec:
     shape: tuple[int | str, ...]
     dtype: str
     alignment: int = ALIGNMENT
-
-    def aligned(self, alignment: int) -> TensorSpec:
-        """The same with that alignment."""
-        return replace(self, alignment=alignment)
 
 
 @dataclass(frozen=True)

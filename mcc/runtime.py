@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import re
 import sys
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mcc.artifact import (
-    ALIGNMENT,
     DIRECT,
     DIRECT_ALONE,
-    SMALL_CALL,
     Contents,
     Manifest,
     TensorSpec,
@@ -30,7 +28,9 @@ from mcc.artifact import (
     write_artifact,
 )
 from mcc.errors import ArtifactError
+from mcc.memory import aligned, workspace_arrays
 from mcc.report import Report
+from mcc.small_calls import Library, SmallCalls
 from mcc.target import host_features
 from mcc.tvm_runtime import load_runtime, pool, tvm_ffi_module
 
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _CPU, _POOLED_ALLOCATOR = 1, 2
-_MOST_SHAPES = 256  # of inputs, that an artifact remembers
 
 
 @dataclass(frozen=True)
@@ -89,71 +88,19 @@ def _refuse_other_machine(manifest: Manifest) -> None:
         )
 
 
-def _aligned(array: NDArray[Any], alignment: int = ALIGNMENT) -> NDArray[Any]:
-    """`array` itself where it is contiguous, writable and aligned, else a copy that is."""
-    flags = array.flags
-    if array.size == 0:
-        # numpy gives empty arrays zero strides, which DLPack's consumers refuse
-        return np.empty(tuple(max(s, 1) for s in array.shape), array.dtype)[tuple(slice(0, s) for s in array.shape)]
-    if flags.c_contiguous and flags.writeable and array.ctypes.data % alignment == 0:
-        return array
-    copy = _room(array.nbytes).view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
+def _new_places(workspace: Workspace) -> list[NDArray[Any]]:
+    """New arrays for what a call computes in.
 
-
-def _room(size: int) -> NDArray[np.uint8]:
-    """New memory of `size` bytes, at a multiple of `ALIGNMENT`."""
-    room = np.empty(size + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    return room[start : start + size]
-
-
-def workspace_arrays(workspace: Workspace) -> list[NDArray[Any]]:
-    """New memory, as the arrays that lie in it; they overlap."""
-    room = _room(workspace.size)
-    arrays = []
-    for place in workspace.places:
-        dtype = np.dtype(place.dtype)
-        count = math.prod(place.shape)
-        flat = room[place.offset : place.offset + count * dtype.itemsize].view(dtype)
-        arrays.append(flat.reshape(place.shape) if count else _aligned(np.empty(place.shape, dtype)))
-    return arrays
-
-
-@dataclass(frozen=True, slots=True)
-class _Workspace:
-    """What a call computes in.
-
-    Attributes:
-        places: an array for every place of the workspace.
-        table: where all weights and places lie.
+    Raises:
+        ArtifactError: there is no memory for them.
     """
-
-    places: Any
-    table: Any
-
-
-@dataclass(frozen=True, slots=True)
-class _Room:
-    """What an output of small calls is made as.
-
-    Attributes:
-        shape, dtype: of it.
-        size: bytes, where it must lie at a multiple of more than its element; else none.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    size: int
-
-    @classmethod
-    def of(cls, output: NDArray[Any], spec: TensorSpec) -> _Room:
-        return cls(output.shape, output.dtype, output.nbytes if spec.alignment > output.itemsize else 0)
-
-    def new(self) -> NDArray[Any]:
-        """New memory."""
-        return _room(self.size).view(self.dtype).reshape(self.shape) if self.size else np.empty(self.shape, self.dtype)
+    try:
+        return workspace_arrays(workspace)
+    except MemoryError as error:
+        raise ArtifactError(
+            f"there is no memory for the {workspace.size:,} bytes of its activations",
+            remedy="free some, compile for smaller inputs, or call it from fewer threads at once",
+        ) from error
 
 
 def _no_small_call(value: object) -> None:
@@ -183,17 +130,17 @@ class Artifact:
         self.threads = threads or len(os.sched_getaffinity(0))
         self._ffi, _ = tvm_ffi_module()
         self._pool = pool()
-        self._load_library()
-        self._weight_arrays = [_aligned(contents.weights[n]) for n in manifest.weights]
-        self._weights = self._ffi.Array([self._ffi.from_dlpack(a) for a in self._weight_arrays])
-        self._workspaces: list[_Workspace] = []  # those that no call is using
-        self._rooms: dict[tuple[tuple[int, ...], ...], tuple[_Room, ...]] = {}
-        self._results: dict[tuple[int, ...], tuple[int, ...]] = {}
+        weights = [aligned(contents.weights[n]) for n in manifest.weights]
+        self._run, self._small = self._load_library(weights)
+        self._weights = self._ffi.Array([self._ffi.from_dlpack(a) for a in weights])
+        self._workspaces: list[Any] = []  # those that no call is using
         self._inputs = manifest.inputs
         self._checks = tuple(_Check.of(s) for s in manifest.inputs)
         self._input_names = {s.name: i for i, s in enumerate(manifest.inputs)}
         self._single = isinstance(manifest.output_tree, str)
-        self._small_call = self._one_for_one()
+        self._small_call: Callable[[Any], NDArray[Any] | None] = _no_small_call
+        if self._small is not None and self._single and len(self._checks) == 1 and not self._checks[0].aligned:
+            self._small_call = self._small.one_for_one(self._checks[0].dtype)
 
     @classmethod
     def for_other_machine(cls, contents: Contents) -> Artifact:
@@ -204,8 +151,8 @@ class Artifact:
         artifact._small_call = _no_small_call
         return artifact
 
-    def _load_library(self) -> None:
-        """Find the library's main function, and its function for small calls if it has one."""
+    def _load_library(self, weights: list[NDArray[Any]]) -> tuple[Callable[..., Any], SmallCalls | None]:
+        """The library's main function, and its function for small calls if it has one."""
         descriptor, path = tempfile.mkstemp(suffix=".so", prefix="mcc-")
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -215,11 +162,14 @@ class Artifact:
             os.unlink(path)
         module = library["vm_load_executable"]()
         module["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
-        self._run: Callable[..., Any] = module["main"]
-        self._direct: Callable[..., Any] | None = None
-        self._alone = library.implements_function(DIRECT_ALONE, True)
-        if self._alone or library.implements_function(DIRECT, True):
-            self._direct = library.get_function(DIRECT_ALONE if self._alone else DIRECT, True)
+        names = [name for name in (DIRECT_ALONE, DIRECT) if library.implements_function(name, True)]
+        if not names:
+            return module["main"], None
+        parts = Library(
+            library.get_function(names[0], True), names[0] == DIRECT_ALONE, partial(self._pool.use, self.threads),
+            weights, partial(_new_places, self._contents.manifest.workspace), self._ffi.from_dlpack,
+        )  # fmt: skip
+        return module["main"], SmallCalls(parts)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -291,63 +241,18 @@ class Artifact:
                     return self(*_leaves(tensors))
                 array, foreign = self._readable(value, check, foreign, tensors)
             elif check.aligned:
-                array = _aligned(value, check.alignment)
+                array = aligned(value, check.alignment)
             arrays.append(array)
             shapes.append(array.shape)
-        self._pool.use(self.threads)
         try:
-            workspace = self._workspaces.pop()
-        except IndexError:  # as many are made as there are calls at once
-            workspace = self._new_workspace()
-        try:
-            rooms = self._rooms.get(tuple(shapes))
-            if rooms and self._direct:
-                outputs = [room.new() for room in rooms]
-                self._direct(*arrays, *outputs, workspace.table)
-            else:
-                outputs = self._checked_call(arrays, tensors, workspace)
+            outputs = self._small.call(arrays, tuple(shapes)) if self._small is not None else None
+            if outputs is None:
+                outputs = self._checked_call(arrays, tensors)
         except (RuntimeError, ValueError, TypeError) as error:
             raise self._refusal(tensors, error) from error
-        finally:
-            self._workspaces.append(workspace)
         if foreign is not None:
             outputs = [foreign(output) for output in outputs]
         return outputs[0] if self._single else self._structured(outputs)
-
-    def _one_for_one(self) -> Callable[[Any], NDArray[Any] | None]:
-        """A function for a small call of one array that gives one, of a shape that came before; else it gives None.
-
-        It does nothing that `_call` does not, in a third of its time, which counts beside a small network: everything
-        it reads is a local name.
-        """
-        run, alone, threads, use = self._direct, self._alone, self.threads, self._pool.use
-        if run is None or not self._single or len(self._checks) != 1:
-            return _no_small_call
-        kind, taken, result_of = np.ndarray, self._checks[0].dtype, self._results.get
-        made, new, pop, push = np.dtype(self.outputs[0].dtype), np.empty, self._workspaces.pop, self._workspaces.append
-
-        def call(value: Any) -> NDArray[Any] | None:
-            if type(value) is not kind:
-                return None
-            shape = result_of(value.shape)
-            if shape is None or value.dtype is not taken or not value.flags.carray:
-                return None
-            if not alone:
-                use(threads)
-            try:
-                workspace = pop()
-            except IndexError:
-                return None
-            output = new(shape, made)
-            try:
-                run(value, output, workspace.table)
-            except RuntimeError:  # the general way says why
-                return None
-            finally:
-                push(workspace)
-            return output
-
-        return call
 
     def _readable(
         self, value: Any, check: _Check, foreign: Callable[[Any], Any] | None, tensors: Any
@@ -356,43 +261,29 @@ class Artifact:
         array, foreign = (value, foreign) if type(value) is np.ndarray else _as_numpy(value, foreign)
         if array.dtype != check.dtype:
             raise self._refusal(tensors)
-        return (_aligned(array, check.alignment) if check.aligned or not array.flags.carray else array), foreign
+        return (aligned(array, check.alignment) if check.aligned or not array.flags.carray else array), foreign
 
-    def _checked_call(self, arrays: list[NDArray[Any]], tensors: Any, workspace: _Workspace) -> list[NDArray[Any]]:
+    def _checked_call(self, arrays: list[NDArray[Any]], tensors: Any) -> list[NDArray[Any]]:
         """A call through TVM's virtual machine, which checks shapes; small ones with equal shapes need it no more."""
         if any(array.ndim != check.rank for array, check in zip(arrays, self._checks, strict=True)):
             raise self._refusal(tensors)
-        result = self._run(*(_aligned(a) if not a.size else a for a in arrays), self._weights, workspace.places)
+        self._pool.use(self.threads)
+        try:
+            workspace = self._workspaces.pop()
+        except IndexError:  # as many are made as there are calls at once
+            places = _new_places(self._contents.manifest.workspace)
+            workspace = self._ffi.Array([self._ffi.from_dlpack(a) for a in places])
+        try:
+            result = self._run(*(aligned(a) if not a.size else a for a in arrays), self._weights, workspace)
+        finally:
+            self._workspaces.append(workspace)
         results = [result] if len(self.outputs) == 1 and not isinstance(result, self._ffi.Array) else list(result)
         outputs = [np.from_dlpack(r) for r in results]
-        self._remember(arrays, outputs)
+        if self._small is not None:
+            self._small.remember(arrays, outputs)
         return outputs
 
-    def _remember(self, arrays: list[NDArray[Any]], outputs: list[NDArray[Any]]) -> None:
-        """Let the next calls of these shapes go straight to the library, if they are small."""
-        tensors = (*arrays, *outputs)
-        small = all(a.size for a in tensors) and sum(a.nbytes for a in tensors) <= SMALL_CALL
-        if self._direct is None or not small or len(self._rooms) >= _MOST_SHAPES:
-            return
-        rooms = tuple(_Room.of(o, spec) for o, spec in zip(outputs, self.outputs, strict=True))
-        self._rooms[tuple(a.shape for a in arrays)] = rooms
-        if self._single and len(arrays) == 1 and not self._checks[0].aligned and not rooms[0].size:
-            self._results[arrays[0].shape] = rooms[0].shape
-
-    def _new_workspace(self) -> _Workspace:
-        workspace = self._contents.manifest.workspace
-        try:
-            places = workspace_arrays(workspace)
-        except MemoryError as error:
-            raise ArtifactError(
-                f"there is no memory for the {workspace.size:,} bytes of its activations",
-                remedy="free some, compile for smaller inputs, or call it from fewer threads at once",
-            ) from error
-        addresses = np.array([a.ctypes.data for a in (*self._weight_arrays, *places)] or [0], np.int64)
-        from_dlpack = self._ffi.from_dlpack
-        return _Workspace(self._ffi.Array([from_dlpack(a) for a in places]), from_dlpack(addresses))
-
-    def _structured(self, outputs: list[Any]) -> Any:
+    def _structured(self, outputs: Sequence[Any]) -> Any:
         named = {spec.name: output for spec, output in zip(self.outputs, outputs, strict=True)}
         return _unpack_tree(self._contents.manifest.output_tree, named)
 

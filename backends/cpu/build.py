@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import tvm
 from tvm import relax, s_tir, tirx
 
-from mcc.artifact import TensorSpec
 from mcc.backends.cpu.direct import Direct, direct_function
 from mcc.backends.cpu.memory_plan import MemoryPlan, plan_memory
 from mcc.backends.cpu.microkernel import NOT_FOR_KERNELS, OPAQUE, tvm_target
@@ -72,14 +71,11 @@ def build(lowering: Lowering) -> Lowering:
     """
     calls = sum(len(block.bindings) for block in lowering.module["main"].body.blocks)
     compiled = compile_module(lowering, "compiled" if calls <= MOST_COMPILED else "bytecode")
-    outputs = lowering.outputs
-    if compiled.direct is not None:
-        outputs = tuple(map(TensorSpec.aligned, outputs, compiled.direct.alignments))
     try:
         with tempfile.TemporaryDirectory(prefix="mcc-") as folder:
             path = Path(folder) / "library.so"
             compiled.executable.export_library(str(path), fcompile=partial(_link, lowering.target.machine))
-            return replace(lowering, library=path.read_bytes(), memory=compiled.memory, outputs=outputs)
+            return replace(lowering, library=path.read_bytes(), memory=compiled.memory)
     except (RuntimeError, OSError) as error:
         raise _failure(error) from error
 

@@ -1,8 +1,8 @@
 """A second way into small artifacts: all kernel calls as one function, beside what TVM's virtual machine runs.
 
 The machine makes a call's outputs, checks its inputs and looks up weights, which takes a microsecond and more, as long
-as a small network itself. The caller can do that once for all calls of equal shapes. So this function takes inputs,
-outputs that the caller made, and a table of where weights and workspace lie, and calls one kernel after the other.
+as a small network itself. The caller can do that once for all calls of equal shapes. So this function takes inputs
+and a table of where weights, workspace and outputs lie, and calls one kernel after the other. See mcc/small_calls.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from tvm import relax, tirx
 from tvm.ir import PointerType, PrimType
 from tvm.script.ir_builder import IRBuilder
 
-from mcc.artifact import DIRECT, DIRECT_ALONE, SMALL_CALL
+from mcc.artifact import ALIGNMENT, DIRECT, DIRECT_ALONE, SMALL_CALL
 from mcc.backends.cpu.memory_plan import is_call, is_kernel
+from mcc.backends.cpu.microkernel import product
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,13 +38,12 @@ class Direct:
 
     Attributes:
         name: that says whether its kernels use several threads.
-        function: of inputs, outputs, and a table of addresses: int64, of all weights, then of all of the workspace.
-        alignments: bytes that the address of each output must be a multiple of.
+        function: of inputs, the number of the call's outputs in their slabs, and a table of addresses: int64, of all
+            weights, then of all of the workspace, then of a slab for each output.
     """
 
     name: str
     function: tirx.PrimFunc
-    alignments: tuple[int, ...]
 
 
 def direct_function(module: tvm.IRModule) -> Direct | None:
@@ -100,24 +100,24 @@ class _Writer:
 
     def write(self) -> Direct:
         """The function, and how its outputs are aligned."""
-        alignments = tuple(self._alignment(o) for o in self.outputs)
-        size = len(self.weights.ty.fields) + len(self.workspace.ty.fields)
+        known = len(self.weights.ty.fields) + len(self.workspace.ty.fields)
         name = DIRECT if any(_shares_work(self.module[k.op]) for k in self.kernels) else DIRECT_ALONE
         with IRBuilder() as builder, B.prim_func(is_private=False, s_tir=True):
             B.func_name(name)
             B.func_attr({"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True})
             for i, variable in enumerate(self.inputs):
                 self.buffers[variable] = B.arg(f"input{i}", _buffer(variable.ty))
-            results = [B.arg(f"output{i}", _buffer(r.ty)) for i, r in enumerate(self.results)]
-            table = B.arg("table", B.buffer((max(size, 1),), "int64", layout=None))
-            for variable, buffer in zip(self.outputs, results, strict=True):
-                self.buffers[variable] = _seen_as(buffer, variable.ty)
+            number = B.arg("number", tirx.Var("number", "int64"))
+            table = B.arg("table", B.buffer((known + len(self.outputs),), "int64", layout=None))
             with B.sblock("root"):
                 B.reads([])
                 B.writes([])
+                for i, variable in enumerate(self.outputs):
+                    slab = B.Bind(table[known + i])
+                    self.buffers[variable] = _at(slab + number * _slab_bytes(variable.ty), variable.ty)
                 for binding in self.bindings:
                     self._bind(binding.var, binding.value, table)
-        return Direct(name, builder.get(), alignments)
+        return Direct(name, builder.get())
 
     def _bind(self, variable: Any, value: Any, table: Any) -> None:
         if isinstance(value, relax.Tuple) or is_call(value, _ALONE):
@@ -130,22 +130,11 @@ class _Writer:
             self.buffers[variable] = self.buffers[value]
         elif isinstance(value, relax.TupleGetItem):
             first = 0 if value.tuple_value.same_as(self.weights) else len(self.weights.ty.fields)
-            pointer = PointerType(PrimType(str(variable.ty.dtype)), "global")
-            data = B.Bind(tirx.reinterpret(pointer, table[first + value.index]))
-            self.buffers[variable] = B.decl_buffer(_dims(variable.ty), str(variable.ty.dtype), data=data, layout=None)
+            self.buffers[variable] = _at(table[first + value.index], variable.ty)
         elif is_call(value, _STORAGE):
             self.buffers[variable] = B.alloc_buffer(tuple(value.args[0].values), "uint8", layout=None)
         else:
             self.buffers[variable] = _seen_as(self.buffers[value.args[0]], variable.ty)
-
-    def _alignment(self, output: Any) -> int:
-        """What the kernels that take an output need of its address."""
-        needed = 1
-        for value in self.kernels:
-            for argument, parameter in zip(value.args, self.module[value.op].params, strict=True):
-                if self._root(argument).same_as(output):
-                    needed = max(needed, int(parameter.ty.data_alignment))
-        return needed
 
 
 def _shares_work(statement: Any) -> bool:
@@ -167,6 +156,19 @@ def _buffer(kind: Any) -> Any:
 def _seen_as(buffer: Any, kind: Any) -> Any:
     """The memory of a buffer, as a tensor of that type."""
     return B.decl_buffer(_dims(kind), str(kind.dtype), data=buffer.data, layout=None)
+
+
+def _at(address: Any, kind: Any) -> Any:
+    """The memory at an address, as a tensor of that type."""
+    pointer = PointerType(PrimType(str(kind.dtype)), "global")
+    data = B.Bind(tirx.reinterpret(pointer, address))
+    return B.decl_buffer(_dims(kind), str(kind.dtype), data=data, layout=None)
+
+
+def _slab_bytes(kind: Any) -> Any:
+    """Bytes from an output to the next in its slab."""
+    size = product(_dims(kind)) * int(tvm.DataType(str(kind.dtype)).itemsize)
+    return tirx.floordiv(tirx.const(ALIGNMENT - 1, "int64") + size, ALIGNMENT) * ALIGNMENT
 
 
 def _least_bytes(kind: Any) -> int:

@@ -25,7 +25,7 @@ from mcc.backends.cpu.microkernel import (
     serial,
     tvm_target,
 )
-from mcc.runtime import workspace_arrays
+from mcc.memory import workspace_arrays
 from mcc.target import host_target
 from mcc.tvm_runtime import use_threads
 
