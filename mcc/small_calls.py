@@ -136,11 +136,17 @@ class SmallCalls:
         """
         array, free_of, alone = np.ndarray, self._free_of_one.get, self._library.alone
         run, use_threads = self._library.run, self._library.use_threads
+        last: tuple[Shape, list[Context]] | tuple[None, None] = (None, None)
 
         def call(value: Any) -> NDArray[Any] | None:
+            nonlocal last
             if type(value) is not array or value.dtype is not taken:
                 return None
-            free = free_of(value.shape)
+            shape, free = last
+            if value.shape != shape:  # to find it takes longer than to compare it
+                free = free_of(value.shape)
+                if free is not None:
+                    last = value.shape, free
             if not free or not value.flags.carray:
                 return None
             if not alone:

@@ -181,3 +181,80 @@ def test_torch_compile_reads_a_parameter_that_is_an_argument_at_every_call():
         weight = nn.Parameter(torch.randn(3, 4))
         with torch.no_grad():
             torch.testing.assert_close(compiled(x, weight), x @ weight)
+
+
+class Sizes(nn.Module):
+    """Reads its batch in every way: as a size, in a reshape, in a range, and in what it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        batch = x.shape[0]
+        y = self.conv(x).relu().reshape(batch, 8, -1).mean(-1)
+        return self.linear(y.view(batch, -1)) + torch.arange(batch).reshape(batch, 1), y.new_ones(2 * batch, 3)
+
+
+def test_a_model_compressed_once_is_compiled_for_any_batch_and_for_one_image():
+    torch.manual_seed(0)
+    model, x = Sizes().eval(), torch.randn(4, 3, 8, 8)
+    data = mcc.Data(calibration=[(x,)])
+    compressed = mcc.compress(
+        model, (x,), passes="prune-weights{ratio=0.6}; quantize", data=data, dynamic_shapes=({0: "batch"},)
+    )
+    single = compressed.fixed(x[:1])
+    whole, one = mcc.compile(compressed, **QUICK), mcc.compile(single, **QUICK)
+    assert (whole.inputs[0].shape, one.inputs[0].shape) == (("batch", 3, 8, 8), (1, 3, 8, 8))
+    for y in (torch.randn(2, 3, 8, 8), x):
+        for found, expected in zip(whole(y), compressed.graph(y), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for found, expected in zip(one(x[2:3]), whole(x[2:3]), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert "sym_size" not in str(single.graph)
+    for artifact in (whole, one):
+        assert artifact.passes == compressed.passes
+        assert [row.text for row in artifact.report.passes][1:-1] == ["prune-weights{ratio=0.6}", "quantize"]
+
+
+def test_passes_may_come_in_several_steps():
+    torch.manual_seed(0)
+    model, x = mlp(12, 16, 4).eval(), torch.randn(2, 12)
+    pruned = mcc.compress(model, (x,), passes=[PruneWeights(ratio=0.5)])
+    both = mcc.compress(pruned, passes=[Quantize(activations=None)])
+    at_once = mcc.compile(model, (x,), passes=[PruneWeights(ratio=0.5), Quantize(activations=None)], **QUICK)
+    for artifact in (mcc.compile(both, **QUICK), mcc.compile(pruned, passes=[Quantize(activations=None)], **QUICK)):
+        torch.testing.assert_close(artifact(x), at_once(x), rtol=0, atol=0)
+        assert artifact.passes == at_once.passes
+        assert [row.text for row in artifact.report.passes] == [row.text for row in at_once.report.passes]
+    assert str(pruned.graph) != str(both.graph)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ((torch.zeros(1, 2, 8, 8),), "input x is f32[batch, 3, 8, 8], the example f32[1, 2, 8, 8]"),
+        (
+            (torch.zeros(1, 3, 8, 8, dtype=torch.float64),),
+            "input x is f32[batch, 3, 8, 8], the example f64[1, 3, 8, 8]",
+        ),
+        ((torch.zeros(3, 8, 8),), "input x is f32[batch, 3, 8, 8], the example f32[3, 8, 8]"),
+        ((), "the graph takes 1 inputs, 0 were given"),
+    ],
+)
+def test_shapes_that_a_graph_does_not_take_are_not_fixed(example, message):
+    graph = mcc.capture(Sizes().eval(), (torch.randn(4, 3, 8, 8),), dynamic_shapes=({0: "batch"},))
+    with pytest.raises(CaptureError) as caught:
+        graph.fixed(example)
+    assert message in str(caught.value)
+
+
+def test_one_dim_is_fixed_to_one_size():
+    class Add(nn.Module):
+        def forward(self, x, y):
+            return x + y
+
+    graph = mcc.capture(Add(), (torch.zeros(4, 3), torch.zeros(4, 3)), dynamic_shapes=({0: "batch"}, {0: "batch"}))
+    assert str(graph.fixed((torch.zeros(2, 3), torch.zeros(2, 3)))).splitlines()[0] == "%x: f32[2, 3]"
+    with pytest.raises(CaptureError, match="input y is"):
+        graph.fixed((torch.zeros(2, 3), torch.zeros(5, 3)))
