@@ -62,20 +62,19 @@ class _Check:
     """What an input must be like.
 
     Attributes:
-        dtype, rank: of the array.
+        dtype: of the array.
         aligned: whether it must lie at a multiple of more than its element.
         alignment: that multiple.
     """
 
     dtype: np.dtype[Any]
-    rank: int
     aligned: bool
     alignment: int
 
     @classmethod
     def of(cls, spec: TensorSpec) -> _Check:
         dtype = np.dtype(spec.dtype)
-        return cls(dtype, len(spec.shape), spec.alignment > dtype.itemsize, spec.alignment)
+        return cls(dtype, spec.alignment > dtype.itemsize, spec.alignment)
 
 
 def _refuse_other_machine(manifest: Manifest) -> None:
@@ -240,14 +239,15 @@ class Artifact:
                 if isinstance(value, dict | list | tuple):
                     return self(*_leaves(tensors))
                 array, foreign = self._readable(value, check, foreign, tensors)
-            elif check.aligned:
+            elif check.aligned or not value.size:
                 array = aligned(value, check.alignment)
             arrays.append(array)
             shapes.append(array.shape)
         try:
-            outputs = self._small.call(arrays, tuple(shapes)) if self._small is not None else None
+            key = tuple(shapes)
+            outputs = self._small.call(arrays, key) if self._small is not None else None
             if outputs is None:
-                outputs = self._checked_call(arrays, tensors)
+                outputs = self._checked_call(arrays, key)
         except (RuntimeError, ValueError, TypeError) as error:
             raise self._refusal(tensors, error) from error
         if foreign is not None:
@@ -261,12 +261,11 @@ class Artifact:
         array, foreign = (value, foreign) if type(value) is np.ndarray else _as_numpy(value, foreign)
         if array.dtype != check.dtype:
             raise self._refusal(tensors)
-        return (aligned(array, check.alignment) if check.aligned or not array.flags.carray else array), foreign
+        ready = array.flags.carray and array.size and not check.aligned
+        return array if ready else aligned(array, check.alignment), foreign
 
-    def _checked_call(self, arrays: list[NDArray[Any]], tensors: Any) -> list[NDArray[Any]]:
+    def _checked_call(self, arrays: list[NDArray[Any]], shapes: tuple[tuple[int, ...], ...]) -> list[NDArray[Any]]:
         """A call through TVM's virtual machine, which checks shapes; small ones with equal shapes need it no more."""
-        if any(array.ndim != check.rank for array, check in zip(arrays, self._checks, strict=True)):
-            raise self._refusal(tensors)
         self._pool.use(self.threads)
         try:
             workspace = self._workspaces.pop()
@@ -274,13 +273,13 @@ class Artifact:
             places = _new_places(self._contents.manifest.workspace)
             workspace = self._ffi.Array([self._ffi.from_dlpack(a) for a in places])
         try:
-            result = self._run(*(aligned(a) if not a.size else a for a in arrays), self._weights, workspace)
+            result = self._run(*arrays, self._weights, workspace)
         finally:
             self._workspaces.append(workspace)
-        results = [result] if len(self.outputs) == 1 and not isinstance(result, self._ffi.Array) else list(result)
-        outputs = [np.from_dlpack(r) for r in results]
+        one = self._single or len(self.outputs) == 1
+        outputs = [np.from_dlpack(result)] if one else [np.from_dlpack(result[i]) for i in range(len(self.outputs))]
         if self._small is not None:
-            self._small.remember(arrays, outputs)
+            self._small.remember(shapes, arrays, outputs)
         return outputs
 
     def _structured(self, outputs: Sequence[Any]) -> Any:

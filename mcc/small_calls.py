@@ -88,30 +88,35 @@ class SmallCalls:
 
     def __init__(self, library: Library) -> None:
         self._library = library
-        self._free: dict[tuple[Shape, ...], tuple[list[Context], Sequence[NDArray[Any]]]] = {}
+        self._known: dict[tuple[Shape, ...], tuple[list[Context], Sequence[NDArray[Any]]] | None] = {}
         self._free_of_one: dict[Shape, list[Context]] = {}
 
     @property
     def shapes(self) -> list[tuple[Shape, ...]]:
         """Of the inputs for which a call is known to be small."""
-        return list(self._free)
+        return [shapes for shapes, known in self._known.items() if known is not None]
 
-    def remember(self, arrays: Sequence[NDArray[Any]], outputs: Sequence[NDArray[Any]]) -> None:
+    def remember(
+        self, shapes: tuple[Shape, ...], arrays: Sequence[NDArray[Any]], outputs: Sequence[NDArray[Any]]
+    ) -> None:
         """Take the next calls with inputs of these shapes, if inputs and outputs together are small."""
+        if shapes in self._known or len(self._known) >= MOST_SHAPES:
+            return
         tensors = (*arrays, *outputs)
-        small = all(a.size for a in tensors) and sum(a.nbytes for a in tensors) <= SMALL_CALL
-        if not small or len(self._free) >= MOST_SHAPES:
+        if not all(a.size for a in tensors) or sum(a.nbytes for a in tensors) > SMALL_CALL:
+            self._known[shapes] = None
             return
         free: list[Context] = []
-        self._free[tuple(a.shape for a in arrays)] = free, outputs
-        if len(arrays) == 1:
-            self._free_of_one[arrays[0].shape] = free
+        self._known[shapes] = free, outputs
+        if len(shapes) == 1:
+            self._free_of_one[shapes[0]] = free
 
     def call(self, arrays: Sequence[NDArray[Any]], shapes: tuple[Shape, ...]) -> Sequence[NDArray[Any]] | None:
         """The outputs for contiguous inputs of the right types; None where such a call is not known to be small."""
-        if shapes not in self._free:
+        known = self._known.get(shapes)
+        if known is None:
             return None
-        free, like = self._free[shapes]
+        free, like = known
         library = self._library
         if not library.alone:
             library.use_threads()
