@@ -116,7 +116,10 @@ def recipes(epochs: int) -> dict[str, list[mcc.Pass]]:
     return {
         "mcc dense fp32": [],
         "mcc pruned 50 %": [PruneWeights(ratio=0.5), tune],
-        "mcc pruned 90 %": [PruneWeights(ratio=0.9, schedule="cubic"), tune],
+        **{
+            f"mcc pruned {percent} %": [PruneWeights(ratio=percent / 100, schedule="cubic"), tune]
+            for percent in (80, 90, 95)
+        },
         "mcc pruned 90 % + int8": [PruneWeights(ratio=0.9, schedule="cubic"), tune, Quantize()],
         "mcc int8": [Quantize()],
     }

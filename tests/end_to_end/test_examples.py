@@ -51,6 +51,9 @@ def test_the_worked_example(tmp_path):
     dense = rows["mcc dense fp32"]
     assert dense[2] >= 98.0
     assert rows["mcc pruned 50 %"][2] >= dense[2] - 0.3
+    sizes = [rows[f"mcc pruned {percent} %"][1] for percent in (50, 80, 90, 95)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(rows[f"mcc pruned {percent} %"][2] >= dense[2] - 1 for percent in (80, 90, 95))
     assert rows["mcc pruned 90 % + int8"][2] >= dense[2] - 0.7
     assert rows["mcc pruned 90 % + int8"][1] <= 0.16 * dense[1]
     assert rows["mcc pruned 90 % + int8"][0] <= 0.105 * dense[0]
