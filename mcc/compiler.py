@@ -25,6 +25,7 @@ from mcc.cost import graph_size
 from mcc.data import Data
 from mcc.encode import encode
 from mcc.errors import ArtifactError, CaptureError, SpecError, TargetError
+from mcc.fixed_shapes import fix_shapes
 from mcc.frontend import capture, split_constants, with_constants
 from mcc.graph import Graph
 from mcc.passes import PASSES, EliminateIdentity, FoldBatchNorm
@@ -92,8 +93,8 @@ class Compressed:
     """A compressed model, not compiled yet: to be compiled for several targets, or for shapes fixed afterwards.
 
     Attributes:
-        graph: what the passes made; it can be called as a module is.
-        example: inputs that it takes.
+        graph: what the passes made.
+        example: inputs that it takes, flattened: not those of the model where a pass changed what the graph takes.
         passes: their text, every option written.
         report: a row for each pass.
     """
@@ -104,13 +105,15 @@ class Compressed:
     report: Report
 
     def fixed(self, *example: Any) -> Compressed:
-        """The same for inputs of exactly the example's shapes; see `Graph.fixed`.
+        """The same for inputs of exactly the example's shapes, as of a model of any batch one for a single image.
+
+        Kernels that need to know how many rows there are take layers of it that they did not take before.
 
         Raises:
             CaptureError: the example is not what the graph takes.
         """
-        inputs = tuple(pytree.tree_leaves(pytree.tree_map(_as_tensor, example)))
-        return replace(self, graph=self.graph.fixed(inputs), example=inputs)
+        inputs = pytree.tree_leaves(pytree.tree_map(_as_tensor, example))
+        return replace(self, graph=fix_shapes(self.graph, inputs), example=tuple(inputs))
 
 
 class Deferred:
@@ -179,11 +182,18 @@ def compile(  # noqa: A001, PLR0913 (the public name; its options are those of d
     steps = resolve_passes(passes)
     Pipeline(steps, options.resolved_target, options.data).check()
 
-    earlier = model if isinstance(model, Compressed) else None
+    if isinstance(model, Compressed):
+        if steps or example_inputs or keyword_inputs or dynamic_shapes:
+            raise SpecError(
+                "a compressed model has its passes and its inputs",
+                remedy="give passes to mcc.compress, and fix shapes by compressed.fixed(…)",
+            )
+        with progress_display() as progress:
+            return _finished(model, options, progress)
 
     def compile_for(args: tuple[Any, ...], named: dict[str, Any]) -> Artifact:
         graph, flat = _captured(model, args, named, dynamic_shapes, verify=verify)
-        return compile_graph(graph, flat, steps, options, earlier)
+        return compile_graph(graph, flat, steps, options)
 
     if example_inputs is None and keyword_inputs is None and isinstance(model, torch.nn.Module):
         return Deferred(compile_for)
@@ -191,7 +201,7 @@ def compile(  # noqa: A001, PLR0913 (the public name; its options are those of d
 
 
 def compress(  # noqa: PLR0913 (as of `compile`)
-    model: Model | Compressed,
+    model: Model,
     example_inputs: tuple[Any, ...] = (),
     *,
     passes: Passes,
@@ -202,7 +212,21 @@ def compress(  # noqa: PLR0913 (as of `compile`)
     verify: bool = True,
     seed: int = 0,
 ) -> Compressed:
-    """Compress a model without compiling it, once for several artifacts: all arguments are as those of `compile`.
+    """Compress a model without compiling it, once for several artifacts.
+
+    Args:
+        model: as `compile` takes it; one that does not say what it takes needs example inputs.
+        example_inputs: positional inputs.
+        passes: as of `compile`.
+        keyword_inputs: as of `compile`.
+        dynamic_shapes: as of `compile`.
+        target: that passes choose formats for; the model may be compiled for others.
+        data: as of `compile`.
+        verify: check every pass.
+        seed: of every random choice.
+
+    Returns:
+        what `compile` takes in place of a model.
 
     Raises:
         MccError: what is wrong, naming the pass and the node.
@@ -210,30 +234,24 @@ def compress(  # noqa: PLR0913 (as of `compile`)
     steps, given = resolve_passes(passes), data or Data()
     pipeline = Pipeline(steps, Options(target).resolved_target, given, seed, verify)
     pipeline.check()
+    if isinstance(model, torch.nn.Module) and not (example_inputs or keyword_inputs or isinstance(model, Graph)):
+        raise CaptureError("a module is captured with example inputs", remedy="give mcc.compress(model, (x,), …)")
     graph, flat = _captured(model, example_inputs, dict(keyword_inputs or {}), dynamic_shapes, verify=verify)
     with progress_display() as progress:
         compressed, rows, taken = pipeline.run_with_inputs(graph, flat, progress)
-    earlier = model if isinstance(model, Compressed) else None
-    return Compressed(compressed, taken, _passes_text(steps, earlier), Report(_all_rows(rows, earlier), ()))
+    return Compressed(compressed, taken, _passes_text(steps), Report(tuple(rows), ()))
 
 
-def _passes_text(steps: tuple[Pass, ...], earlier: Compressed | None) -> str:
-    before = [earlier.passes] if earlier is not None and earlier.passes else []
-    return "; ".join([*before, *(step.full_text() for step in steps)])
-
-
-def _all_rows(rows: Sequence[PassRow], earlier: Compressed | None) -> tuple[PassRow, ...]:
-    return tuple(rows) if earlier is None else (*earlier.report.passes, *rows[1:])
+def _passes_text(steps: tuple[Pass, ...]) -> str:
+    return "; ".join(step.full_text() for step in steps)
 
 
 def _captured(
-    model: Model | Compressed, args: tuple[Any, ...], named: Mapping[str, Any], dynamic_shapes: object, *, verify: bool
+    model: Model, args: tuple[Any, ...], named: Mapping[str, Any], dynamic_shapes: object, *, verify: bool
 ) -> tuple[Graph, tuple[Any, ...]]:
     """The graph, and its inputs."""
     inputs, given = pytree.tree_map(_as_tensor, (args, named))
     keywords, constants = split_constants(given)
-    if isinstance(model, Compressed):
-        inputs, model = inputs or model.example, model.graph
     with with_constants(model, constants):
         graph = load_graph(model, inputs, keywords, dynamic_shapes, verify=verify)
     return graph, tuple(pytree.tree_leaves((inputs, keywords))) or example_of(graph)
@@ -323,9 +341,7 @@ def resolve_passes(passes: Passes) -> tuple[Pass, ...]:
     return tuple(steps)
 
 
-def compile_graph(
-    graph: Graph, example: tuple[Any, ...], steps: tuple[Pass, ...], options: Options, earlier: Compressed | None = None
-) -> Artifact:
+def compile_graph(graph: Graph, example: tuple[Any, ...], steps: tuple[Pass, ...], options: Options) -> Artifact:
     """Run passes over a captured graph, encode, lower and verify."""
     target = options.resolved_target
     runnable = not missing_features(target)
@@ -339,23 +355,28 @@ def compile_graph(
             measure_each=options.measure == "each",
         )  # fmt: skip
         compressed, rows, taken = pipeline.run_with_inputs(graph, example, progress)
-        task = progress.add_task("compiling", total=None)
-        before = latency(graph, example) if options.measure == "ends" and runnable and steps else None
-        artifact, encoded, last = _lower(compressed, options)
-        if options.verify and runnable:
-            inputs = [taken, sample_inputs(taken, options.seed)]
-            started = time.perf_counter()
-            verify_encoding(compressed, encoded, inputs)
-            error = verify_artifact(encoded, artifact, inputs)
-            seconds = last.seconds + time.perf_counter() - started
-            last = replace(last, largest_error=error, seconds=seconds)
-        if options.measure != "never" and runnable:
-            last = replace(last, latency_ms=median_latency(artifact, taken))
-        progress.remove_task(task)
-    if before is not None:
-        rows[0] = replace(rows[0], latency_ms=before)
-    report = Report((*_all_rows(rows, earlier), last), artifact.report.layers)
-    return artifact.with_manifest(passes=_passes_text(steps, earlier), report=json.loads(report.as_json()))
+        if options.measure == "ends" and runnable and steps:
+            rows[0] = replace(rows[0], latency_ms=latency(graph, example))
+        return _finished(Compressed(compressed, taken, _passes_text(steps), Report(tuple(rows), ())), options, progress)
+
+
+def _finished(compressed: Compressed, options: Options, progress: Progress) -> Artifact:
+    """Encode, lower, verify and time what the passes made."""
+    task = progress.add_task("compiling", total=None)
+    runnable = not missing_features(options.resolved_target)
+    artifact, encoded, last = _lower(compressed.graph, options)
+    if options.verify and runnable:
+        inputs = [compressed.example, sample_inputs(compressed.example, options.seed)]
+        started = time.perf_counter()
+        verify_encoding(compressed.graph, encoded, inputs)
+        error = verify_artifact(encoded, artifact, inputs)
+        seconds = last.seconds + time.perf_counter() - started
+        last = replace(last, largest_error=error, seconds=seconds)
+    if options.measure != "never" and runnable:
+        last = replace(last, latency_ms=median_latency(artifact, compressed.example))
+    progress.remove_task(task)
+    report = Report((*compressed.report.passes, last), artifact.report.layers)
+    return artifact.with_manifest(passes=compressed.passes, report=json.loads(report.as_json()))
 
 
 def layer_profiler(graph: Graph, example: tuple[Tensor, ...], steps: tuple[Pass, ...], options: Options) -> Profiler:

@@ -18,8 +18,8 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
 from mcc import ops
-from mcc.errors import CaptureError, MccError
-from mcc.text import graph_text, value_text
+from mcc.errors import MccError
+from mcc.text import graph_text
 
 WEIGHT_WRAPPERS = (
     ops.MUL, ops.FAKE_QUANTIZE, ops.DEQUANTIZE, *ops.WITHOUT_ZEROS, ops.UNPACK, ops.QUANTIZE, ops.FAKE_CODEBOOK,
@@ -389,43 +389,6 @@ class Graph:
     def with_schedules(self, schedules: tuple[Schedule, ...]) -> Graph:
         """The same graph with other training schedules."""
         return Graph(self.module, self.dims, schedules)
-
-    def fixed(self, example: Sequence[Tensor]) -> Graph:
-        """A copy for inputs of exactly the example's shapes, as of a graph of any batch one for a single image.
-
-        Kernels that need to know how many rows there are take layers of it that they did not take before.
-
-        Raises:
-            CaptureError: the example is not what the graph takes.
-        """
-        graph = self.copy()
-        known: dict[str, int] = {}
-        if len(example) != len(graph.inputs):
-            raise CaptureError(f"the graph takes {len(graph.inputs)} inputs, {len(example)} were given")
-        for node, value in zip(graph.inputs, example, strict=True):
-            named = [(str(size), given) for size, given in zip(node.shape, value.shape, strict=False)]
-            fits = all(
-                int(size) == given if size.isdigit() else known.setdefault(size, given) == given
-                for size, given in named
-            )
-            if (value.dtype, value.ndim) != (node.dtype, len(node.shape)) or not fits:
-                raise CaptureError(
-                    f"input {node.name} is {value_text(node.value, self)}, the example {value_text(value, self)}",
-                    remedy="give an example of a shape that the graph takes",
-                )
-            node.fx.meta["val"] = graph.fake_mode.from_tensor(value, static_shapes=True)
-        return graph.repropagate()._with_known_sizes().clean()
-
-    def _with_known_sizes(self) -> Self:
-        """Sizes that became numbers as numbers where they are read."""
-        for size in [n.fx for n in self.nodes if isinstance(n.value, int)]:
-
-            def known(read: fx.Node, size: fx.Node = size) -> Any:
-                return size.meta["val"] if read is size else read
-
-            for user in list(size.users):
-                user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), known)
-        return self
 
     def clean(self) -> Self:
         """Remove what nothing reads, check well-formedness, and rebuild the code."""

@@ -248,7 +248,7 @@ class Artifact:
             outputs = self._small.call(arrays, key) if self._small is not None else None
             if outputs is None:
                 outputs = self._checked_call(arrays, key)
-        except (RuntimeError, ValueError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError, MemoryError) as error:
             raise self._refusal(tensors, error) from error
         if foreign is not None:
             outputs = [foreign(output) for output in outputs]

@@ -8,6 +8,7 @@ next, so that a call hands over one number for all of them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Shape: TypeAlias = tuple[int, ...]
+Kind: TypeAlias = "tuple[Shape, np.dtype[Any]]"
 MOST_SHAPES = 64  # that an artifact remembers
 MOST_OUTPUTS = 32  # of a slab: a caller that keeps one of them keeps them all
 
@@ -57,11 +59,8 @@ class Context:
 
     __slots__ = ("_addresses", "_outputs", "_places", "left", "table")
 
-    def __init__(self, library: Library, outputs: Sequence[NDArray[Any]]) -> None:
-        self._outputs = [
-            (o.shape, o.dtype, (-(-o.nbytes // ALIGNMENT) * ALIGNMENT, *np.empty_like(o, order="C").strides))
-            for o in outputs
-        ]
+    def __init__(self, library: Library, outputs: Sequence[Kind]) -> None:
+        self._outputs = outputs
         self._places = library.new_places()
         addresses = [array.ctypes.data for array in (*library.weights, *self._places)]
         self._addresses = np.array([*addresses, *[0] * len(outputs)], np.int64)
@@ -70,12 +69,13 @@ class Context:
 
     def refill(self) -> None:
         """Make new slabs."""
-        count = max(1, min(MOST_OUTPUTS, SMALL_CALL // sum(strides[0] for *_, strides in self._outputs)))
+        sizes = [-(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT for shape, dtype in self._outputs]
+        count = max(1, min(MOST_OUTPUTS, SMALL_CALL // sum(sizes)))
         slabs = []
-        for i, (shape, dtype, strides) in enumerate(self._outputs, -len(self._outputs)):
-            memory = room(count * strides[0])
-            slabs.append(np.ndarray((count, *shape), dtype, memory, strides=strides))
+        for i, ((shape, dtype), size) in enumerate(zip(self._outputs, sizes, strict=True), -len(sizes)):
+            memory = room(count * size)
             self._addresses[i] = memory.ctypes.data
+            slabs.append([np.ndarray(shape, dtype, memory, start) for start in range(0, count * size, size)])
         self.left = list(zip(*slabs, strict=True))
 
 
@@ -88,26 +88,27 @@ class SmallCalls:
 
     def __init__(self, library: Library) -> None:
         self._library = library
-        self._known: dict[tuple[Shape, ...], tuple[list[Context], Sequence[NDArray[Any]]] | None] = {}
+        self._known: dict[tuple[Shape, ...], tuple[list[Context], Sequence[Kind]]] = {}
         self._free_of_one: dict[Shape, list[Context]] = {}
 
     @property
     def shapes(self) -> list[tuple[Shape, ...]]:
         """Of the inputs for which a call is known to be small."""
-        return [shapes for shapes, known in self._known.items() if known is not None]
+        return list(self._known)
 
     def remember(
         self, shapes: tuple[Shape, ...], arrays: Sequence[NDArray[Any]], outputs: Sequence[NDArray[Any]]
     ) -> None:
         """Take the next calls with inputs of these shapes, if inputs and outputs together are small."""
-        if shapes in self._known or len(self._known) >= MOST_SHAPES:
-            return
-        tensors = (*arrays, *outputs)
-        if not all(a.size for a in tensors) or sum(a.nbytes for a in tensors) > SMALL_CALL:
-            self._known[shapes] = None
+        size = 0
+        for array in (*arrays, *outputs):
+            size += array.nbytes
+            if not array.size or size > SMALL_CALL:
+                return
+        if len(self._known) >= MOST_SHAPES:
             return
         free: list[Context] = []
-        self._known[shapes] = free, outputs
+        self._known[shapes] = free, [(output.shape, output.dtype) for output in outputs]
         if len(shapes) == 1:
             self._free_of_one[shapes[0]] = free
 
@@ -116,14 +117,14 @@ class SmallCalls:
         known = self._known.get(shapes)
         if known is None:
             return None
-        free, like = known
+        free, outputs_like = known
         library = self._library
         if not library.alone:
             library.use_threads()
         try:
             context = free.pop()
         except IndexError:  # as many are made as there are calls at once
-            context = Context(library, like)
+            context = Context(library, outputs_like)
         try:
             if not context.left:
                 context.refill()
@@ -167,7 +168,7 @@ class SmallCalls:
                     left = context.left
                 (output,) = left.pop()
                 run(value, len(left), context.table)
-            except RuntimeError:  # the general way says why
+            except (RuntimeError, MemoryError):  # the general way says why
                 return None
             finally:
                 free.append(context)

@@ -14,6 +14,7 @@ import mcc
 from mcc import ops
 from mcc.compiler import Deferred, known_passes, resolve_passes
 from mcc.errors import CaptureError, DataError, SpecError, TargetError, VerificationError
+from mcc.fixed_shapes import fix_shapes
 from mcc.passes import FoldBatchNorm, PruneWeights, Quantize
 from mcc.report import Report
 
@@ -217,17 +218,19 @@ def test_a_model_compressed_once_is_compiled_for_any_batch_and_for_one_image():
         assert [row.text for row in artifact.report.passes][1:-1] == ["prune-weights{ratio=0.6}", "quantize"]
 
 
-def test_passes_may_come_in_several_steps():
-    torch.manual_seed(0)
-    model, x = mlp(12, 16, 4).eval(), torch.randn(2, 12)
-    pruned = mcc.compress(model, (x,), passes=[PruneWeights(ratio=0.5)])
-    both = mcc.compress(pruned, passes=[Quantize(activations=None)])
-    at_once = mcc.compile(model, (x,), passes=[PruneWeights(ratio=0.5), Quantize(activations=None)], **QUICK)
-    for artifact in (mcc.compile(both, **QUICK), mcc.compile(pruned, passes=[Quantize(activations=None)], **QUICK)):
-        torch.testing.assert_close(artifact(x), at_once(x), rtol=0, atol=0)
-        assert artifact.passes == at_once.passes
-        assert [row.text for row in artifact.report.passes] == [row.text for row in at_once.report.passes]
-    assert str(pruned.graph) != str(both.graph)
+@pytest.mark.parametrize("given", [
+    {"passes": "quantize{activations=None}"}, {"example_inputs": (torch.zeros(2, 12),)},
+    {"keyword_inputs": {"input": torch.zeros(2, 12)}}, {"dynamic_shapes": ({0: "batch"},)},
+])  # fmt: skip
+def test_a_compressed_model_takes_no_more_passes_or_inputs(given):
+    pruned = mcc.compress(mlp(12, 16, 4).eval(), (torch.randn(2, 12),), passes=[PruneWeights(ratio=0.5)])
+    with pytest.raises(SpecError, match="a compressed model has its passes and its inputs"):
+        mcc.compile(pruned, **given, **QUICK)
+
+
+def test_a_module_is_not_compressed_without_inputs():
+    with pytest.raises(CaptureError, match="a module is captured with example inputs"):
+        mcc.compress(mlp(12, 16, 4).eval(), passes="prune-weights")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +248,7 @@ def test_passes_may_come_in_several_steps():
 def test_shapes_that_a_graph_does_not_take_are_not_fixed(example, message):
     graph = mcc.capture(Sizes().eval(), (torch.randn(4, 3, 8, 8),), dynamic_shapes=({0: "batch"},))
     with pytest.raises(CaptureError) as caught:
-        graph.fixed(example)
+        fix_shapes(graph, example)
     assert message in str(caught.value)
 
 
@@ -255,6 +258,38 @@ def test_one_dim_is_fixed_to_one_size():
             return x + y
 
     graph = mcc.capture(Add(), (torch.zeros(4, 3), torch.zeros(4, 3)), dynamic_shapes=({0: "batch"}, {0: "batch"}))
-    assert str(graph.fixed((torch.zeros(2, 3), torch.zeros(2, 3)))).splitlines()[0] == "%x: f32[2, 3]"
+    assert str(fix_shapes(graph, (torch.zeros(2, 3), torch.zeros(2, 3)))).splitlines()[0] == "%x: f32[2, 3]"
     with pytest.raises(CaptureError, match="input y is"):
-        graph.fixed((torch.zeros(2, 3), torch.zeros(5, 3)))
+        fix_shapes(graph, (torch.zeros(2, 3), torch.zeros(5, 3)))
+
+
+class Twice(nn.Module):
+    """Its second input is twice as long as its first."""
+
+    def forward(self, x, y):
+        return x + y.reshape(x.shape[0], 2, -1).sum(1)
+
+
+@pytest.mark.parametrize(("rows", "fits"), [((3, 6), True), ((1, 2), True), ((3, 7), False), ((3, 3), False)])
+def test_dims_that_are_expressions_are_fixed_together(rows, fits):
+    s = torch.export.Dim("s")
+    graph = mcc.capture(Twice(), (torch.zeros(4, 3), torch.zeros(8, 3)), dynamic_shapes=({0: s}, {0: 2 * s}))
+    example = tuple(torch.randn(n, 3) for n in rows)
+    if fits:
+        torch.testing.assert_close(fix_shapes(graph, example)(*example), Twice()(*example))
+    else:
+        with pytest.raises(CaptureError):
+            fix_shapes(graph, example)
+
+
+def test_a_size_that_the_model_was_not_traced_for_is_not_fixed():
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x * 2 if x.shape[0] > 3 else x * 3
+
+    dims = ({0: torch.export.Dim("s", min=4, max=9)},)
+    graph = mcc.capture(Branch(), (torch.zeros(5, 3),), dynamic_shapes=dims)
+    assert fix_shapes(graph, (torch.zeros(9, 3),)).inputs[0].shape == (9, 3)
+    for rows in (3, 10):
+        with pytest.raises(CaptureError, match="input x is"):
+            fix_shapes(graph, (torch.zeros(rows, 3),))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tvm
 from tvm import relax, s_tir, tirx
 
-from mcc.backends.cpu.direct import Direct, direct_function
+from mcc.backends.cpu.direct import direct_function
 from mcc.backends.cpu.memory_plan import MemoryPlan, plan_memory
 from mcc.backends.cpu.microkernel import NOT_FOR_KERNELS, OPAQUE, tvm_target
 from mcc.backends.relax.schedule import schedule_module
@@ -48,21 +48,6 @@ MOST_COMPILED = 800
 _LINK_FLAGS = ("-shared", "-s", "-Wl,--gc-sections,--build-id=none,-z,noseparate-code,--hash-style=gnu")
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """A module.
-
-    Attributes:
-        executable: of relax.
-        memory: of activations.
-        direct: the way into it besides, if it has one.
-    """
-
-    executable: Any
-    memory: MemoryPlan
-    direct: Direct | None
-
-
 def build(lowering: Lowering) -> Lowering:
     """Schedule what is not a kernel, compile, and link with the machine's C compiler.
 
@@ -70,24 +55,24 @@ def build(lowering: Lowering) -> Lowering:
         BackendError: TVM or the linker refuses.
     """
     calls = sum(len(block.bindings) for block in lowering.module["main"].body.blocks)
-    compiled = compile_module(lowering, "compiled" if calls <= MOST_COMPILED else "bytecode")
+    executable, memory = compile_module(lowering, "compiled" if calls <= MOST_COMPILED else "bytecode")
     try:
         with tempfile.TemporaryDirectory(prefix="mcc-") as folder:
             path = Path(folder) / "library.so"
-            compiled.executable.export_library(str(path), fcompile=partial(_link, lowering.target.machine))
-            return replace(lowering, library=path.read_bytes(), memory=compiled.memory)
+            executable.export_library(str(path), fcompile=partial(_link, lowering.target.machine))
+            return replace(lowering, library=path.read_bytes(), memory=memory)
     except (RuntimeError, OSError) as error:
         raise _failure(error) from error
 
 
-def compile_module(lowering: Lowering, mode: Literal["compiled", "bytecode"]) -> Compiled:
-    """The relax executable, its main function as machine code or as bytecode, which can be profiled.
+def compile_module(lowering: Lowering, mode: Literal["compiled", "bytecode"]) -> tuple[Any, MemoryPlan]:
+    """The relax executable, its main function as machine code or as bytecode, which can be profiled; and its memory.
 
     Raises:
         BackendError: TVM refuses.
     """
     target = tvm_target(lowering.target)
-    planned: list[tuple[MemoryPlan, Direct | None]] = []
+    plans: list[MemoryPlan] = []
 
     @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]  # TVM has no types
     def lower(module: Any, context: object) -> Any:
@@ -102,14 +87,14 @@ def compile_module(lowering: Lowering, mode: Literal["compiled", "bytecode"]) ->
             direct = direct_function(module) if mode == "compiled" else None
             if direct is not None:
                 module[direct.name] = direct.function
-            planned.append((plan, direct))
+            plans.append(plan)
             for stage in _AFTER_PLAN:
                 module = stage()(module)
             return _R.AttachGlobalSymbol()(_mend_shape_functions(module))
 
     try:
         with tvm.transform.PassContext(config=_CONFIG, disabled_pass=NOT_FOR_KERNELS):
-            return Compiled(relax.build(lowering.module, target, relax_pipeline=lower, exec_mode=mode), *planned[-1])
+            return relax.build(lowering.module, target, relax_pipeline=lower, exec_mode=mode), plans[-1]
     except (RuntimeError, ValueError, TypeError) as error:
         raise _failure(error) from error
 

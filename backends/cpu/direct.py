@@ -81,9 +81,10 @@ class _Writer:
         own = len(set(self.outputs)) == len(self.outputs) and all(
             is_call(self.values.get(o), _ALONE) for o in self.outputs
         )
-        plain = all(isinstance(d, tirx.IntImm | tirx.Var) for i in self.inputs for d in _dims(i.ty))
+        if not own or not all(isinstance(d, tirx.IntImm | tirx.Var) for i in self.inputs for d in _dims(i.ty)):
+            return False
         small = sum(_least_bytes(v.ty) for v in (*self.inputs, *self.results)) <= SMALL_CALL
-        return own and plain and small and all(self._knows(b, b.value) for b in self.bindings)
+        return small and all(self._knows(b, b.value) for b in self.bindings)
 
     def _knows(self, binding: Any, value: Any) -> bool:
         if isinstance(binding, relax.MatchCast):
@@ -99,7 +100,7 @@ class _Writer:
         return isinstance(value, relax.Var | relax.Tuple) or is_call(value, _IN_STORAGE) or is_call(value, _VIEW)
 
     def write(self) -> Direct:
-        """The function, and how its outputs are aligned."""
+        """The function."""
         known = len(self.weights.ty.fields) + len(self.workspace.ty.fields)
         name = DIRECT if any(_shares_work(self.module[k.op]) for k in self.kernels) else DIRECT_ALONE
         with IRBuilder() as builder, B.prim_func(is_private=False, s_tir=True):

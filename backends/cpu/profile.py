@@ -81,10 +81,10 @@ class Profiler:
 
     def __init__(self, lowering: Lowering, inputs: Sequence[NDArray[Any]]) -> None:
         self._lowering = lowering
-        compiled = compile_module(lowering, "bytecode")
-        self._machine = relax.VirtualMachine(compiled.executable, tvm.cpu())
+        executable, memory = compile_module(lowering, "bytecode")
+        self._machine = relax.VirtualMachine(executable, tvm.cpu())
         weights = [tvm.runtime.tensor(np.ascontiguousarray(w)) for w in lowering.weights.values()]
-        workspace = [tvm.runtime.from_dlpack(x) for x in workspace_arrays(compiled.memory.workspace)]
+        workspace = [tvm.runtime.from_dlpack(x) for x in workspace_arrays(memory.workspace)]
         self._arguments = [*(tvm.runtime.tensor(x) for x in inputs), *map(tvm.runtime.convert, (weights, workspace))]
         kinds = ("float32", "int8", *(["bfloat16"] if lowering.target.bfloat16 else []))
         self._peaks = {kind: peak(lowering.target, kind) for kind in kinds}

@@ -123,10 +123,10 @@ class _Body:
         v, blocks = self.v, self.blocks
 
         def square(group: Expression) -> None:
-            first = B.Bind(row * self.plan.inputs + tirx.min(group * BLOCK, blocks - BLOCK))
-            read = [B.Bind(v.load(self.x, first + i * blocks)) for i in range(BLOCK)]
+            first = B.Bind(tirx.min(group * BLOCK, blocks - BLOCK))
+            read = [B.Bind(v.load(self.x, row * self.plan.inputs + first + i * blocks)) for i in range(BLOCK)]
             for i, block in enumerate(v.transpose(read)):
-                v.store(self.room, (first + i) * BLOCK, block)
+                v.store(self.room, (row * blocks + first + i) * BLOCK, block)
 
         serial(-(-blocks // BLOCK), square)
 

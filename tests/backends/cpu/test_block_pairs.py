@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from regions import assert_kernel_equals_reference, make_region
 
+from mcc import ops
 from mcc.backends.cpu.kernels.block_pairs import BLOCK, BLOCK_BITS, TOGETHER, BlockPairs, pack_pairs
+from mcc.backends.cpu.kernels.sparse_rows import SparseRows
+from mcc.backends.kernel import SparseArrays, StoredWeight
+from mcc.target import missing_features, parse_target
+
+TARGET = parse_target("cpu:avx512vnni")
 
 
 def unpacked(steps: BlockPairs, inputs: int) -> np.ndarray:
@@ -79,3 +86,18 @@ def test_steps_that_touch_blocks_of_their_own_stand_with_steps_of_zeros():
     steps = pack_pairs(weight)
     np.testing.assert_array_equal(unpacked(steps, 64), weight)
     assert len(steps.blocks) * 2 == TOGETHER
+
+
+@pytest.mark.skipif(bool(missing_features(TARGET)), reason="this CPU permutes no two registers")
+@pytest.mark.parametrize("rows", [1, 2, 3, 6])
+@pytest.mark.parametrize("inputs", [512, 528, 784])
+def test_rows_whose_blocks_are_inputs_apart(rows, inputs):
+    weight = sparse(50, inputs, 0.3, 3)
+    for output, row in enumerate(weight):
+        row[: 9 * output], row[9 * output + 64 :] = 0, 0
+    assert pack_pairs(np.pad(weight, ((0, 14), (0, 0)))).apart
+    kept = weight != 0
+    pointers = np.array([0, *kept.sum(1).cumsum()], np.int32)
+    arrays = SparseArrays(weight[kept], np.nonzero(kept)[1].astype(np.uint16), pointers)
+    region = make_region(ops.LINEAR, (rows, inputs), StoredWeight("w", weight.shape, None, arrays, None), ())
+    assert_kernel_equals_reference(SparseRows(), region, TARGET, f"{rows}x1", [(rows, inputs)])

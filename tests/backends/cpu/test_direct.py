@@ -12,6 +12,7 @@ from torch import nn
 import mcc
 from mcc.artifact import SMALL_CALL
 from mcc.errors import ArtifactError
+from mcc.small_calls import MOST_SHAPES
 
 QUICK = {"measure": "never", "tuning": "model"}
 
@@ -127,3 +128,42 @@ def test_outputs_that_are_an_input_or_another_output_have_memory_of_their_own():
         np.testing.assert_array_equal(doubled.reshape(-1), flat)
         np.testing.assert_array_equal(same, x)
         assert not any(np.shares_memory(a, b) for a, b in ((doubled, flat), (same, x)))
+
+
+def test_outputs_without_dims_are_arrays_of_their_own():
+    class Sums(nn.Module):
+        def forward(self, x):
+            return x.sum(), x.amax(), x
+
+    artifact = mcc.compile(Sums().eval(), (torch.randn(4, 8),), **QUICK)
+    xs = np.random.default_rng(0).standard_normal((50, 4, 8)).astype(np.float32)
+    kept = [artifact(x)[:2] for x in xs]
+    for (total, largest), x in zip(kept, xs, strict=True):
+        np.testing.assert_allclose(total, x.sum(), rtol=1e-4, atol=1e-5)
+        assert largest == x.max()
+    assert kept[1][0].shape == ()
+
+
+def test_outputs_are_never_written_again_and_are_the_callers():
+    artifact = linear(16, 4)
+    xs = np.random.default_rng(1).standard_normal((100, 3, 16)).astype(np.float32)
+    first = artifact(xs[0])
+    first.shape = (12,)
+    kept = [artifact(x) for x in xs]
+    expected = [y.copy() for y in kept]
+    kept[7][...] = 0
+    for i, (y, e) in enumerate(zip(kept, expected, strict=True)):
+        assert y.shape == (3, 4)
+        assert i == 7 or np.array_equal(y, e)
+    np.testing.assert_array_equal(first.reshape(3, 4), expected[0])
+
+
+def test_shapes_that_are_not_small_leave_room_for_those_that_are():
+    artifact = linear(32, 32)
+    for extra in range(MOST_SHAPES + 5):
+        artifact(np.ones((SMALL_CALL // 128 + extra, 32), np.float32))
+    artifact(np.ones((5, 32), np.float32))
+    assert ((5, 32),) in straight(artifact)
+    for batch in range(1, 2 * MOST_SHAPES):
+        assert artifact(np.ones((batch, 32), np.float32)).shape == (batch, 32)
+    assert len(straight(artifact)) == MOST_SHAPES
