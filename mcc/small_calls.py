@@ -107,8 +107,8 @@ class SmallCalls:
                 return
         if len(self._known) >= MOST_SHAPES:
             return
-        free: list[Context] = []
-        self._known[shapes] = free, [(output.shape, output.dtype) for output in outputs]
+        kinds = [(output.shape, output.dtype) for output in outputs]
+        free, _ = self._known.setdefault(shapes, ([], kinds))  # another thread may have remembered them
         if len(shapes) == 1:
             self._free_of_one[shapes[0]] = free
 
