@@ -24,7 +24,7 @@ from mcc.backends.cpu.microkernel import product
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# some hundred kernels: TVM and LLVM take longer by the square of them, and beyond 1,000 bindings TVM overflows its stack
+# some hundred kernels: TVM and LLVM take longer by their square, and beyond 1,000 bindings TVM overflows its stack
 MOST_BINDINGS = 600
 _STORAGE, _IN_STORAGE = "relax.memory.alloc_storage", "relax.memory.alloc_tensor"
 _HOLD_STATEMENTS = ("body", "block", "init", "then_case", "else_case")
