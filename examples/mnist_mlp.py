@@ -220,6 +220,23 @@ def check_without_torch(path: Path, digits: Digits) -> None:
         raise SystemExit("the torch-free process computed something else")
 
 
+def saved_and_loaded(artifacts: dict[int, mcc.Artifact], path: Path) -> dict[tuple[int, int], Engine]:
+    """An engine for each call: the artifact for its batch, saved and loaded again; the one for a single image beside."""
+    paths = {batch: path if batch > 1 else path.with_stem(f"{path.stem}_for_one") for batch in artifacts}
+    for batch, artifact in artifacts.items():
+        artifact.save(paths[batch])
+    return {(batch, threads): mcc.load(paths[batch], threads=threads) for batch, threads in CALLS}
+
+
+def ratios(slower: dict[tuple[int, int], Timing], faster: dict[tuple[int, int], Timing]) -> str:
+    """How many times as fast one engine is as another on one thread, by medians and by minima."""
+    texts = []
+    for batch in BATCHES:
+        a, b = slower[batch, 1], faster[batch, 1]
+        texts.append(f"{a.median_ms / b.median_ms:.2f} ({a.min_ms / b.min_ms:.2f}) at batch {batch}")
+    return " and ".join(texts)
+
+
 def main() -> None:
     """Train, compress, compile, save, load, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -254,10 +271,7 @@ def main() -> None:
         )
         artifact, for_one = mcc.compile(compressed), mcc.compile(compressed.fixed(example[0][:1]))
         path = options.out / f"{name.removeprefix('mcc ').replace(' % ', '_').replace(' %', '').replace(' ', '_')}.mcc"
-        paths = {1: path.with_stem(f"{path.stem}_for_one"), 64: path}
-        artifact.save(path)
-        for_one.save(paths[1])
-        engines[name] = {(b, t): mcc.load(paths[b], threads=t) for b, t in CALLS}
+        engines[name] = saved_and_loaded({1: for_one, 64: artifact}, path)
         facts[name] = (nonzeros(artifact), path.stat().st_size, accuracy(engines[name][64, 1], digits))
         text = "; ".join(map(str, passes)) or "none"
         console.print(f"{name}: passes {text}; weights {stored_weights(artifact):,} bytes; saved as {path}")
@@ -270,9 +284,7 @@ def main() -> None:
         ("ONNX Runtime fp32", "mcc dense fp32"), ("ONNX Runtime fp32", "mcc pruned 90 %"),
         ("mcc dense fp32", "mcc pruned 90 %"),
     ):  # fmt: skip
-        ratios = (timings[peer][batch, 1].median_ms / timings[name][batch, 1].median_ms for batch in BATCHES)
-        text = " and ".join(f"{ratio:.2f} at batch {batch}" for ratio, batch in zip(ratios, BATCHES, strict=True))
-        console.print(f"{name}: times as fast as {peer} on one thread: {text} (medians)")
+        console.print(f"{name}: times as fast as {peer} on one thread: {ratios(timings[peer], timings[name])}")
     console.print(f"target {mcc.parse_target('cpu')}; {time.perf_counter() - started:.0f} s in all")
 
 
