@@ -221,7 +221,7 @@ def check_without_torch(path: Path, digits: Digits) -> None:
 
 
 def saved_and_loaded(artifacts: dict[int, mcc.Artifact], path: Path) -> dict[tuple[int, int], Engine]:
-    """An engine for each call: the artifact for its batch, saved and loaded again; the one for a single image beside."""
+    """An engine for each call: the artifact for its batch, saved and loaded again."""
     paths = {batch: path if batch > 1 else path.with_stem(f"{path.stem}_for_one") for batch in artifacts}
     for batch, artifact in artifacts.items():
         artifact.save(paths[batch])
