@@ -220,6 +220,11 @@ def check_without_torch(path: Path, digits: Digits) -> None:
         raise SystemExit("the torch-free process computed something else")
 
 
+def for_any_batch(engines: dict[int, Engine]) -> dict[tuple[int, int], Engine]:
+    """Engines by their threads, as those of each call."""
+    return {(batch, threads): engines[threads] for batch, threads in CALLS}
+
+
 def saved_and_loaded(artifacts: dict[int, mcc.Artifact], path: Path) -> dict[tuple[int, int], Engine]:
     """An engine for each call: the artifact for its batch, saved and loaded again."""
     paths = {batch: path if batch > 1 else path.with_stem(f"{path.stem}_for_one") for batch in artifacts}
@@ -255,9 +260,9 @@ def main() -> None:
     proto = onnx_model(network)
     proto_bytes = proto.ByteSize()  # ONNX Runtime's quantizer moves the weights out of the model it is given
     engines: dict[str, dict[tuple[int, int], Engine]] = {"torch eager": dict.fromkeys(CALLS, network)}
-    engines["ONNX Runtime fp32"] = {(b, t): onnxruntime_engine(proto, t) for b, t in CALLS}
+    engines["ONNX Runtime fp32"] = for_any_batch({t: onnxruntime_engine(proto, t) for t in THREADS})
     int8 = onnxruntime_int8(proto, digits, options.out)
-    engines["ONNX Runtime int8"] = {(b, t): onnxruntime_engine(int8, t) for b, t in CALLS}
+    engines["ONNX Runtime int8"] = for_any_batch({t: onnxruntime_engine(int8, t) for t in THREADS})
     facts: dict[str, tuple[int, int, float]] = {
         "torch eager": (sum(p.numel() for p in network.parameters()), 0, accuracy(network, digits)),
         "ONNX Runtime fp32": (235_146, proto_bytes, accuracy(as_torch(engines["ONNX Runtime fp32"][1, 1]), digits)),

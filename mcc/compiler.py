@@ -234,7 +234,7 @@ def compress(  # noqa: PLR0913 (as of `compile`)
     steps, given = resolve_passes(passes), data or Data()
     pipeline = Pipeline(steps, Options(target).resolved_target, given, seed, verify)
     pipeline.check()
-    if isinstance(model, torch.nn.Module) and not (example_inputs or keyword_inputs or isinstance(model, Graph)):
+    if isinstance(model, torch.nn.Module) and not (example_inputs or keyword_inputs):
         raise CaptureError("a module is captured with example inputs", remedy="give mcc.compress(model, (x,), …)")
     graph, flat = _captured(model, example_inputs, dict(keyword_inputs or {}), dynamic_shapes, verify=verify)
     with progress_display() as progress:

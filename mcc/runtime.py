@@ -235,12 +235,11 @@ class Artifact:
         arrays, shapes = [], []
         for value, check in zip(tensors, self._checks):  # noqa: B905 (their number is checked; strict costs 0.2 us)
             array = value
-            if type(value) is not np.ndarray or value.dtype is not check.dtype or not value.flags.carray:
+            plain = type(value) is np.ndarray and value.dtype is check.dtype and value.flags.carray and value.size
+            if not plain or check.aligned:
                 if isinstance(value, dict | list | tuple):
                     return self(*_leaves(tensors))
                 array, foreign = self._readable(value, check, foreign, tensors)
-            elif check.aligned or not value.size:
-                array = aligned(value, check.alignment)
             arrays.append(array)
             shapes.append(array.shape)
         try:

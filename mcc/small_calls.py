@@ -89,7 +89,6 @@ class SmallCalls:
     def __init__(self, library: Library) -> None:
         self._library = library
         self._known: dict[tuple[Shape, ...], tuple[list[Context], Sequence[Kind]]] = {}
-        self._free_of_one: dict[Shape, list[Context]] = {}
 
     @property
     def shapes(self) -> list[tuple[Shape, ...]]:
@@ -108,9 +107,7 @@ class SmallCalls:
         if len(self._known) >= MOST_SHAPES:
             return
         kinds = [(output.shape, output.dtype) for output in outputs]
-        free, _ = self._known.setdefault(shapes, ([], kinds))  # another thread may have remembered them
-        if len(shapes) == 1:
-            self._free_of_one[shapes[0]] = free
+        self._known.setdefault(shapes, ([], kinds))  # another thread may have remembered them
 
     def call(self, arrays: Sequence[NDArray[Any]], shapes: tuple[Shape, ...]) -> Sequence[NDArray[Any]] | None:
         """The outputs for contiguous inputs of the right types; None where such a call is not known to be small."""
@@ -140,9 +137,9 @@ class SmallCalls:
         It does nothing that the general way does not, in a third of its time, which counts beside a small network: all
         that it reads are local names.
         """
-        array, free_of, alone = np.ndarray, self._free_of_one.get, self._library.alone
+        array, known_of, alone = np.ndarray, self._known.get, self._library.alone
         run, use_threads = self._library.run, self._library.use_threads
-        last: tuple[Shape, list[Context]] | tuple[None, None] = (None, None)
+        last: tuple[Shape | None, list[Context]] = None, []
 
         def call(value: Any) -> NDArray[Any] | None:
             nonlocal last
@@ -150,9 +147,11 @@ class SmallCalls:
                 return None
             shape, free = last
             if value.shape != shape:  # to find it takes longer than to compare it
-                free = free_of(value.shape)
-                if free is not None:
-                    last = value.shape, free
+                known = known_of((value.shape,))
+                if known is None:
+                    return None
+                free, _ = known
+                last = value.shape, free
             if not free or not value.flags.carray:
                 return None
             if not alone:

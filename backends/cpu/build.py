@@ -86,7 +86,7 @@ def compile_module(lowering: Lowering, mode: Literal["compiled", "bytecode"]) ->
             module, plan = plan_memory(module)
             direct = direct_function(module) if mode == "compiled" else None
             if direct is not None:
-                module[direct.name] = direct.function
+                module[direct.attrs["global_symbol"]] = direct
             plans.append(plan)
             for stage in _AFTER_PLAN:
                 module = stage()(module)

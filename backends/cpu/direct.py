@@ -8,7 +8,6 @@ and a table of where weights, workspace and outputs lie, and calls one kernel af
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import tvm
@@ -18,7 +17,7 @@ from tvm.ir import PointerType, PrimType
 from tvm.script.ir_builder import IRBuilder
 
 from mcc.artifact import ALIGNMENT, DIRECT, DIRECT_ALONE, SMALL_CALL
-from mcc.backends.cpu.memory_plan import is_call, is_kernel
+from mcc.backends.cpu.memory_plan import IN_STORAGE, STORAGE, bindings_of, is_call, is_kernel
 from mcc.backends.cpu.microkernel import product
 
 if TYPE_CHECKING:
@@ -26,29 +25,18 @@ if TYPE_CHECKING:
 
 # some hundred kernels: TVM and LLVM take longer by their square, and beyond 1,000 bindings TVM overflows its stack
 MOST_BINDINGS = 600
-_STORAGE, _IN_STORAGE = "relax.memory.alloc_storage", "relax.memory.alloc_tensor"
 _HOLD_STATEMENTS = ("body", "block", "init", "then_case", "else_case")
 _ALONE, _VIEW = "relax.builtin.alloc_tensor", "relax.reshape"
 
 
-@dataclass(frozen=True)
-class Direct:
-    """The function.
+def direct_function(module: tvm.IRModule) -> tirx.PrimFunc | None:
+    """What `main`, its memory planned, does besides checks; None where calls are large or it does more than that.
 
-    Attributes:
-        name: that says whether its kernels use several threads.
-        function: of inputs, the number of the call's outputs in their slabs, and a table of addresses: int64, of all
-            weights, then of all of the workspace, then of a slab for each output.
+    It takes inputs, the number of the call's outputs in their slabs, and a table of addresses: int64, of all weights,
+    then of all of the workspace, then of a slab for each output. Its name says whether its kernels use several threads.
     """
-
-    name: str
-    function: tirx.PrimFunc
-
-
-def direct_function(module: tvm.IRModule) -> Direct | None:
-    """What `main`, its memory planned, does besides checks; None where calls are large or it does more than that."""
     main = module["main"]
-    bindings = [binding for block in main.body.blocks for binding in block.bindings]
+    bindings = bindings_of(main)
     writer = _Writer(module, main, bindings)
     return writer.write() if len(bindings) <= MOST_BINDINGS and writer.can() else None
 
@@ -94,11 +82,11 @@ class _Writer:
             return all(isinstance(a, relax.Var) for a in value.args)
         if is_call(value, _ALONE):
             return binding.var in set(self.outputs)
-        if is_call(value, _STORAGE):  # one of fixed size would lie on the stack, less aligned
+        if is_call(value, STORAGE):  # one of fixed size would lie on the stack, less aligned
             return not isinstance(value.args[0].values[0], tirx.IntImm)
-        return isinstance(value, relax.Var | relax.Tuple) or is_call(value, _IN_STORAGE) or is_call(value, _VIEW)
+        return isinstance(value, relax.Var | relax.Tuple) or is_call(value, IN_STORAGE) or is_call(value, _VIEW)
 
-    def write(self) -> Direct:
+    def write(self) -> tirx.PrimFunc:
         """The function."""
         known = len(self.weights.ty.fields) + len(self.workspace.ty.fields)
         name = DIRECT if any(_shares_work(self.module[k.op]) for k in self.kernels) else DIRECT_ALONE
@@ -117,7 +105,7 @@ class _Writer:
                     self.buffers[variable] = _at(slab + number * _slab_bytes(variable.ty), variable.ty)
                 for binding in self.bindings:
                     self._bind(binding.var, binding.value, table)
-        return Direct(name, builder.get())
+        return builder.get()
 
     def _bind(self, variable: Any, value: Any, table: Any) -> None:
         if isinstance(value, relax.Tuple) or is_call(value, _ALONE):
@@ -131,10 +119,10 @@ class _Writer:
         elif isinstance(value, relax.TupleGetItem):
             first = 0 if value.tuple_value.same_as(self.weights) else len(self.weights.ty.fields)
             self.buffers[variable] = _at(table[first + value.index], variable.ty)
-        elif is_call(value, _STORAGE):
+        elif is_call(value, STORAGE):
             self.buffers[variable] = B.alloc_buffer(tuple(value.args[0].values), "uint8", layout=None)
         else:
-            self.buffers[variable] = _seen_as(self.buffers[value.args[0]], variable.ty)
+            self.buffers[variable] = _seen_as(self.buffers[value.args[0]].data, variable.ty)
 
 
 def _shares_work(statement: Any) -> bool:
@@ -153,16 +141,15 @@ def _buffer(kind: Any) -> Any:
     return B.buffer(_dims(kind), str(kind.dtype), layout=None)
 
 
-def _seen_as(buffer: Any, kind: Any) -> Any:
-    """The memory of a buffer, as a tensor of that type."""
-    return B.decl_buffer(_dims(kind), str(kind.dtype), data=buffer.data, layout=None)
+def _seen_as(data: Any, kind: Any) -> Any:
+    """What a pointer points to, as a tensor of that type."""
+    return B.decl_buffer(_dims(kind), str(kind.dtype), data=data, layout=None)
 
 
 def _at(address: Any, kind: Any) -> Any:
     """The memory at an address, as a tensor of that type."""
     pointer = PointerType(PrimType(str(kind.dtype)), "global")
-    data = B.Bind(tirx.reinterpret(pointer, address))
-    return B.decl_buffer(_dims(kind), str(kind.dtype), data=data, layout=None)
+    return _seen_as(B.Bind(tirx.reinterpret(pointer, address)), kind)
 
 
 def _slab_bytes(kind: Any) -> Any:

@@ -21,7 +21,7 @@ from mcc.artifact import ALIGNMENT, PLACED, Place, Workspace
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_STORAGE, _TENSOR = "relax.memory.alloc_storage", "relax.memory.alloc_tensor"
+STORAGE, IN_STORAGE = "relax.memory.alloc_storage", "relax.memory.alloc_tensor"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ _ORDERS: tuple[Callable[[_Tensor], tuple[int, ...]], ...] = (
 def plan_memory(module: tvm.IRModule) -> tuple[tvm.IRModule, MemoryPlan]:
     """Let `main` take a workspace as its last argument, and its activations lie in that."""
     main = module["main"]
-    bindings = [binding for block in main.body.blocks for binding in block.bindings]
+    bindings = bindings_of(main)
     tensors = _tensors(bindings, main.body.body)
     inside = [t for t in tensors if t.last < len(bindings)]
     offsets = min((_placed(sorted(inside, key=order)) for order in _ORDERS), key=lambda o: _end(inside, o))
@@ -96,9 +96,9 @@ def _tensors(bindings: Sequence[Any], result: Any) -> list[_Tensor]:
     held: dict[Any, set[Any]] = {}  # the activations that a variable may be
     for at, binding in enumerate(bindings):
         value = binding.value
-        if is_call(value, _STORAGE):
+        if is_call(value, STORAGE):
             continue
-        if is_call(value, _TENSOR):
+        if is_call(value, IN_STORAGE):
             shape, dtype = _fixed(value.args[2]), str(value.args[3].value)
             if shape is not None and dtype in PLACED:
                 size = math.prod(shape) * int(tvm.DataType(dtype).itemsize)
@@ -113,6 +113,11 @@ def _tensors(bindings: Sequence[Any], result: Any) -> list[_Tensor]:
     for variable in set().union(*(held.get(v, set()) for v in _variables(result))):
         found[variable].last = len(bindings)
     return list(found.values())
+
+
+def bindings_of(function: relax.Function) -> list[Any]:
+    """All bindings of a function, in order."""
+    return [binding for block in function.body.blocks for binding in block.bindings]
 
 
 def is_call(value: Any, name: str) -> bool:
@@ -162,10 +167,10 @@ def _rewritten(main: Any, bindings: Sequence[Any], inside: Sequence[_Tensor]) ->
     """The function with a workspace, and without the storages that it no longer needs."""
     places = {t.variable: i for i, t in enumerate(inside)}
     workspace = relax.Var("workspace", relax.TupleType([relax.TensorType(t.shape, t.dtype) for t in inside]))
-    kept = {b.value.args[0] for b in bindings if is_call(b.value, _TENSOR) and b.var not in places}
+    kept = {b.value.args[0] for b in bindings if is_call(b.value, IN_STORAGE) and b.var not in places}
     placed: list[Any] = []
     for binding in bindings:
-        if is_call(binding.value, _STORAGE) and binding.var not in kept:
+        if is_call(binding.value, STORAGE) and binding.var not in kept:
             continue
         if binding.var in places:
             binding = relax.VarBinding(binding.var, relax.TupleGetItem(workspace, places[binding.var]))

@@ -122,13 +122,15 @@ class Classified:
 
     def compare(self) -> None:
         """Print of each list of passes and each engine what only one of them has right."""
-        columns = ("right where the other is wrong", "wrong where the other is right", "p")
-        rows = (
-            (f"{ours} beside {theirs}", _sign_test(found == self.labels, other == self.labels))
-            for ours, found in self.ours.items()
-            for theirs, other in self.theirs.items()
-        )
-        table("Answers that only one of two has right", columns, rows)
+        ours, theirs = ({k: v == self.labels for k, v in part.items()} for part in (self.ours, self.theirs))
+        compare("Answers that only one of two has right", ours, theirs)
+
+
+def compare(title: str, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Print of each two what only one of them has right, given which answers are."""
+    columns = ("right where the other is wrong", "wrong where the other is right", "p")
+    rows = ((f"{a} beside {b}", _sign_test(ours[a], theirs[b])) for a in ours for b in theirs)
+    table(title, columns, rows)
 
 
 def _sign_test(ours: Tensor, theirs: Tensor) -> tuple[str, str, str]:
@@ -194,11 +196,9 @@ def several_networks(data: Path, options: argparse.Namespace) -> None:
     all_right = {name: torch.cat(parts) for name, parts in right.items()}
     means = ((name, (f"{100 * float(part.double().mean()):.2f} %",)) for name, part in all_right.items())
     table(f"Mean of {options.networks} networks", ("top-1",), means)
-    ours = [name for name in all_right if name.startswith("`")]
-    columns = ("right where the other is wrong", "wrong where the other is right", "p")
-    pairs = [(mine, other) for mine in ours for other in all_right if other not in ours]
-    compared = ((f"{a} beside {b}", _sign_test(all_right[a], all_right[b])) for a, b in pairs)
-    table("All their answers that only one of two has right", columns, compared)
+    ours = {name: part for name, part in all_right.items() if name in found.ours}
+    theirs = {name: part for name, part in all_right.items() if name not in found.ours}
+    compare("All their answers that only one of two has right", ours, theirs)
 
 
 def _trained_on(model: nn.Module, batches: Augmented, seed: int) -> nn.Module:
