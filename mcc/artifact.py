@@ -32,6 +32,9 @@ ALIGNMENT = 64
 DIRECT, DIRECT_ALONE = "direct", "direct_alone"
 """The library's function that runs a small call without TVM's virtual machine, where it has one; the second name says
 that none of its kernels uses several threads."""
+ARRAY_ADDRESS = 16
+"""Bytes from the beginning of a numpy array, the object, to the address of its values: the first field of numpy's C
+interface, behind CPython's header of objects. The functions above read it there."""
 SMALL_CALL = 1 << 16
 """Bytes of all inputs and outputs of a call up to which what surrounds its kernels counts."""
 MANIFEST, WEIGHTS, LIBRARY = "manifest.json", "weights.safetensors", "library.so"

@@ -30,7 +30,7 @@ from mcc.artifact import (
 from mcc.errors import ArtifactError
 from mcc.memory import aligned, workspace_arrays
 from mcc.report import Report
-from mcc.small_calls import Library, SmallCalls
+from mcc.small_calls import Library, SmallCalls, arrays_tell_addresses
 from mcc.target import host_features
 from mcc.tvm_runtime import load_runtime, pool, tvm_ffi_module
 
@@ -162,11 +162,15 @@ class Artifact:
         module = library["vm_load_executable"]()
         module["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
         names = [name for name in (DIRECT_ALONE, DIRECT) if library.implements_function(name, True)]
-        if not names:
+        if not names or not arrays_tell_addresses():
             return module["main"], None
+        manifest = self._contents.manifest
+        dims = [
+            (i, axis) for i, s in enumerate(manifest.inputs) for axis, d in enumerate(s.shape) if isinstance(d, str)
+        ]
         parts = Library(
             library.get_function(names[0], True), names[0] == DIRECT_ALONE, partial(self._pool.use, self.threads),
-            weights, partial(_new_places, self._contents.manifest.workspace), self._ffi.from_dlpack,
+            weights, partial(_new_places, manifest.workspace), self._ffi.from_dlpack, dims,
         )  # fmt: skip
         return module["main"], SmallCalls(parts)
 

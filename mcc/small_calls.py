@@ -2,19 +2,21 @@
 
 What a call through TVM's virtual machine costs beside its kernels is as much as a small network takes, and most of it
 is equal for all calls of equal shapes: what is checked, and where weights, activations and outputs lie. Here that is
-kept, in a table of addresses that the library's function reads. Outputs come in slabs, of which each call takes the
-next, so that a call hands over one number for all of them.
+kept, in a table that the library's function reads. Outputs come in slabs, of which each call takes the next, so that
+a call hands over one number for all of them; an input is handed over as the object it is, of which the function reads
+the address that numpy has in it, as any extension of numpy does.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from mcc.artifact import ALIGNMENT, SMALL_CALL
+from mcc.artifact import ALIGNMENT, ARRAY_ADDRESS, SMALL_CALL
 from mcc.memory import room
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 Shape: TypeAlias = tuple[int, ...]
 Kind: TypeAlias = "tuple[Shape, np.dtype[Any]]"
 MOST_SHAPES = 64  # that an artifact remembers
-MOST_OUTPUTS = 32  # of a slab: a caller that keeps one of them keeps them all
+MOST_OUTPUTS = 64  # of a slab: a caller that keeps one of them keeps them all
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Library:
     """What all small calls of an artifact have in common.
 
     Attributes:
-        run: the function, of inputs, the number of the outputs in their slabs, and the table.
+        run: the function, of the `id` of each input, the number of the outputs in their slabs, the table, and the
+            inputs' dims that may vary.
         alone: whether none of its kernels uses several threads.
         use_threads: to be called before it otherwise.
         weights: arrays it reads.
         new_places: makes the arrays of a workspace.
         as_tensor: makes a tensor that it takes of an array.
+        dims: input and axis of each dim that may vary.
     """
 
     run: Callable[..., Any]
@@ -47,35 +51,48 @@ class Library:
     weights: Sequence[NDArray[Any]]
     new_places: Callable[[], Sequence[NDArray[Any]]]
     as_tensor: Callable[[NDArray[Any]], Any]
+    dims: Sequence[tuple[int, int]]
+
+
+def arrays_tell_addresses() -> bool:
+    """Whether arrays are laid out as CPython and numpy lay them out, so that there can be small calls."""
+    array = np.empty(1)
+    return ctypes.c_int64.from_address(id(array) + ARRAY_ADDRESS).value == array.ctypes.data
 
 
 class Context:
     """What one call at a time of given shapes works with.
 
     Attributes:
-        table: where weights, activations and slabs lie, as the library takes it.
+        rest: what the library takes behind inputs and the outputs' number: the table of where weights, activations and
+            slabs lie, and dims that may vary.
         left: outputs that no call has got yet; the last one's number is how many are before it.
     """
 
-    __slots__ = ("_addresses", "_outputs", "_places", "left", "table")
+    __slots__ = ("_entries", "_places", "_slabs", "left", "rest")
 
-    def __init__(self, library: Library, outputs: Sequence[Kind]) -> None:
-        self._outputs = outputs
+    def __init__(self, library: Library, shapes: tuple[Shape, ...], outputs: Sequence[Kind]) -> None:
         self._places = library.new_places()
+        sizes = [-(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT for shape, dtype in outputs]
+        count = max(1, min(MOST_OUTPUTS, SMALL_CALL // sum(sizes)))
+        self._slabs = [
+            ((count, *shape), dtype, (size, *np.empty(shape, dtype).strides))
+            for (shape, dtype), size in zip(outputs, sizes, strict=True)
+        ]
         addresses = [array.ctypes.data for array in (*library.weights, *self._places)]
-        self._addresses = np.array([*addresses, *[0] * len(outputs)], np.int64)
-        self.table = library.as_tensor(self._addresses)
+        self._entries = np.array([*addresses, *[0] * len(outputs)], np.int64)
+        self.rest = (library.as_tensor(self._entries), *(shapes[i][axis] for i, axis in library.dims))
         self.left: list[tuple[NDArray[Any], ...]] = []
 
     def refill(self) -> None:
         """Make new slabs."""
-        sizes = [-(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT for shape, dtype in self._outputs]
-        count = max(1, min(MOST_OUTPUTS, SMALL_CALL // sum(sizes)))
         slabs = []
-        for i, ((shape, dtype), size) in enumerate(zip(self._outputs, sizes, strict=True), -len(sizes)):
-            memory = room(count * size)
-            self._addresses[i] = memory.ctypes.data
-            slabs.append([np.ndarray(shape, dtype, memory, start) for start in range(0, count * size, size)])
+        for i, (shape, dtype, strides) in enumerate(self._slabs, -len(self._slabs)):
+            memory = room(shape[0] * strides[0])
+            self._entries[i] = memory.ctypes.data
+            rows = np.ndarray(shape, dtype, memory, 0, strides)
+            # of an array with one dim, the elements are no arrays
+            slabs.append(list(rows) if rows.ndim > 1 else [rows[k, ...] for k in range(len(rows))])
         self.left = list(zip(*slabs, strict=True))
 
 
@@ -121,12 +138,12 @@ class SmallCalls:
         try:
             context = free.pop()
         except IndexError:  # as many are made as there are calls at once
-            context = Context(library, outputs_like)
+            context = Context(library, shapes, outputs_like)
         try:
             if not context.left:
                 context.refill()
             outputs = context.left.pop()
-            library.run(*arrays, len(context.left), context.table)
+            library.run(*map(id, arrays), len(context.left), *context.rest)
         finally:
             free.append(context)
         return outputs
@@ -166,7 +183,7 @@ class SmallCalls:
                     context.refill()
                     left = context.left
                 (output,) = left.pop()
-                run(value, len(left), context.table)
+                run(id(value), len(left), *context.rest)
             except (RuntimeError, MemoryError):  # the general way says why
                 return None
             finally:

@@ -20,7 +20,9 @@ from mcc.spec import parse_passes
 from mcc.target import parse_target
 
 sys.path.insert(0, str(Path(__file__).parent))
-settings.register_profile("mcc", deadline=None)  # a first call compiles or imports
+# a first call compiles or imports; a run says the same of the same code, and `--hypothesis-profile search` looks further
+settings.register_profile("mcc", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None)
 settings.load_profile("mcc")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores: more threads than those wait for each other

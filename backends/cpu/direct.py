@@ -2,7 +2,8 @@
 
 The machine makes a call's outputs, checks its inputs and looks up weights, which takes a microsecond and more, as long
 as a small network itself. The caller can do that once for all calls of equal shapes. So this function takes inputs
-and a table of where weights, workspace and outputs lie, and calls one kernel after the other. See mcc/small_calls.py.
+and a table of where weights, workspace and outputs lie, and calls one kernel after the other. Inputs
+are numbers to it, which cost least to hand over. See mcc/small_calls.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tvm import relax, tirx
 from tvm.ir import PointerType, PrimType
 from tvm.script.ir_builder import IRBuilder
 
-from mcc.artifact import ALIGNMENT, DIRECT, DIRECT_ALONE, SMALL_CALL
+from mcc.artifact import ALIGNMENT, ARRAY_ADDRESS, DIRECT, DIRECT_ALONE, SMALL_CALL
 from mcc.backends.cpu.memory_plan import IN_STORAGE, STORAGE, bindings_of, is_call, is_kernel
 from mcc.backends.cpu.microkernel import product
 
@@ -32,8 +33,9 @@ _ALONE, _VIEW = "relax.builtin.alloc_tensor", "relax.reshape"
 def direct_function(module: tvm.IRModule) -> tirx.PrimFunc | None:
     """What `main`, its memory planned, does besides checks; None where calls are large or it does more than that.
 
-    It takes inputs, the number of the call's outputs in their slabs, and a table of addresses: int64, of all weights,
-    then of all of the workspace, then of a slab for each output. Its name says whether its kernels use several threads.
+    It takes where the object of each input lies, the number of the call's outputs in their slabs, a table, and the dims
+    of inputs that may vary. The table has addresses, int64, of all weights, then of all of the workspace, then of a
+    slab for each output. Its name says whether its kernels use several threads.
     """
     main = module["main"]
     bindings = bindings_of(main)
@@ -93,13 +95,15 @@ class _Writer:
         with IRBuilder() as builder, B.prim_func(is_private=False, s_tir=True):
             B.func_name(name)
             B.func_attr({"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True})
-            for i, variable in enumerate(self.inputs):
-                self.buffers[variable] = B.arg(f"input{i}", _buffer(variable.ty))
-            number = B.arg("number", tirx.Var("number", "int64"))
+            names = [*(f"input{i}" for i in range(len(self.inputs))), "number"]
+            *objects, number = (B.arg(name, tirx.Var(name, "int64")) for name in names)
             table = B.arg("table", B.buffer((known + len(self.outputs),), "int64", layout=None))
+            self._add_dims()
             with B.sblock("root"):
                 B.reads([])
                 B.writes([])
+                for variable, place in zip(self.inputs, objects, strict=True):
+                    self.buffers[variable] = _array_of(place, variable.ty)
                 for i, variable in enumerate(self.outputs):
                     slab = B.Bind(table[known + i])
                     self.buffers[variable] = _at(slab + number * _slab_bytes(variable.ty), variable.ty)
@@ -107,12 +111,22 @@ class _Writer:
                     self._bind(binding.var, binding.value, table)
         return builder.get()
 
+    def _add_dims(self) -> None:
+        """Add an argument for every dim of an input that may vary; where one comes again, it is not read."""
+        seen: set[Any] = set()
+        for i, variable in enumerate(self.inputs):
+            for axis, dim in enumerate(_dims(variable.ty)):
+                if isinstance(dim, tirx.Var):
+                    name = f"input{i}_dim{axis}"
+                    B.arg(name, tirx.Var(name, "int64") if dim in seen else dim)
+                    seen.add(dim)
+
     def _bind(self, variable: Any, value: Any, table: Any) -> None:
         if isinstance(value, relax.Tuple) or is_call(value, _ALONE):
             return
         if is_kernel(value):
             none = tirx.reinterpret("handle", tirx.const(0, "uint64"))
-            # an argument that is no tensor is a dim, which the function knows from its inputs
+            # an argument that is no tensor is a dim
             B.evaluate(tirx.call_cpacked(value.op.name_hint, *(self.buffers.get(a, a) for a in value.args), none))
         elif isinstance(value, relax.Var):
             self.buffers[variable] = self.buffers[value]
@@ -137,10 +151,6 @@ def _dims(kind: Any) -> tuple[Any, ...]:
     return tuple(kind.shape.values)
 
 
-def _buffer(kind: Any) -> Any:
-    return B.buffer(_dims(kind), str(kind.dtype), layout=None)
-
-
 def _seen_as(data: Any, kind: Any) -> Any:
     """What a pointer points to, as a tensor of that type."""
     return B.decl_buffer(_dims(kind), str(kind.dtype), data=data, layout=None)
@@ -148,8 +158,17 @@ def _seen_as(data: Any, kind: Any) -> Any:
 
 def _at(address: Any, kind: Any) -> Any:
     """The memory at an address, as a tensor of that type."""
-    pointer = PointerType(PrimType(str(kind.dtype)), "global")
-    return _seen_as(B.Bind(tirx.reinterpret(pointer, address)), kind)
+    return _seen_as(B.Bind(tirx.reinterpret(_pointer(str(kind.dtype)), address)), kind)
+
+
+def _array_of(place: Any, kind: Any) -> Any:
+    """The memory of the numpy array at an address, as a tensor of that type."""
+    data = B.Bind(tirx.reinterpret(_pointer("int64"), place + ARRAY_ADDRESS))
+    return _at(B.decl_buffer((1,), "int64", data=data, layout=None)[0], kind)
+
+
+def _pointer(dtype: str) -> PointerType:
+    return PointerType(PrimType(dtype), "global")
 
 
 def _slab_bytes(kind: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 import mcc
 from mcc.artifact import SMALL_CALL
 from mcc.errors import ArtifactError
-from mcc.small_calls import MOST_SHAPES
+from mcc.small_calls import MOST_SHAPES, arrays_tell_addresses
 
 QUICK = {"measure": "never", "tuning": "model"}
 
@@ -51,6 +51,35 @@ def test_the_second_call_of_a_shape_gives_what_the_first_gave(dims):
             torch.testing.assert_close(
                 torch.from_numpy(third["logits"]), model(*map(torch.from_numpy, (x, -y)))["logits"]
             )
+
+
+def test_dims_of_several_inputs_are_told_apart():
+    class Rows(nn.Module):
+        def forward(self, x, y, z):
+            return x @ y + z, z * 2
+
+    example = torch.randn(3, 5), torch.randn(5, 4), torch.randn(3, 4)
+    dims = ({0: "rows", 1: "inner"}, {0: "inner", 1: "columns"}, {0: "rows", 1: "columns"})
+    artifact = mcc.compile(Rows().eval(), example, dynamic_shapes=dims, **QUICK)
+    for rows, inner, columns in ((3, 5, 4), (7, 2, 6), (2, 7, 5), (7, 2, 6)):
+        random = np.random.default_rng(rows)
+        x, y, z = (
+            random.standard_normal(s).astype(np.float32) for s in ((rows, inner), (inner, columns), (rows, columns))
+        )
+        for _ in range(2):
+            added, doubled = artifact(x, y, z)
+            np.testing.assert_allclose(added, x @ y + z, rtol=1e-4, atol=1e-5)
+            np.testing.assert_array_equal(doubled, z * 2)
+        assert (x.shape, y.shape, z.shape) in straight(artifact)
+
+
+def test_arrays_laid_out_otherwise_go_through_the_machine(monkeypatch):
+    assert arrays_tell_addresses()
+    monkeypatch.setattr("mcc.small_calls.ARRAY_ADDRESS", 8)  # the type of an object
+    assert not arrays_tell_addresses()
+    artifact = linear(32, 32)
+    assert artifact._small is None
+    assert artifact(np.ones((3, 32), np.float32)).shape == (3, 32)
 
 
 def leaves(outputs):
