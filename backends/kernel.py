@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from mcc.fixed_point import LARGEST
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -28,11 +30,14 @@ class QuantizedInput:
         zero_point: of the codes.
         per_token: the kernel reads float32 and makes the codes itself: the largest |x| of a row gets the code
             zero_point + PER_TOKEN_LIMIT. `scale` is 1: that of each row comes on top of it.
+        fraction_bits: values are rescaled as `mcc.fixed_point.rescale` says, to so many bits behind the point; None
+            where they are not.
     """
 
     scale: float
     zero_point: int
     per_token: bool = False
+    fraction_bits: int | None = None
 
 
 PER_TOKEN_LIMIT = 127
@@ -115,7 +120,23 @@ class Scale:
         return "scale"
 
 
-EpilogueStep = Relu | Clamp | Activation | Add | Multiply | Scale | Requantize
+@dataclass(frozen=True, eq=False)
+class Rescale:
+    """x * the factor of its output; comes first, on integers.
+
+    Attributes:
+        factors: float32 [out].
+        fraction_bits: as `mcc.fixed_point.rescale` has it; None for what float32 rounds the product to.
+    """
+
+    factors: NDArray[np.float32]
+    fraction_bits: int | None
+
+    def __str__(self) -> str:
+        return "rescale"
+
+
+EpilogueStep = Relu | Clamp | Activation | Add | Multiply | Scale | Rescale | Requantize
 
 
 def output_dtype(steps: Sequence[EpilogueStep]) -> str:
@@ -290,6 +311,12 @@ class Region:
     rounds: bool = False
 
     @property
+    def rescale(self) -> Rescale | None:
+        """The fixed-point multiplication of the sums, which are integers then, if there is one."""
+        first = self.epilogue[0] if self.epilogue else None
+        return first if isinstance(first, Rescale) else None
+
+    @property
     def joins(self) -> tuple[Join, ...]:
         """The steps that read another value, in order."""
         return tuple(step for step in self.epilogue if isinstance(step, Join))
@@ -379,11 +406,13 @@ def apply_epilogue(
                 values = _FUNCTIONS[name](values.astype(np.float64)).astype(np.float32)
             case Scale(factor):
                 values = values * np.float32(factor)
+            case Rescale(factors, fraction_bits):
+                values = rescaled(values, factors, fraction_bits)
             case Join(_, activation):
                 other = next(others)
                 if activation is not None:
                     codes = other.astype(np.float32) - np.float32(activation.zero_point)
-                    other = codes * np.float32(activation.scale)
+                    other = rescaled(codes, np.float32(activation.scale), activation.fraction_bits)
                 values = values + other if isinstance(step, Add) else values * other
             case Relu():
                 values = np.maximum(values, 0)
@@ -393,6 +422,14 @@ def apply_epilogue(
                 codes = np.rint(values * np.float32(1 / scale)) + zero_point
                 values = np.clip(codes, low, high).astype(np.uint8)
     return values
+
+
+def rescaled(values: NDArray[Any], factors: Any, fraction_bits: int | None) -> NDArray[Any]:
+    """Products as `mcc.fixed_point.rescale` has them, outputs last; None for float32 ones."""
+    if fraction_bits is None:
+        return np.asarray(values * factors)
+    exact = values.astype(np.float64) * np.float64(factors) * 2.0**fraction_bits
+    return np.clip(np.rint(exact) / 2.0**fraction_bits, -LARGEST, LARGEST).astype(np.float32)
 
 
 def to_bfloat16(values: NDArray[Any]) -> NDArray[np.int16]:

@@ -219,7 +219,7 @@ _TABLE = (
         "compression",
         "mcc.fake_quantize mcc.fake_quantize_per_token mcc.quantize mcc.dequantize mcc.decode_sparse mcc.decode_n_of_m "
         "mcc.unpack mcc.decode_codebook mcc.fake_codebook mcc.token_scales mcc.quantize_tokens "
-        "mcc.dequantize_tokens mcc.round_bfloat16 mcc.decode_bfloat16",
+        "mcc.dequantize_tokens mcc.round_bfloat16 mcc.decode_bfloat16 mcc.rescale",
     ),
 )
 
@@ -240,6 +240,7 @@ FAKE_QUANTIZE, QUANTIZE = OPS["mcc.fake_quantize"], OPS["mcc.quantize"]
 FAKE_QUANTIZE_PER_TOKEN = OPS["mcc.fake_quantize_per_token"]
 QUANTIZE_TOKENS, DEQUANTIZE_TOKENS = OPS["mcc.quantize_tokens"], OPS["mcc.dequantize_tokens"]
 FAKE_CODEBOOK, DECODE_CODEBOOK = OPS["mcc.fake_codebook"], OPS["mcc.decode_codebook"]
+RESCALE = OPS["mcc.rescale"]
 ROUND_BFLOAT16, DECODE_BFLOAT16 = OPS["mcc.round_bfloat16"], OPS["mcc.decode_bfloat16"]
 DEQUANTIZE, UNPACK = OPS["mcc.dequantize"], OPS["mcc.unpack"]
 DECODE_SPARSE, DECODE_N_OF_M = OPS["mcc.decode_sparse"], OPS["mcc.decode_n_of_m"]

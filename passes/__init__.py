@@ -10,6 +10,7 @@ from mcc.passes.fold_batch_norm import FoldBatchNorm
 from mcc.passes.fold_constants import FoldConstants
 from mcc.passes.gptq import Gptq
 from mcc.passes.hqq import Hqq
+from mcc.passes.integer_only import IntegerOnly
 from mcc.passes.keep_zeros import KeepZeros
 from mcc.passes.prune_blocks import PruneBlocks
 from mcc.passes.prune_channels import PruneChannels
@@ -32,11 +33,12 @@ PASSES: tuple[type[Pass], ...] = (
     EliminateIdentity, ReestimateBatchNorm, FoldBatchNorm, FoldConstants, KeepZeros, PruneWeights, Rigl, SparseGpt,
     RegularizeChannels, PruneChannels, PruneHeads, PruneNeurons, PruneBlocks, FineTune, EqualizeLayers, SmoothQuant,
     Awq, Gptq, Quantize, AdaRound, CorrectBias, Reconstruct, QuantizeKvCache, QuantizeCodebook, Hqq, RoundBfloat16,
+    IntegerOnly,
 )  # fmt: skip
 
 __all__ = [
     "PASSES", "AdaRound", "Awq", "CorrectBias", "EliminateIdentity", "EqualizeLayers", "FineTune", "FoldBatchNorm",
-    "FoldConstants", "Gptq", "Hqq", "KeepZeros", "PruneBlocks", "PruneChannels", "PruneHeads", "PruneNeurons",
-    "PruneWeights", "Quantize", "QuantizeCodebook", "QuantizeKvCache", "Reconstruct", "ReestimateBatchNorm",
+    "FoldConstants", "Gptq", "Hqq", "IntegerOnly", "KeepZeros", "PruneBlocks", "PruneChannels", "PruneHeads",
+    "PruneNeurons", "PruneWeights", "Quantize", "QuantizeCodebook", "QuantizeKvCache", "Reconstruct", "ReestimateBatchNorm",
     "RegularizeChannels", "Rigl", "RoundBfloat16", "SmoothQuant", "SparseGpt",
 ]  # fmt: skip

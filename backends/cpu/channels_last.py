@@ -125,6 +125,11 @@ def _first_only(turner: Turner, node: Node) -> tuple[Any, Arguments]:
     return node.fx.target, (turner.last(node, node.fx.args[0]), *node.fx.args[1:])
 
 
+def _rescale(turner: Turner, node: Node) -> tuple[Any, Arguments]:
+    source, scale, axis, fraction_bits = node.fx.args
+    return node.fx.target, (turner.last(node, source), scale, None if axis is None else _dims(axis), fraction_bits)
+
+
 def _with_dim(position: int, default: int = 0) -> Form:
     """Ops that take a dim, or several, at an argument."""
 
@@ -410,7 +415,7 @@ _CONDITIONS: dict[ops.Op | None, Callable[[Node], bool]] = {
 FORMS: dict[str, Form] = {
     **{row.name: _pointwise for row in OPS.values() if row.family == "pointwise"},
     "mcc.quantize": _first_only, "mcc.dequantize": _first_only, "dropout": _first_only,
-    "mcc.round_bfloat16": _first_only,
+    "mcc.round_bfloat16": _first_only, "mcc.rescale": _rescale,
     "cat": _with_dim(1), "chunk": _with_dim(2), "split.Tensor": _with_dim(2), "split_with_sizes": _with_dim(2),
     "slice.Tensor": _with_dim(1), "softmax.int": _with_dim(1), "getitem": _getitem, "permute": _permute,
     "mean.dim": _with_dim(1), "sum.dim_IntList": _with_dim(1), "amax": _with_dim(1), "amin": _with_dim(1),

@@ -11,10 +11,11 @@ import numpy as np
 import tvm.tirx.script.builder.ir as B
 from tvm.script import tirx as T
 
-from mcc.backends.cpu.integer_sums import LARGEST_CODE, largest_sum
+from mcc.backends.cpu.integer_sums import LARGEST_CODE, largest_sum, largest_total
 from mcc.backends.cpu.microkernel import lane
 from mcc.backends.cpu.vector_math import FUNCTIONS
-from mcc.backends.kernel import Activation, Add, Clamp, EpilogueStep, Multiply, Relu, Requantize, Scale
+from mcc.backends.kernel import Activation, Add, Clamp, EpilogueStep, Multiply, Relu, Requantize, Rescale, Scale
+from mcc.fixed_point import LARGEST
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +58,14 @@ class AddInSteps:
     factor: float
 
 
-Step = EpilogueStep | ToCodes | AddInSteps
+@dataclass(frozen=True)
+class Unshift:
+    """What takes a number off again that was added so that float32 rounds there."""
+
+    number: float
+
+
+Step = EpilogueStep | ToCodes | AddInSteps | Unshift
 
 
 def channel_vectors(region: Region) -> dict[str, NDArray[np.float32]]:
@@ -67,6 +75,11 @@ def channel_vectors(region: Region) -> dict[str, NDArray[np.float32]]:
     value, and the bias has the zero points of what is added.
     """
     outputs = region.weight.shape[0]
+    if region.rescale is not None:  # the bias is in the sums
+        return {
+            "bias": np.full(outputs, _rounder(region.rescale.fraction_bits), np.float32),
+            "scale": region.rescale.factors,
+        }
     bias = np.zeros(outputs, np.float32) if region.bias is None else region.bias
     if region.weight.scale is None or region.weight.grouped:
         return {"bias": bias}
@@ -82,6 +95,8 @@ def channel_vectors(region: Region) -> dict[str, NDArray[np.float32]]:
 
 def steps_after_scale(region: Region) -> tuple[Step, ...]:
     """The epilogue of values that `channel_vectors` gave."""
+    if region.rescale is not None:
+        return _after_rescale(region, region.rescale)
     summed = _summed_codes(region)
     if summed is None:
         return merged(region.epilogue)
@@ -94,6 +109,29 @@ def steps_after_scale(region: Region) -> tuple[Step, ...]:
         largest = largest_sum(region) * np.abs(vectors["scale"]).max(initial=0) + np.abs(vectors["bias"]).max(initial=0)
         fits = bool(largest + LARGEST_CODE * sum(a.factor for a in added) < LARGEST_CONVERTED)
     return (*added, ToCodes(step.zero_point, step.low, step.high, fits))
+
+
+def _rounder(fraction_bits: int | None) -> float:
+    """A number beside which float32 has so many bits behind the point: a product added to it is rounded once."""
+    return 0.0 if fraction_bits is None else 1.5 * 2.0 ** (23 - fraction_bits)
+
+
+def _after_rescale(region: Region, rescale: Rescale) -> tuple[Step, ...]:
+    """The epilogue behind the multiplication of `rescale`, whose result is rounded and has `_rounder` in it."""
+    rest: tuple[Step, ...] = merged(region.epilogue[1:])
+    if rescale.fraction_bits is None:
+        return rest
+    reached = largest_total(region) * float(np.abs(rescale.factors).max(initial=0.0))
+    held = (Clamp(-LARGEST, LARGEST),) if reached >= LARGEST else ()
+    last = rest[-1] if rest else None
+    if isinstance(last, Requantize) and last.scale == 1:
+        rest = (*rest[:-1], ToCodes(last.zero_point, last.low, last.high, fits=all(map(_bounded, rest[:-1]))))
+    return (Unshift(_rounder(rescale.fraction_bits)), *held, *rest)
+
+
+def _bounded(step: Step) -> bool:
+    """Whether what a step gives is bounded where what it is given is."""
+    return isinstance(step, Relu | Clamp) or (isinstance(step, Add) and step.activation is not None)
 
 
 def _summed_codes(region: Region) -> tuple[list[Add], Requantize] | None:
@@ -208,6 +246,10 @@ def emit_epilogue(
                 value = value * _added(vectors, vectors.constant(0.0), next(others), activation)
             case AddInSteps(factor):
                 value = vectors.fma(_as_float(vectors, next(others)), vectors.constant(factor), value)
+            case Rescale():
+                raise AssertionError("it is the scale of sums, and no step behind them")
+            case Unshift(number):
+                value = value - vectors.constant(number)
             case _:
                 value = _of_one_value(vectors, value, step)
     return value
@@ -245,7 +287,13 @@ def _added(vectors: Vectors, value: Expression, other: Expression, activation: Q
     if activation is None:
         return value + other
     codes = T.cast(other, f"int32x{vectors.lanes}") - vectors.constant(activation.zero_point, "int32")
-    return vectors.fma(vectors.to_float(codes), vectors.constant(activation.scale), value)
+    scale, number = vectors.constant(activation.scale), _rounder(activation.fraction_bits)
+    if not number:
+        return vectors.fma(vectors.to_float(codes), scale, value)
+    product = vectors.fma(vectors.to_float(codes), scale, vectors.constant(number)) - vectors.constant(number)
+    if activation.scale * LARGEST_CODE >= LARGEST:
+        product = T.min(vectors.constant(float(LARGEST)), T.max(vectors.constant(-float(LARGEST)), product))
+    return value + product
 
 
 def _rounded(vectors: Vectors, value: Expression, zero_point: int, codes: tuple[int, int]) -> Expression:

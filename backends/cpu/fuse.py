@@ -6,11 +6,26 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from mcc import ops
+from mcc.backends.cpu.integer_sums import LARGEST_INT32
 from mcc.backends.cpu.integerize import quantized_source
-from mcc.backends.kernel import Activation, Add, Clamp, EpilogueStep, Multiply, Region, Relu, Requantize, Scale
+from mcc.backends.cpu.kernels import first_kernel
+from mcc.backends.kernel import (
+    Activation,
+    Add,
+    Clamp,
+    EpilogueStep,
+    Multiply,
+    QuantizedInput,
+    Region,
+    Relu,
+    Requantize,
+    Rescale,
+    Scale,
+)
 from mcc.ops import OPS
 
 if TYPE_CHECKING:
@@ -32,7 +47,8 @@ def fuse(lowering: Lowering) -> Lowering:
     regions: dict[fx.Node, Region] = {}
     taken: set[fx.Node] = set()
     for region in reversed(list(lowering.regions.values())):
-        extended = region
+        extended = _rescaled(region, lowering)
+        taken |= {extended.output.fx} - {region.output.fx}
         while (following := _following(extended, taken)) is not None:
             node, step = following
             inner = (*extended.inner, extended.output)
@@ -40,6 +56,37 @@ def fuse(lowering: Lowering) -> Lowering:
             taken.add(node.fx)
         regions[extended.output.fx] = extended
     return replace(lowering, regions=dict(reversed(regions.items())))
+
+
+def _rescaled(region: Region, lowering: Lowering) -> Region:
+    """A region of integers with what they are multiplied with, if a kernel that has them whole takes both."""
+    output = region.output
+    rescale = _factors(output.users[0], output) if len(output.users) == 1 and not output.is_output else None
+    if rescale is None or not _gives_integers(region):
+        return region
+    inner = (*region.inner, output)
+    extended = replace(region, output=output.users[0], epilogue=(rescale,), inner=inner)
+    return region if first_kernel(extended, lowering.target)[0] is None else extended
+
+
+def _factors(node: Node, source: Node) -> Rescale | None:
+    """What a node multiplies the outputs of a layer with, each with its own factor; None where it does not."""
+    factors, last = node.operand(1), len(source.shape) - 1
+    if node.operand(0) != source or factors is None or not factors.is_parameter or node.fx.kwargs:
+        return None
+    values, outputs = factors.tensor.detach().float().numpy(), int(source.shape[-1])
+    if node.op is ops.RESCALE and node.argument(2) in (None, last):
+        return Rescale(np.broadcast_to(values, outputs).copy(), node.argument(3))
+    by_output = node.op is ops.MUL and values.shape[-1:] == (outputs,) and values.size == outputs
+    return Rescale(values.reshape(-1), None) if by_output else None
+
+
+def _gives_integers(region: Region) -> bool:
+    """Whether a layer multiplies codes, less their zero points, by codes, and adds integers."""
+    activation, scale, bias = region.activation, region.weight.scale, region.bias
+    codes = activation is not None and not activation.per_token and activation.scale == 1
+    whole = bias is None or bool((bias == np.rint(bias)).all() and (np.abs(bias) < LARGEST_INT32).all())
+    return codes and scale is not None and not region.weight.grouped and bool((scale == 1).all()) and whole
 
 
 def _following(region: Region, taken: set[fx.Node]) -> tuple[Node, EpilogueStep] | None:
@@ -86,9 +133,23 @@ def _joined(node: Node, region: Region) -> Add | Multiply | None:
     alike = [str(s) for s in other.value.shape] == [str(s) for s in region.output.shape]
     if not alike or other.dtype is not torch.float32 or other.is_parameter:
         return None
+    scaled = _rescaled_codes(other) if node.op is ops.ADD else None
+    if scaled is not None:
+        return Add(*scaled)
     activation, codes = quantized_source(other)
     kind = Add if node.op is ops.ADD else Multiply
     return kind(other) if codes is None else kind(codes, activation)
+
+
+def _rescaled_codes(node: Node) -> tuple[Node, QuantizedInput] | None:
+    """The codes whose integers a node rescales, and how; None where it does not, or something else reads it."""
+    source, factor = node.operand(0), node.operand(1)
+    if node.op is not ops.RESCALE or source is None or factor is None or not factor.is_parameter:
+        return None
+    activation, codes = quantized_source(source)
+    if activation is None or codes is None or activation.scale != 1 or factor.shape or len(node.fx.users) > 1:
+        return None
+    return codes, replace(activation, scale=float(factor.tensor), fraction_bits=node.argument(3))
 
 
 def requantize_step(node: Node) -> Requantize | None:

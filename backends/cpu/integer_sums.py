@@ -22,16 +22,29 @@ def largest_sum(region: Region) -> int:
     return region.weight.largest_row * LARGEST_CODE
 
 
+def integer_bias(region: Region) -> NDArray[np.int64]:
+    """What integer sums begin with besides what their codes ask for, [out]: the bias where sums are rescaled."""
+    outputs = region.weight.shape[0]
+    if region.rescale is None or region.bias is None:
+        return np.zeros(outputs, np.int64)
+    return region.bias.astype(np.int64)
+
+
+def largest_total(region: Region) -> int:
+    """The largest absolute value of a sum with what it begins with."""
+    return largest_sum(region) + int(np.abs(integer_bias(region)).max(initial=0))
+
+
 def sums_overflow(region: Region) -> str | None:
     """Why int32 cannot hold the region's sums, or None if it can."""
-    largest = largest_sum(region)
+    largest = largest_total(region)
     return f"its integer sums may reach {largest}, beyond int32" if largest > LARGEST_INT32 else None
 
 
 def float_sums_inexact(region: Region) -> str | None:
     """Why float32 cannot hold the region's integer sums exactly, or None if it can."""
-    largest = largest_sum(region)
-    if codes_sum_exactly(region.weight):
+    largest = largest_total(region)
+    if largest < EXACT_FLOAT:
         return None
     return f"its integer sums may reach {largest}, float32 is exact to {EXACT_FLOAT}"
 
@@ -51,11 +64,11 @@ def float_codes_refusal(region: Region) -> str | None:
 
 
 def float_start(region: Region) -> dict[str, NDArray[np.float32]]:
-    """What float sums of a region's codes begin with, "start" [out]: -zero point * sum(w), if it has codes."""
+    """What float sums of a region's codes begin with, if it has codes: "start" [out], -zero point * sum(w) and more."""
     if region.activation is None:
         return {}
     sums = region.weight.decoded().astype(np.int64).reshape(region.weight.shape[0], -1).sum(1)
-    return {"start": (-region.activation.zero_point * sums).astype(np.float32)}
+    return {"start": (integer_bias(region) - region.activation.zero_point * sums).astype(np.float32)}
 
 
 def zero_sum_factor(region: Region, target: Target) -> int:

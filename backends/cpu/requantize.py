@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mcc.backends.cpu.epilogue import channel_vectors
-from mcc.backends.cpu.integer_sums import LARGEST_CODE, largest_sum
+from mcc.backends.cpu.integer_sums import LARGEST_CODE, largest_sum, largest_total
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mcc.backends.cpu.epilogue import ToCodes
-    from mcc.backends.kernel import Region
+    from mcc.backends.kernel import Region, Rescale
 
 ROUNDER = 1.5 * 2**23
 ROUNDER_BITS = 0x4B400000
@@ -41,12 +41,14 @@ class DirectRequantize:
         scale: float32.
         shift: float32 added to the product.
         odd: 1 to be added to the bits of what that gives, for an odd zero point; the low 16 bits are then the codes.
+        converts: sums are plain integers, to be converted first.
     """
 
     start: NDArray[np.int64]
     scale: NDArray[np.float32]
     shift: NDArray[np.float32]
     odd: int
+    converts: bool = False
 
 
 def direct_requantize(region: Region, step: ToCodes) -> DirectRequantize | None:
@@ -54,6 +56,8 @@ def direct_requantize(region: Region, step: ToCodes) -> DirectRequantize | None:
 
     None where sums or codes are too large for it, or where a bias cannot be had as an integer of sums exactly enough.
     """
+    if region.rescale is not None:
+        return _rescaled(region, region.rescale, step)
     vectors, most = channel_vectors(region), largest_sum(region)
     scale, bias = vectors["scale"].astype(np.float64), vectors["bias"].astype(np.float64)
     reached = most * np.abs(scale).max(initial=0.0) + np.abs(bias).max(initial=0.0)
@@ -70,3 +74,13 @@ def direct_requantize(region: Region, step: ToCodes) -> DirectRequantize | None:
     odd = step.zero_point % 2  # comes after rounding, which takes halves to even
     shift = ROUNDER + (step.zero_point - odd) - np.rint(value[np.arange(len(scale)), best])
     return DirectRequantize(ROUNDER_BITS + added[best], vectors["scale"], shift.astype(np.float32), odd)
+
+
+def _rescaled(region: Region, rescale: Rescale, step: ToCodes) -> DirectRequantize | None:
+    """The same for sums that are rescaled: one multiply-add to `ROUNDER` rounds the exact product to an integer."""
+    reached = largest_total(region) * float(np.abs(rescale.factors).max(initial=0.0))
+    if rescale.fraction_bits != 0 or not reached + LARGEST_CODE < LARGEST_WORD:
+        return None
+    odd = step.zero_point % 2
+    shift = np.full(len(rescale.factors), ROUNDER + step.zero_point - odd, np.float32)
+    return DirectRequantize(np.zeros(len(shift), np.int64), rescale.factors, shift, odd, converts=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mcc import ops
 from mcc.backends.cpu.integer_sums import pairs_fit
 from mcc.backends.cpu.integerize import permutes_codes, quantized_source
-from mcc.backends.cpu.kernels import KERNELS
+from mcc.backends.cpu.kernels import first_kernel
 from mcc.backends.cpu.kernels.byte_windows import BLOCKS, WINDOW
 from mcc.backends.cpu.kernels.pixel_tiles import MOST_PLANES
 from mcc.backends.cpu.kernels.sparse_rows import unpermuted
@@ -96,18 +96,18 @@ def select(lowering: Lowering) -> Lowering:
     choices: dict[fx.Node, Choice] = {}
     refused = dict(lowering.refused)
     for output, region in lowering.regions.items():
-        kernel, reasons = _first(region, lowering)
+        kernel, reasons = first_kernel(region, lowering.target)
         reason, read = "", region
         if kernel is None and region.weight.sparse is not None:
             read = replace(region, weight=replace(region.weight, dense=region.weight.decoded(), sparse=None))
             reason = f"weight decoded at build time: {reasons}"
-            kernel, reasons = _first(read, lowering)
+            kernel, reasons = first_kernel(read, lowering.target)
         if kernel is None and region.activation is not None:
             # the codes may still be read as the float values they stand for
             source = region.anchor.operand(0)
             assert source is not None
             read = replace(read, activation=None, source=source)
-            reason, (kernel, reasons) = f"activations decoded: {reasons}", _first(read, lowering)
+            reason, (kernel, reasons) = f"activations decoded: {reasons}", first_kernel(read, lowering.target)
         if kernel is None:
             refused[region.anchor.fx] = reasons
             continue
@@ -142,16 +142,6 @@ def _longer(region: Region, kernel: Kernel, target: Target) -> str:
     if kernel.name not in ("conv2d_int8", "dense_int8") or target.exact_dot4 or pairs_fit(region.weight.decoded()):
         return ""
     return "neighbouring codes exceed what one instruction adds exactly, a longer sequence adds them"
-
-
-def _first(region: Region, lowering: Lowering) -> tuple[Kernel | None, str]:
-    reasons = []
-    for kernel in (k for k in KERNELS if k.anchor is region.anchor.op):
-        reason = kernel.refuses(region, lowering.target)
-        if reason is None:
-            return kernel, ""
-        reasons.append(f"{kernel.name}: {reason}")
-    return None, "; ".join(reasons)
 
 
 def prefer_dense(node: Node, density: float, form: Form, target: Target) -> str | None:

@@ -24,6 +24,7 @@ from mcc.backends.relax.emitter import (
     wrap_index,
 )  # fmt: skip
 from mcc.errors import BackendError
+from mcc.fixed_point import LARGEST
 from mcc.formats import SMALLEST_ROW
 
 R = relax.op
@@ -240,6 +241,14 @@ def _fake_quantize(
     return e(R.multiply(e(R.subtract(codes, zero)), _along(e, scale, x, dim)))
 
 
+def rescale(e: Emitter, x: Expression, scale: Expression, dim: int | None, fraction_bits: int) -> Expression:
+    """The product in float64, which holds it, rounded to so many bits behind the point and held to its bounds."""
+    finest = e.scalar(float(1 << fraction_bits), "float64")
+    product = e(R.multiply(e.cast(x, "float64"), e.cast(_along(e, scale, x, dim), "float64")))
+    rounded = e(R.divide(e(R.round(e(R.multiply(product, finest)))), finest))
+    return e.cast(e(R.clip(rounded, -LARGEST, LARGEST)), "float32")
+
+
 def fake_quantize_per_token(e: Emitter, x: Expression, limit: int) -> Expression:
     """Rows rounded to codes with a scale each, as floats."""
     largest = e(R.max(e(R.abs(x)), axis=-1, keepdims=True))
@@ -258,5 +267,5 @@ RULES: dict[str, Rule] = {
     "ones_like": _like(1), "full_like": _full_like, "new_zeros": _new(0), "new_ones": _new(1), "new_full": _new_full,
     "eye": _eye, "scalar_tensor": _scalar_tensor,
     "mcc.quantize": quantize, "mcc.dequantize": dequantize, "mcc.fake_quantize": _fake_quantize,
-    "mcc.fake_quantize_per_token": fake_quantize_per_token,
+    "mcc.fake_quantize_per_token": fake_quantize_per_token, "mcc.rescale": rescale,
 }  # fmt: skip

@@ -16,10 +16,22 @@ from mcc.backends.cpu.kernels.sparse_codes_conv import SparseCodesConv2d
 from mcc.backends.cpu.kernels.sparse_conv import DepthwisePlanes, SparseConv2d
 from mcc.backends.cpu.kernels.sparse_n_of_m import SparseNofM
 from mcc.backends.cpu.kernels.sparse_rows import SparseRows
-from mcc.backends.kernel import Kernel
+from mcc.backends.kernel import Kernel, Region
+from mcc.target import Target
 
 KERNELS: tuple[Kernel, ...] = (
     SparseCodes(), SparsePerToken(), SparseRows(), SparseDense(), SparseBlocks(), SparseNofM(), LowBitDense(),
     LowBitPerToken(), DenseInt8(), DensePerToken(), DenseBfloat16(), DenseFloat(), DepthwiseInt8(), Depthwise(),
     SparseConv2d(), DepthwisePlanes(), SparseCodesConv2d(), Conv2dInt8(), Conv2dBfloat16(), Conv2dFloat(),
 )  # fmt: skip
+
+
+def first_kernel(region: Region, target: Target) -> tuple[Kernel | None, str]:
+    """The kernel that a region gets; or None, and why each refuses it."""
+    reasons = []
+    for kernel in (k for k in KERNELS if k.anchor is region.anchor.op):
+        reason = kernel.refuses(region, target)
+        if reason is None:
+            return kernel, ""
+        reasons.append(f"{kernel.name}: {reason}")
+    return None, "; ".join(reasons)

@@ -53,6 +53,8 @@ class Depthwise:
             return "the weight is sparse"
         if not shape.depthwise or shape.inputs < target.vector_lanes:
             return "it is not depthwise, or has fewer channels than a vector"
+        if region.rescale is not None:
+            return "its sums begin with no integers"
         return float_codes_refusal(region)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:

@@ -13,8 +13,15 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
-from mcc.backends.cpu.epilogue import LARGEST_CONVERTED, ToCodes, channel_vectors, emit_epilogue, steps_after_scale
-from mcc.backends.cpu.integer_sums import LARGEST_CODE
+from mcc.backends.cpu.epilogue import (
+    LARGEST_CONVERTED,
+    ToCodes,
+    Unshift,
+    channel_vectors,
+    emit_epilogue,
+    steps_after_scale,
+)
+from mcc.backends.cpu.integer_sums import LARGEST_CODE, integer_bias
 from mcc.backends.cpu.requantize import direct_requantize
 
 if TYPE_CHECKING:
@@ -41,7 +48,7 @@ class PackedCodes:
     def __init__(self, region: Region, adds: tuple[Step, ...], step: ToCodes) -> None:
         self.adds = adds
         self.step = step
-        self.direct = direct_requantize(region, step) if not adds and step.fits else None
+        self.direct = direct_requantize(region, step) if step.fits and not any(map(_adds, adds)) else None
 
     @classmethod
     def of(cls, region: Region) -> PackedCodes | None:
@@ -56,14 +63,15 @@ class PackedCodes:
     def alone(cls, region: Region) -> PackedCodes | None:
         """The same where nothing is added."""
         made = cls.of(region)
-        return None if made is None or made.adds else made
+        return None if made is None or (made.adds and made.direct is None) else made
 
     def integer(
         self, v: Vectors, total: Expression, scale: Expression, bias: Expression, added: Sequence[Expression] = ()
     ) -> Expression:
         """A sum, with what is added to it, as an integer for `words`: a code, or its low half is one, of any range."""
         if self.direct is not None:
-            made = v.fma(T.reinterpret(f"float32x{v.lanes}", total), scale, bias)
+            number = v.to_float(total) if self.direct.converts else T.reinterpret(f"float32x{v.lanes}", total)
+            made = v.fma(number, scale, bias)
             return T.reinterpret(f"int32x{v.lanes}", made) + v.constant(self.direct.odd, "int32")
         value = emit_epilogue(v, v.fma(v.to_float(total), scale, bias), self.adds, added)
         if not self.step.fits:
@@ -112,8 +120,14 @@ class PackedCodes:
                 v.store(epilogue.out, index, tirx.Shuffle([codes], list(range(n * v.lanes, (n + 1) * v.lanes))))
 
 
+def _adds(step: Step) -> bool:
+    """Whether a step does more than to take off what a rescaled sum has too much."""
+    return not isinstance(step, Unshift)
+
+
 def sum_arrays(region: Region, codes: PackedCodes | None, start: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
     """The scale, the bias, and what sums begin with, of each channel, given what they would begin with."""
+    start = start + integer_bias(region)
     if codes is None or codes.direct is None:
         return {**channel_vectors(region), "start": start.astype(np.int32)}
     direct = codes.direct
