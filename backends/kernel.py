@@ -120,9 +120,20 @@ class Scale:
         return "scale"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Rescale:
-    """x * the factor of its output; comes first, on integers.
+    """x * a number, exact, rounded and held to bounds as `mcc.fixed_point.rescale` has it."""
+
+    factor: float
+    fraction_bits: int
+
+    def __str__(self) -> str:
+        return "rescale"
+
+
+@dataclass(frozen=True, eq=False)
+class RescaleSums:
+    """x * the factor of its output; comes first, on sums of integers.
 
     Attributes:
         factors: float32 [out].
@@ -136,7 +147,7 @@ class Rescale:
         return "rescale"
 
 
-EpilogueStep = Relu | Clamp | Activation | Add | Multiply | Scale | Rescale | Requantize
+EpilogueStep = Relu | Clamp | Activation | Add | Multiply | Scale | Rescale | RescaleSums | Requantize
 
 
 def output_dtype(steps: Sequence[EpilogueStep]) -> str:
@@ -311,10 +322,10 @@ class Region:
     rounds: bool = False
 
     @property
-    def rescale(self) -> Rescale | None:
+    def rescale(self) -> RescaleSums | None:
         """The fixed-point multiplication of the sums, which are integers then, if there is one."""
         first = self.epilogue[0] if self.epilogue else None
-        return first if isinstance(first, Rescale) else None
+        return first if isinstance(first, RescaleSums) else None
 
     @property
     def joins(self) -> tuple[Join, ...]:
@@ -406,7 +417,7 @@ def apply_epilogue(
                 values = _FUNCTIONS[name](values.astype(np.float64)).astype(np.float32)
             case Scale(factor):
                 values = values * np.float32(factor)
-            case Rescale(factors, fraction_bits):
+            case RescaleSums(factors, fraction_bits) | Rescale(factors, fraction_bits):
                 values = rescaled(values, factors, fraction_bits)
             case Join(_, activation):
                 other = next(others)

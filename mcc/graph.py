@@ -7,6 +7,7 @@ import itertools
 import keyword
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -355,6 +356,18 @@ class Graph:
                     return value.fake_mode
         return FakeTensorMode()
 
+    @contextmanager
+    def computing_shapes(self) -> Iterator[FakeTensorMode]:
+        """`fake_mode`, entered so that what PyTorch asks of symbolic dims is no condition that the graph has from then.
+
+        It asks to choose between algorithms, such as whether a batch has 16 images.
+        """
+        mode = self.fake_mode
+        environment = mode.shape_env
+        unguarded = nullcontext() if environment is None else environment.suppress_guards()
+        with mode, unguarded, enable_python_dispatcher():  # the last for lstm, gru and pad of symbolic sizes
+            yield mode
+
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Trainable tensors that the graph reads, under their original names, each once."""
         read = {n.target for n in self.module.graph.nodes if n.op == "get_attr"}
@@ -400,8 +413,8 @@ class Graph:
     def repropagate(self) -> Self:
         """Recompute every fake value after a rewrite, symbolic dims kept."""
         values = [n.meta["val"] for n in self.module.graph.nodes if n.op == "placeholder"]
-        with enable_python_dispatcher():  # without it lstm and gru fail on symbolic sizes
-            FakeTensorProp(self.module, self.fake_mode).propagate_dont_convert_inputs(*values)
+        with self.computing_shapes() as mode:
+            FakeTensorProp(self.module, mode).propagate_dont_convert_inputs(*values)
         return self
 
 

@@ -205,7 +205,7 @@ class Rewriter:
         made.meta = {k: v for k, v in self.place.fx.meta.items() if k in ("nn_module_stack", "stack_trace")}
         propagator = FakeTensorProp(self.graph.module, self.graph.fake_mode)
         propagator.env = {n: n.meta["val"] for n in made.all_input_nodes}
-        with self.graph.fake_mode:
+        with self.graph.computing_shapes():
             arguments, keywords = propagator.fetch_args_kwargs_from_env(made)
             made.meta["val"] = op.target(*arguments, **keywords)
         return Node(made, self.graph)
@@ -219,7 +219,7 @@ class Rewriter:
 
     def insert(self, function: Callable[..., Any], *operands: Node) -> Node:
         """Add the ATen calls that `function`, plain PyTorch, makes on these operands."""
-        with self.graph.fake_mode:
+        with self.graph.computing_shapes():
             traced = make_fx(function, pre_dispatch=True)(*(o.value for o in operands))
         inputs = [n for n in traced.graph.nodes if n.op == "placeholder"]
         made: dict[fx.Node, Any] = dict(zip(inputs, (o.fx for o in operands), strict=True))

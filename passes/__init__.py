@@ -39,6 +39,6 @@ PASSES: tuple[type[Pass], ...] = (
 __all__ = [
     "PASSES", "AdaRound", "Awq", "CorrectBias", "EliminateIdentity", "EqualizeLayers", "FineTune", "FoldBatchNorm",
     "FoldConstants", "Gptq", "Hqq", "IntegerOnly", "KeepZeros", "PruneBlocks", "PruneChannels", "PruneHeads",
-    "PruneNeurons", "PruneWeights", "Quantize", "QuantizeCodebook", "QuantizeKvCache", "Reconstruct", "ReestimateBatchNorm",
-    "RegularizeChannels", "Rigl", "RoundBfloat16", "SmoothQuant", "SparseGpt",
+    "PruneNeurons", "PruneWeights", "Quantize", "QuantizeCodebook", "QuantizeKvCache", "Reconstruct",
+    "ReestimateBatchNorm", "RegularizeChannels", "Rigl", "RoundBfloat16", "SmoothQuant", "SparseGpt",
 ]  # fmt: skip

@@ -27,7 +27,8 @@ MOVES = tuple(
     )
 )  # fmt: skip
 CLAMPS = (ops.RELU6, ops.HARDTANH, ops.CLAMP)
-MEANS = (OPS["mean.dim"], OPS["adaptive_avg_pool2d"])
+PADS, AVERAGES = (OPS["pad"], OPS["constant_pad_nd"]), OPS["avg_pool2d"]
+MEANS = (OPS["mean.dim"], OPS["adaptive_avg_pool2d"], AVERAGES)
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,12 @@ class _Islands:
 
     Attributes:
         of: the island of an op.
-        floats: why an op between that could be in one is not.
+        carried: the quantizer whose integers an op moves, before anything else is done with them.
+        floats: why an op between that could be in an island is not.
     """
 
     of: dict[fx.Node, _Island]
+    carried: dict[fx.Node, Node]
     floats: dict[fx.Node, str]
 
 
@@ -108,10 +111,10 @@ def _is_quantizer(node: Node) -> bool:
 
 
 def _islands(graph: Graph, layers: dict[fx.Node, IntegerLayer]) -> _Islands:
-    inputs = varying(graph)
+    inputs, carried = varying(graph), _carried(graph)
     group: dict[fx.Node, list[Node]] = {}
     for node in graph.nodes:
-        if node.fx not in inputs or not _is_member(node):
+        if node.fx not in inputs or node.fx in carried or not _is_member(node):
             continue
         joined = [node]
         for operand in node.fx.all_input_nodes:
@@ -122,13 +125,29 @@ def _islands(graph: Graph, layers: dict[fx.Node, IntegerLayer]) -> _Islands:
     of: dict[fx.Node, _Island] = {}
     floats: dict[fx.Node, str] = {}
     for members in {id(g): g for g in group.values()}.values():
-        found = _island(members, set(group), layers)
+        found = _island(members, {*group, *layers, *carried})
         for member in members:
             if isinstance(found, _Island):
                 of[member.fx] = found
             else:
                 floats[member.fx] = found
-    return _Islands(of, floats)
+    return _Islands(of, carried, floats)
+
+
+def _carried(graph: Graph) -> dict[fx.Node, Node]:
+    """See `_Islands`; where another op reads them."""
+    found: dict[fx.Node, Node] = {}
+    for node in graph.nodes:
+        source = node.operand(0)
+        if source is None or node.op not in (*MOVES, *PADS) or not _is_member(node):
+            continue
+        root = source if _is_quantizer(source) else found.get(source.fx)
+        if root is not None:
+            found[node.fx] = root
+    for node in reversed(graph.nodes):
+        if node.fx in found and not any(_is_member(user) for user in node.users):
+            del found[node.fx]
+    return found
 
 
 def _is_member(node: Node) -> bool:
@@ -139,15 +158,20 @@ def _is_member(node: Node) -> bool:
         return all(node.operand(i) is not None for i in (0, 1)) and not node.fx.kwargs
     if node.op in CLAMPS:
         return all(b is None or isinstance(b, int | float) for b in _bounds(node))
+    if node.op in PADS:
+        value = node.argument(2 if node.op is OPS["constant_pad_nd"] else 3) or 0
+        return value == 0 and node.argument(2, "constant") in ("constant", value)
     return node.op in MOVES or (node.op in MEANS and _averaged(node) is not None)
 
 
-def _island(members: list[Node], grouped: set[fx.Node], layers: dict[fx.Node, IntegerLayer]) -> _Island | str:
-    """The island of these ops, or why they stay in float."""
+def _island(members: list[Node], integers: set[fx.Node]) -> _Island | str:
+    """The island of these ops, which read each other, `integers` and quantizers; or why they stay in float."""
     for member in members:
         for operand in member.fx.all_input_nodes:
             node = Node(operand, member.graph)
-            if operand not in grouped and operand not in layers and not _is_quantizer(node):
+            if not isinstance(node.value, Tensor):
+                continue  # a size
+            if operand not in integers and not _is_quantizer(node):
                 return f"%{member.name} reads %{operand.name}, which is float"
     sinks = [user for member in members for user in member.users if _is_quantizer(user)]
     if not sinks:
@@ -161,14 +185,34 @@ def _island(members: list[Node], grouped: set[fx.Node], layers: dict[fx.Node, In
 
 
 def _averaged(node: Node) -> int | None:
-    """How many values a mean is of; None where that varies, or where it is no mean of whole dims."""
+    """How many values a mean is of; None where that varies, or where it is of windows that are no power of two."""
     source = node.operand(0)
     if source is None:
         return None
-    dims = _reduced(node)
-    sizes = [source.shape[d] for d in dims]
-    whole = node.op is OPS["mean.dim"] or all(s == 1 for s in node.shape[-2:])
+    if node.op is AVERAGES and not _of_all(node):
+        count = math.prod(_window(node))
+        plain = not node.argument(4) and (node.argument(5, default=True) or not _padded(node)) and not node.argument(6)
+        return count if plain and count.bit_count() == 1 else None
+    sizes = [source.shape[d] for d in _reduced(node)]
+    whole = node.op is not OPS["adaptive_avg_pool2d"] or all(s == 1 for s in node.shape[-2:])
     return math.prod(map(int, sizes)) if whole and all(isinstance(s, int) for s in sizes) else None
+
+
+def _window(node: Node) -> list[int]:
+    given = node.argument(1)
+    return list(given) * (2 // len(given)) if isinstance(given, list | tuple) else [given, given]
+
+
+def _padded(node: Node) -> bool:
+    given = node.argument(3) or 0
+    return any(given) if isinstance(given, list | tuple) else bool(given)
+
+
+def _of_all(node: Node) -> bool:
+    """Whether the window of an average is the whole image."""
+    source = node.operand(0)
+    assert source is not None
+    return list(source.shape[-2:]) == _window(node) and not _padded(node) and not node.argument(6)
 
 
 def _reduced(node: Node) -> list[int]:
@@ -188,7 +232,7 @@ class _Writer:
     """Writes a graph's integer form beside what it replaces."""
 
     def __init__(self, graph: Graph, layers: dict[fx.Node, IntegerLayer], islands: _Islands) -> None:
-        self.graph, self.layers, self.islands = graph, layers, islands.of
+        self.graph, self.layers, self.islands, self.carried = graph, layers, islands.of, islands.carried
         self.integers: dict[fx.Node, Node] = {}
         self.floats: dict[fx.Node, Node] = {}
         self.rescaled: dict[tuple[fx.Node, _Island], Node] = {}
@@ -200,8 +244,8 @@ class _Writer:
             self.place = Rewriter(self.graph, node)
             if node.fx in self.layers:
                 self._take(node, self.layers[node.fx].write(self.place, self._read, self.weights), node.name)
-            elif node.fx in self.islands:
-                self._take(node, self._member(node, self.islands[node.fx]), node.name)
+            elif node.fx in self.islands or node.fx in self.carried:
+                self._take(node, self._member(node, self.islands.get(node.fx)), node.name)
             elif _is_quantizer(node) and self._is_read(node):
                 self._take(node, self._quantizer(node), f"{node.name.removesuffix('_quantized')}_integers")
             else:
@@ -216,7 +260,7 @@ class _Writer:
 
     def _is_read(self, quantizer: Node) -> bool:
         """Whether integer arithmetic reads a quantizer."""
-        return any(user.fx in self.layers or user.fx in self.islands for user in quantizer.users)
+        return any(user.fx in part for user in quantizer.users for part in (self.layers, self.islands, self.carried))
 
     def _read(self, node: Node) -> Node:
         return self.integers[node.fx]
@@ -232,7 +276,7 @@ class _Writer:
             return self.layers[node.fx].unit
         if node.fx in self.islands:
             return torch.tensor(self.islands[node.fx].scale, dtype=torch.float64), None
-        scale = node.operand(1)
+        scale = self.carried.get(node.fx, node).operand(1)
         assert scale is not None
         return scale.tensor.double(), None
 
@@ -264,20 +308,21 @@ class _Writer:
         step = float(scale.tensor)
         if source.fx not in self.integers:
             read = self.place.call(ops.MUL, source, 1 / step)
-        elif (island := self.islands.get(source.fx)) is not None and island.scale == step:
+        elif source.fx not in self.layers and float(self._unit(source)[0]) == step:
             read = self.integers[source.fx]
         else:
             read = self._rescaled(source, step, 0)
         one = self.place.read("one", None if hasattr(self.graph.module, "one") else torch.ones(()))
         return self.place.call(ops.FAKE_QUANTIZE, read, one, *node.fx.args[2:])
 
-    def _member(self, node: Node, island: _Island) -> Node:
+    def _member(self, node: Node, island: _Island | None) -> Node:
+        """An op on integers of its island's unit, or, where it has no island, of the quantizer's that it reads."""
         assert node.op is not None
 
         def read(operand: Any) -> Any:
             if not isinstance(operand, fx.Node) or operand not in self.integers:
                 return operand
-            if self.islands.get(operand) is island:
+            if island is None or self.islands.get(operand) is island:
                 return self.integers[operand]
             key = operand, island
             if key not in self.rescaled:
@@ -285,11 +330,13 @@ class _Writer:
             return self.rescaled[key]
 
         args, kwargs = pytree.tree_map(read, (tuple(node.fx.args), dict(node.fx.kwargs)))
+        if island is None:
+            return self.place.call(node.op, *args, **kwargs)
         if node.op in CLAMPS:
             finest = float(1 << island.fraction_bits)
             low, high = (None if b is None else round(b / island.scale * finest) / finest for b in _bounds(node))
             return self.place.call(ops.CLAMP, args[0], low, high)
-        if node.op in MEANS:
+        if node.op in MEANS and (node.op is not AVERAGES or _of_all(node)):
             return self._mean(node, args[0], island)
         return self.place.call(node.op, *args, **kwargs)
 

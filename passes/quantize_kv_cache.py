@@ -202,7 +202,7 @@ class QuantizeKvCache(Pass):
         scale.rename(f"{name}_scale")
 
     def _split(self, graph: Graph, past: Node) -> list[Node]:
-        with graph.fake_mode:
+        with graph.computing_shapes():
             scale = token_scales(past.value, self.bits, self._groups(past))
             codes = quantize_tokens(past.value, scale, self.bits)
         return split_input(graph, past, {"codes": codes, "scale": scale})

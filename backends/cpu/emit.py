@@ -30,6 +30,7 @@ from mcc.backends.cpu.unweighted import (
     Unweighted,
     enlarged_before_cats,
     norms,
+    scaled_before_quantizers,
     turned_before_products,
 )
 from mcc.backends.relax import RULES
@@ -133,6 +134,7 @@ class _Writer:
         self.lookups = lookups(lowering)
         own_norms = norms(self.graph, lowering.target)
         taken_in = {n for norm in own_norms.values() for n in norm.inner} | enlarged_before_cats(self.graph)
+        taken_in |= scaled_before_quantizers(self.graph)
         taken_in |= decodes_before_attention(self.graph, lowering.target) | turned_before_products(self.graph)
         self.merged = taken_in - set(lowering.choices)
         self.unweighted = Unweighted(
@@ -250,6 +252,8 @@ class _Writer:
         if node in self.lookups:
             return [node.args[1]]  # type: ignore[list-item]  # row numbers are a tensor
         if ops.lookup(node.target) is ops.QUANTIZE and requantize_step(self.graph.node(node.name)) is not None:
+            return node.all_input_nodes[:1]
+        if node in self.merged and ops.lookup(node.target) is ops.RESCALE:
             return node.all_input_nodes[:1]
         return node.all_input_nodes
 

@@ -14,7 +14,18 @@ from tvm.script import tirx as T
 from mcc.backends.cpu.integer_sums import LARGEST_CODE, largest_sum, largest_total
 from mcc.backends.cpu.microkernel import lane
 from mcc.backends.cpu.vector_math import FUNCTIONS
-from mcc.backends.kernel import Activation, Add, Clamp, EpilogueStep, Multiply, Relu, Requantize, Rescale, Scale
+from mcc.backends.kernel import (
+    Activation,
+    Add,
+    Clamp,
+    EpilogueStep,
+    Multiply,
+    Relu,
+    Requantize,
+    Rescale,
+    RescaleSums,
+    Scale,
+)
 from mcc.fixed_point import LARGEST
 
 if TYPE_CHECKING:
@@ -116,7 +127,7 @@ def _rounder(fraction_bits: int | None) -> float:
     return 0.0 if fraction_bits is None else 1.5 * 2.0 ** (23 - fraction_bits)
 
 
-def _after_rescale(region: Region, rescale: Rescale) -> tuple[Step, ...]:
+def _after_rescale(region: Region, rescale: RescaleSums) -> tuple[Step, ...]:
     """The epilogue behind the multiplication of `rescale`, whose result is rounded and has `_rounder` in it."""
     rest: tuple[Step, ...] = merged(region.epilogue[1:])
     if rescale.fraction_bits is None:
@@ -131,7 +142,7 @@ def _after_rescale(region: Region, rescale: Rescale) -> tuple[Step, ...]:
 
 def _bounded(step: Step) -> bool:
     """Whether what a step gives is bounded where what it is given is."""
-    return isinstance(step, Relu | Clamp) or (isinstance(step, Add) and step.activation is not None)
+    return isinstance(step, Relu | Clamp | Rescale) or (isinstance(step, Add) and step.activation is not None)
 
 
 def _summed_codes(region: Region) -> tuple[list[Add], Requantize] | None:
@@ -246,7 +257,7 @@ def emit_epilogue(
                 value = value * _added(vectors, vectors.constant(0.0), next(others), activation)
             case AddInSteps(factor):
                 value = vectors.fma(_as_float(vectors, next(others)), vectors.constant(factor), value)
-            case Rescale():
+            case RescaleSums():
                 raise AssertionError("it is the scale of sums, and no step behind them")
             case Unshift(number):
                 value = value - vectors.constant(number)
@@ -256,7 +267,7 @@ def emit_epilogue(
 
 
 def _of_one_value(
-    vectors: Vectors, value: Expression, step: Relu | Clamp | Activation | Scale | Requantize | ToCodes
+    vectors: Vectors, value: Expression, step: Relu | Clamp | Activation | Scale | Rescale | Requantize | ToCodes
 ) -> Expression:
     match step:
         case Relu():
@@ -267,6 +278,8 @@ def _of_one_value(
             return FUNCTIONS[name](vectors, vectors.hold(value))
         case Scale(factor):
             return value * vectors.constant(factor)
+        case Rescale():
+            return _rescaled(vectors, value, step)
         case Requantize(scale, zero_point, low, high):
             return _rounded(vectors, value * vectors.constant(1 / scale), zero_point, (low, high))
         case ToCodes(zero_point, low, high, fits):
@@ -287,13 +300,16 @@ def _added(vectors: Vectors, value: Expression, other: Expression, activation: Q
     if activation is None:
         return value + other
     codes = T.cast(other, f"int32x{vectors.lanes}") - vectors.constant(activation.zero_point, "int32")
-    scale, number = vectors.constant(activation.scale), _rounder(activation.fraction_bits)
-    if not number:
-        return vectors.fma(vectors.to_float(codes), scale, value)
-    product = vectors.fma(vectors.to_float(codes), scale, vectors.constant(number)) - vectors.constant(number)
-    if activation.scale * LARGEST_CODE >= LARGEST:
-        product = T.min(vectors.constant(float(LARGEST)), T.max(vectors.constant(-float(LARGEST)), product))
-    return value + product
+    if activation.fraction_bits is None:
+        return vectors.fma(vectors.to_float(codes), vectors.constant(activation.scale), value)
+    return value + _rescaled(vectors, vectors.to_float(codes), Rescale(activation.scale, activation.fraction_bits))
+
+
+def _rescaled(vectors: Vectors, value: Expression, step: Rescale) -> Expression:
+    """A product rounded once, by the addition of a number beside which float32 has no more bits behind the point."""
+    number = vectors.constant(_rounder(step.fraction_bits))
+    product = vectors.fma(value, vectors.constant(step.factor), number) - number
+    return T.min(vectors.constant(LARGEST), T.max(vectors.constant(-LARGEST), product))
 
 
 def _rounded(vectors: Vectors, value: Expression, zero_point: int, codes: tuple[int, int]) -> Expression:

@@ -24,6 +24,7 @@ from mcc.backends.kernel import (
     Relu,
     Requantize,
     Rescale,
+    RescaleSums,
     Scale,
 )
 from mcc.ops import OPS
@@ -69,16 +70,16 @@ def _rescaled(region: Region, lowering: Lowering) -> Region:
     return region if first_kernel(extended, lowering.target)[0] is None else extended
 
 
-def _factors(node: Node, source: Node) -> Rescale | None:
+def _factors(node: Node, source: Node) -> RescaleSums | None:
     """What a node multiplies the outputs of a layer with, each with its own factor; None where it does not."""
     factors, last = node.operand(1), len(source.shape) - 1
     if node.operand(0) != source or factors is None or not factors.is_parameter or node.fx.kwargs:
         return None
     values, outputs = factors.tensor.detach().float().numpy(), int(source.shape[-1])
     if node.op is ops.RESCALE and node.argument(2) in (None, last):
-        return Rescale(np.broadcast_to(values, outputs).copy(), node.argument(3))
+        return RescaleSums(np.broadcast_to(values, outputs).copy(), node.argument(3))
     by_output = node.op is ops.MUL and values.shape[-1:] == (outputs,) and values.size == outputs
-    return Rescale(values.reshape(-1), None) if by_output else None
+    return RescaleSums(values.reshape(-1), None) if by_output else None
 
 
 def _gives_integers(region: Region) -> bool:
@@ -120,6 +121,10 @@ def own_step(node: Node) -> EpilogueStep | None:
     if node.op in (ops.CLAMP, ops.HARDTANH, ops.CLAMP_MIN):
         low, high = _bounds(node)
         return Clamp(low, high) if isinstance(low, int | float) and isinstance(high, int | float) else None
+    if node.op is ops.RESCALE:
+        factor = node.operand(1)
+        one = factor is not None and factor.is_parameter and not factor.shape
+        return Rescale(float(factor.tensor), node.argument(3)) if one else None  # type: ignore[union-attr]  # as said
     return requantize_step(node) if node.op is ops.QUANTIZE else None
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mcc.backends.cpu.epilogue import ToCodes
-    from mcc.backends.kernel import Region, Rescale
+    from mcc.backends.kernel import Region, RescaleSums
 
 ROUNDER = 1.5 * 2**23
 ROUNDER_BITS = 0x4B400000
@@ -76,7 +76,7 @@ def direct_requantize(region: Region, step: ToCodes) -> DirectRequantize | None:
     return DirectRequantize(ROUNDER_BITS + added[best], vectors["scale"], shift.astype(np.float32), odd)
 
 
-def _rescaled(region: Region, rescale: Rescale, step: ToCodes) -> DirectRequantize | None:
+def _rescaled(region: Region, rescale: RescaleSums, step: ToCodes) -> DirectRequantize | None:
     """The same for sums that are rescaled: one multiply-add to `ROUNDER` rounds the exact product to an integer."""
     reached = largest_total(region) * float(np.abs(rescale.factors).max(initial=0.0))
     if rescale.fraction_bits != 0 or not reached + LARGEST_CODE < LARGEST_WORD:

@@ -21,7 +21,7 @@ from mcc.backends.cpu.kernels.recurrent import NARROWEST, RecurrentShape, recurr
 from mcc.backends.cpu.kernels.softmax import SoftmaxShape, softmax_function
 from mcc.backends.cpu.kernels.transpose import takes_transpose, transpose_function
 from mcc.backends.cpu.permutes import order_of
-from mcc.backends.kernel import Requantize, output_dtype
+from mcc.backends.kernel import Requantize, Rescale, Scale, output_dtype
 from mcc.backends.relax.emitter import known_dims, static
 from mcc.errors import BackendError
 from mcc.graph import Node
@@ -112,6 +112,18 @@ def takes_matmul(node: Node) -> bool:
         return False
     rows = node.shape[-2]
     return not isinstance(rows, int) or rows >= FEWEST_ROWS
+
+
+def scaled_before_quantizers(graph: Graph) -> set[fx.Node]:
+    """Multiplications by one number whose products are quantized by own kernels, and read by nothing else."""
+    found = set()
+    for node in graph.nodes:
+        readers = node.users
+        if not isinstance(own_step(node), Scale | Rescale) or node.is_output or not readers:
+            continue
+        if all(u.op is ops.QUANTIZE and u.operand(0) == node and requantize_step(u) is not None for u in readers):
+            found.add(node.fx)
+    return found
 
 
 def enlarged_before_cats(graph: Graph) -> set[fx.Node]:
@@ -216,9 +228,7 @@ class Unweighted:
         if takes_pool(node):
             return self._pool(emitter, node)
         if node.op is ops.QUANTIZE and (step := requantize_step(node)) is not None:
-            source = node.operand(0)
-            assert source is not None
-            return self._quantize(emitter, source, step)
+            return self._quantize(emitter, node, step)
         return self._transpose(emitter, node)
 
     def kernel_name(self, node: Node) -> str:
@@ -336,8 +346,12 @@ class Unweighted:
         return emitter(relax.call_tir(made, [source], relax.TensorType(result, kind)))
 
     def _quantize(self, emitter: Emitter, node: Node, step: Requantize) -> Any:
-        source = self._value(node.fx)
-        function = emitter.builder.add_func(quantize_function(known_dims(source), step, self.target), "quantize")
+        read, steps = node.fx.all_input_nodes[0], (step,)
+        if read in self._merged:
+            scaled = Node(read, node.graph)
+            read, steps = read.all_input_nodes[0], (own_step(scaled), step)  # type: ignore[assignment]  # it has one
+        source = self._value(read)
+        function = emitter.builder.add_func(quantize_function(known_dims(source), steps, self.target), "quantize")
         return emitter(relax.call_tir(function, [source], relax.TensorType(list(source.ty.shape), "uint8")))
 
 

@@ -24,14 +24,14 @@ from mcc.backends.cpu.microkernel import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mcc.backends.kernel import Requantize
+    from mcc.backends.kernel import EpilogueStep
     from mcc.target import Target
 
 BLOCK = 8192
 
 
-def quantize_function(dims: Sequence[Any], step: Requantize, target: Target) -> tirx.PrimFunc:
-    """A kernel over a tensor of these dims (symbolic ones vary), in blocks that threads share."""
+def quantize_function(dims: Sequence[Any], steps: tuple[EpilogueStep, ...], target: Target) -> tirx.PrimFunc:
+    """A kernel over a tensor of these dims (symbolic ones vary), in blocks that threads share; steps end in codes."""
     v = Vectors(target)
     shape = leading_dims(dims)
     size = product(shape)
@@ -40,7 +40,7 @@ def quantize_function(dims: Sequence[Any], step: Requantize, target: Target) -> 
         source, codes = flat(x, size), flat(y, size)
 
         def vector(start: Expression) -> None:
-            v.store(codes, start, emit_epilogue(v, v.load(source, start), (step,)))
+            v.store(codes, start, emit_epilogue(v, v.load(source, start), steps))
 
         def block(b: Expression) -> None:
             inside = tirx.min(size - b * BLOCK, BLOCK)
@@ -50,7 +50,7 @@ def quantize_function(dims: Sequence[Any], step: Requantize, target: Target) -> 
 
             def tail() -> None:
                 # the last vector overlaps the one before it, except in a tensor smaller than a vector
-                branch(size >= v.lanes, lambda: vector(size - v.lanes), lambda: _scalars(v, source, codes, size, step))
+                branch(size >= v.lanes, lambda: vector(size - v.lanes), lambda: _scalars(v, source, codes, size, steps))
 
             branch(left > 0, tail)
 
@@ -61,7 +61,9 @@ def quantize_function(dims: Sequence[Any], step: Requantize, target: Target) -> 
     return kernel_function("quantize", parameters, body).without_attr("global_symbol")
 
 
-def _scalars(v: Vectors, source: Expression, codes: Expression, size: Expression, step: Requantize) -> None:
+def _scalars(
+    v: Vectors, source: Expression, codes: Expression, size: Expression, steps: tuple[EpilogueStep, ...]
+) -> None:
     with B.serial(0, size) as i:
-        value = emit_epilogue(v, v.splat(source[i]), (step,))
+        value = emit_epilogue(v, v.splat(source[i]), steps)
         B.buffer_store(codes, T.cast(tirx.Shuffle([value], [0]), "uint8"), [i])
