@@ -439,7 +439,7 @@ def rescaled(values: NDArray[Any], factors: Any, fraction_bits: int | None) -> N
     """Products as `mcc.fixed_point.rescale` has them, outputs last; None for float32 ones."""
     if fraction_bits is None:
         return np.asarray(values * factors)
-    exact = values.astype(np.float64) * np.float64(factors) * 2.0**fraction_bits
+    exact = values.astype(np.float64) * np.float32(factors).astype(np.float64) * 2.0**fraction_bits
     return np.clip(np.rint(exact) / 2.0**fraction_bits, -LARGEST, LARGEST).astype(np.float32)
 
 

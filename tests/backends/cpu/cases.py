@@ -37,6 +37,8 @@ from mcc.backends.kernel import (
     Region,
     Relu,
     Requantize,
+    Rescale,
+    RescaleSums,
     Scale,
 )
 from mcc.sparse_formats import AMONG, BLOCKS
@@ -81,6 +83,10 @@ class Case:
 def cases(draw: Any, family: str, target: Target) -> Case:
     """A case of a family for a target."""
     kernel, region, shapes = draw(_DRAWN[family](target))
+    codes = region.activation is not None and not region.activation.per_token and region.weight.scale is not None
+    if codes and region.anchor.op is not ops.CONV2D and draw(st.integers(0, 2)) == 0:
+        integers = draw(integer_regions(region))
+        region = integers if kernel.refuses(integers, target) is None else region
     tiles = kernel.tiles(region, target)
     return Case(kernel, region, tiles[draw(st.integers(0, 4)) % len(tiles)], shapes)
 
@@ -103,6 +109,26 @@ def epilogues(draw: Any, *, operands: bool = True) -> tuple[Any, ...]:
         low, high = draw(st.sampled_from([(0, 255), (0, 255), (3, 200), (0, 127)]))
         steps.append(Requantize(draw(st.sampled_from([0.03, 0.0625])), draw(st.integers(0, 255)), low, high))
     return tuple(steps)
+
+
+@st.composite
+def integer_regions(draw: Any, region: Region) -> Region:
+    """The same layer with integers for scales and bias, its sums rescaled; some products are out of bounds."""
+    outputs, random = region.weight.shape[0], np.random.default_rng(draw(st.integers(0, 9)))
+    factors = (10.0 ** random.uniform(-5, draw(st.sampled_from([-2, 0.5])), outputs)).astype(np.float32)
+    steps: list[Any] = [RescaleSums(factors, draw(st.sampled_from([None, 0, 0, 3, 8])))]
+    codes = st.builds(QuantizedInput, st.sampled_from([0.37, 1.1, 70.0]), zero_points, st.just(False), st.just(8))
+    further = st.one_of(
+        st.just(Relu()), st.just(Clamp(-20.0, 100.5)), st.just(Rescale(0.3, 0)), codes.map(lambda c: Add(OTHER, c))
+    )
+    joins = region.anchor.op is ops.CONV2D_NHWC or region.weight.sparse is None
+    steps += [s for s in draw(st.lists(further, max_size=2)) if joins or not isinstance(s, Add)]
+    if draw(st.booleans()):
+        steps.append(Requantize(1.0, draw(st.integers(0, 255)), *draw(st.sampled_from([(0, 255), (3, 200)]))))
+    bias = None if region.bias is None else np.rint(region.bias * 1000).astype(np.float32)
+    weight = replace(region.weight, scale=np.ones(outputs, np.float32))
+    activation = QuantizedInput(1.0, draw(zero_points))
+    return replace(region, weight=weight, bias=bias, activation=activation, epilogue=tuple(steps))
 
 
 channels = st.one_of(st.sampled_from([1, 3, 4, 16, 32, 64]), st.integers(1, 70))
