@@ -10,7 +10,6 @@ import torch
 from mcc import ops
 from mcc.cost import WeightExpression, weight_expression
 from mcc.formats import along_axis, nearest
-from mcc.graph import identifier
 from mcc.quantization import quantizer_tensors
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ class IntegerLayer:
         ones = place.read(f"{name}_ones", torch.ones(len(values)))
         zeros = place.read(f"{name}_zeros", torch.zeros(len(values), dtype=zero.dtype))
         made = place.call(ops.FAKE_QUANTIZE, read, ones, zeros, 0, low, high)
-        made.rename(f"{identifier(name)}_integers")
+        quantizer.fx.name, made.fx.name = f"{quantizer.name}_before", quantizer.name
         return made
 
 

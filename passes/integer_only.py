@@ -23,7 +23,7 @@ MOVES = tuple(
     OPS[name]
     for name in (
         "reshape", "permute", "transpose.int", "t", "unsqueeze", "squeeze.dim", "squeeze.dims", "slice.Tensor",
-        "select.int", "cat", "max_pool1d", "max_pool2d", "max_pool3d", "upsample_nearest2d.vec", "relu",
+        "select.int", "cat", "max_pool1d", "max_pool2d", "max_pool3d", "upsample_nearest2d.vec", "relu", "dropout",
     )
 )  # fmt: skip
 CLAMPS = (ops.RELU6, ops.HARDTANH, ops.CLAMP)
@@ -69,10 +69,10 @@ class IntegerOnly(Pass):
         if not layers:
             raise PassError(f"{self}: no layer reads codes: {context.reasons}", remedy="give it behind quantize")
         islands = _islands(graph, layers)
-        for node in graph.nodes:
-            if node.fx in islands.floats:
-                context.note(f"%{node.name} stays in float: {islands.floats[node.fx]}")
-        context.edited(_Writer(graph, layers, islands).write())
+        for name in _Writer(graph, layers, islands).write():
+            reason = islands.floats.get(name, f"{graph.node(name).op} has no integer form")
+            context.note(f"%{name} computes in float: {reason}")
+        context.edited(len(layers))
         return graph.clean().repropagate()
 
 
@@ -96,12 +96,12 @@ class _Islands:
     Attributes:
         of: the island of an op.
         carried: the quantizer whose integers an op moves, before anything else is done with them.
-        floats: why an op between that could be in an island is not.
+        floats: why an op that could be in an island is not, by name.
     """
 
     of: dict[fx.Node, _Island]
     carried: dict[fx.Node, Node]
-    floats: dict[fx.Node, str]
+    floats: dict[str, str]
 
 
 def _is_quantizer(node: Node) -> bool:
@@ -123,14 +123,14 @@ def _islands(graph: Graph, layers: dict[fx.Node, IntegerLayer]) -> _Islands:
         for member in joined:
             group[member.fx] = joined
     of: dict[fx.Node, _Island] = {}
-    floats: dict[fx.Node, str] = {}
+    floats: dict[str, str] = {}
     for members in {id(g): g for g in group.values()}.values():
         found = _island(members, {*group, *layers, *carried})
         for member in members:
             if isinstance(found, _Island):
                 of[member.fx] = found
             else:
-                floats[member.fx] = found
+                floats[member.name] = found
     return _Islands(of, carried, floats)
 
 
@@ -238,8 +238,9 @@ class _Writer:
         self.rescaled: dict[tuple[fx.Node, _Island], Node] = {}
         self.weights: dict[fx.Node, Node] = {}
 
-    def write(self) -> int:
-        """Write it; returns how many layers are in integers."""
+    def write(self) -> list[str]:
+        """Write it; returns the names of the ops that read integers as floats."""
+        readers = []
         for node in self.graph.nodes:
             self.place = Rewriter(self.graph, node)
             if node.fx in self.layers:
@@ -248,11 +249,11 @@ class _Writer:
                 self._take(node, self._member(node, self.islands.get(node.fx)), node.name)
             elif _is_quantizer(node) and self._is_read(node):
                 self._take(node, self._quantizer(node), f"{node.name.removesuffix('_quantized')}_integers")
-            else:
-                self._read_floats(node.fx)
+            elif self._read_floats(node.fx):
+                readers.append(node.name)
         self.place = Rewriter(self.graph, Node(self.graph.module.graph.output_node(), self.graph))
         self._read_floats(self.graph.module.graph.output_node())
-        return len(self.layers)
+        return readers
 
     def _take(self, old: Node, new: Node, name: str) -> None:
         old.fx.name, new.fx.name = f"{old.name}_before", name
@@ -265,10 +266,14 @@ class _Writer:
     def _read(self, node: Node) -> Node:
         return self.integers[node.fx]
 
-    def _read_floats(self, reader: fx.Node) -> None:
-        for operand in reader.all_input_nodes:
-            if operand in self.integers:
-                reader.replace_input_with(operand, self._float(Node(operand, self.graph)).fx)
+    def _read_floats(self, reader: fx.Node) -> bool:
+        """Let an op read floats; returns whether there were integers."""
+        read = [operand for operand in reader.all_input_nodes if operand in self.integers]
+        of_size = reader.target is ops.SYM_SIZE.target
+        for operand in read:
+            made = self.integers[operand] if of_size else self._float(Node(operand, self.graph))
+            reader.replace_input_with(operand, made.fx)
+        return bool(read) and not of_size
 
     def _unit(self, node: Node) -> tuple[Tensor, int | None]:
         """What an integer of a node stands for, float64, [] or one for each channel, and the channels' axis."""
