@@ -392,6 +392,11 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
         S(lambda n: (f(n, 3, 12), positive(n, 3, 1) / 20, 8), (0, 1)),
         S(lambda n: (f(n, 2, 12), positive(n, 2, 3) / 2, 4), (0, 1)),
     ),
+    "mcc.rescale": (
+        S(lambda n: ((f(n, 6) * 1e6).round(), torch.tensor(0.00123), None, 0)),
+        S(lambda n: ((f(n, 6, 2) * 99).round(), positive(6) / 20, 1, 8)),
+        S(lambda n: (torch.tensor([1.0, 3, 5, -1, 1e6, -1e6]).repeat(n, 1), torch.tensor(0.5), None, 0)),
+    ),
     "mcc.round_bfloat16": (
         S(lambda n: (f(n, 5, 7),)),
         S(lambda n: (torch.tensor([math.inf, -math.inf, -0.0, 1.00390625, 1.01171875, 3.4e38]).repeat(n, 1),)),

@@ -135,6 +135,7 @@ AS_IT_IS = {
     "mcc.quantize", "mcc.dequantize", "mcc.decode_codebook", "mcc.fake_codebook", "mcc.token_scales",
     "mcc.quantize_tokens", "mcc.dequantize_tokens", "mcc.attention", "mcc.conv2d_nhwc", "mcc.max_pool2d_nhwc",
     "mcc.avg_pool2d_nhwc", "mcc.upsample_nhwc", "mcc.group_norm_nhwc", "mcc.decode_bfloat16",
+    "mcc.rescale",
 }  # fmt: skip
 
 
