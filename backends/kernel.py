@@ -440,7 +440,7 @@ def rescaled(values: NDArray[Any], factors: Any, fraction_bits: int | None) -> N
     if fraction_bits is None:
         return np.asarray(values * factors)
     exact = values.astype(np.float64) * np.float32(factors).astype(np.float64) * 2.0**fraction_bits
-    return np.clip(np.rint(exact) / 2.0**fraction_bits, -LARGEST, LARGEST).astype(np.float32)
+    return np.clip(np.rint(exact) / 2.0**fraction_bits, -LARGEST, LARGEST).astype(np.float32) + np.float32(0)
 
 
 def to_bfloat16(values: NDArray[Any]) -> NDArray[np.int16]:

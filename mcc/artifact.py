@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 ALIGNMENT = 64
-DIRECT, DIRECT_ALONE = "direct", "direct_alone"
+DIRECT, DIRECT_ALONE = "small_call", "small_call_alone"
 """The library's function that runs a small call without TVM's virtual machine, where it has one; the second name says
 that none of its kernels uses several threads."""
 ARRAY_ADDRESS = 16

@@ -33,7 +33,7 @@ def rescale(x: Tensor, scale: Tensor, axis: int | None, fraction_bits: int) -> T
     """
     product = x.double() * along_axis(scale, x, axis).double()  # of 24 bits each: exact
     finest = float(1 << fraction_bits)
-    return (torch.round(product * finest) / finest).clamp(-LARGEST, LARGEST).float()
+    return (torch.round(product * finest) / finest).clamp(-LARGEST, LARGEST).float() + 0.0  # of two zeros the positive
 
 
 @rescale.register_fake

@@ -308,9 +308,10 @@ class Graph:
         delattr(owner, leaf)
 
     def free_name(self, name: str) -> str:
-        """`name`, or the first of `name_2`, `name_3`, … that is not the name of a tensor."""
+        """`name`, or the first of `name_2`, `name_3`, … that is not the name of a tensor or a module."""
         taken = {n for n, _ in self.module.named_parameters(remove_duplicate=False)}
         taken |= {n for n, _ in self.module.named_buffers(remove_duplicate=False)}
+        taken |= {n for n, _ in self.module.named_modules(remove_duplicate=False)}
         candidates = (f"{name}_{i}" if i > 1 else name for i in itertools.count(1))
         return next(c for c in candidates if c not in taken)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
 from mcc import ops
 from mcc.cost import WeightExpression, weight_expression
+from mcc.fixed_point import EXACT_BITS
 from mcc.formats import along_axis, nearest
+from mcc.integer_islands import is_quantizer
 from mcc.quantization import quantizer_tensors
 
 if TYPE_CHECKING:
@@ -37,6 +40,33 @@ class IntegerLayer:
     weight: WeightExpression
     unit: tuple[Tensor, int]
 
+    @property
+    def largest(self) -> float:
+        """The largest absolute value that its output can have."""
+        return float((self._largest_sums * self.unit[0].abs()).max())
+
+    @property
+    def sums_exactly(self) -> bool:
+        """Whether float32 holds every sum that there can be, in any order."""
+        return bool(self._largest_sums.max() < 1 << EXACT_BITS)
+
+    @cached_property
+    def _largest_sums(self) -> Tensor:
+        """Absolute ones, [out]."""
+        quantizer, source, bias = self.weight.quantizer, self.node.operand(0), self.node.operand(2)
+        assert quantizer is not None
+        assert source is not None
+        _, zero, low, high = quantizer_tensors(source)
+        codes = self._codes(quantizer)
+        rows = codes.abs().double().flatten(1).sum(1) * max(high - int(zero), int(zero) - low)
+        added = 0 if bias is None else (bias.tensor.detach().double() / self.unit[0]).abs()
+        return rows + added
+
+    def _codes(self, quantizer: Node) -> Tensor:
+        scale, _, low, high = quantizer_tensors(quantizer)
+        values = self.weight.values
+        return nearest(values / along_axis(scale.float(), values, 0), torch.zeros(())).clamp(low, high)
+
     def write(self, place: Rewriter, integers: Callable[[Node], Node], weights: dict[fx.Node, Node]) -> Node:
         """The layer in integers.
 
@@ -59,14 +89,13 @@ class IntegerLayer:
         return place.call(self.node.op, *arguments, **self.node.fx.kwargs)
 
     def _weight(self, place: Rewriter, quantizer: Node) -> Node:
-        scale, zero, low, high = quantizer_tensors(quantizer)
-        values, name = self.weight.values, str(self.weight.root.fx.target)
-        codes = nearest(values / along_axis(scale.float(), values, 0), torch.zeros(())).clamp(low, high)
+        _, zero, low, high = quantizer_tensors(quantizer)
+        name, codes = str(self.weight.root.fx.target), self._codes(quantizer)
         read = place.read(f"{name}_integers", codes)
         if self.weight.mask is not None:
             read = place.call(ops.MUL, read, place.read(f"{name}_integers_mask", self.weight.mask))
-        ones = place.read(f"{name}_ones", torch.ones(len(values)))
-        zeros = place.read(f"{name}_zeros", torch.zeros(len(values), dtype=zero.dtype))
+        ones = place.read(f"{name}_ones", torch.ones(len(codes)))
+        zeros = place.read(f"{name}_zeros", torch.zeros(len(codes), dtype=zero.dtype))
         made = place.call(ops.FAKE_QUANTIZE, read, ones, zeros, 0, low, high)
         quantizer.fx.name, made.fx.name = f"{quantizer.name}_before", quantizer.name
         return made
@@ -83,18 +112,12 @@ def integer_layer(node: Node) -> IntegerLayer | str:
     scale, zero, _, _ = quantizer_tensors(quantizer)
     if scale.dim() > 1 or bool(zero.any()) or quantizer.argument(3) not in (0, None):
         return "its weight has scales of groups, or zero points"
-    if source is None or source.op is not ops.FAKE_QUANTIZE or source.argument(3) is not None:
-        return "it reads no codes with one scale"
+    if source is None or not is_quantizer(source):
+        return "it reads no codes of up to ten bits with one scale"
     if bias is not None and not bias.is_parameter:
         return "its bias is computed"
     step = source.operand(1)
     assert step is not None
-    unit = (step.tensor.double() * scale.double()).expand(int(node.operand(1).shape[0])).clone()  # type: ignore[union-attr]  # a layer has a weight
-    return IntegerLayer(node, expression, (unit, len(node.shape) - len(expression_shape(node)) + 1))
-
-
-def expression_shape(node: Node) -> tuple[int, ...]:
-    """Of a layer's dense weight."""
-    top = node.operand(1)
-    assert top is not None
-    return tuple(int(s) for s in top.shape)
+    outputs, rank = int(quantizer.shape[0]), len(quantizer.shape)
+    unit = (step.tensor.double() * scale.double()).expand(outputs).clone()
+    return IntegerLayer(node, expression, (unit, len(node.shape) - rank + 1))

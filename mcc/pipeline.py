@@ -65,6 +65,12 @@ class Pipeline:
                     raise DataError(
                         f"{step} needs data.{field}", remedy=f"give mcc.compile(…, data=mcc.Data({field}=…))"
                     )
+            for other in self.passes[position + 1 :] if step.ends_changes else ():
+                if not isinstance(other.guarantee, Exact):
+                    raise PassError(
+                        f"{other} comes behind {step}, and would change what that leaves",
+                        remedy=f"put {other.pass_name()} before {step.pass_name()}, which comes once",
+                    )
             later = {p.pass_name() for p in self.passes[position + 1 :]}
             if step.needs_after and not later.intersection(step.needs_after):
                 raise PassError(

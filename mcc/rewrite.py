@@ -114,11 +114,13 @@ class Pass:
 
     Attributes:
         guarantee: what is checked after the pass.
+        ends_changes: whether passes behind it may only be exact.
         changes_signature: whether inputs and outputs may change; then `convert_inputs` says how, and `reference` has
             the new ones.
     """
 
     guarantee: ClassVar[Guarantee]
+    ends_changes: ClassVar[bool] = False
     changes_signature: ClassVar[bool] = False
 
     @property

@@ -343,7 +343,7 @@ def _can_be(size: int, dim: str) -> bool:
 
 def _as_numpy(value: Any, foreign: Callable[[Any], Any] | None) -> tuple[NDArray[Any], Callable[[Any], Any] | None]:
     """A tensor of another library as numpy, and that library's `from_dlpack`; a scalar or list as numpy."""
-    if not hasattr(value, "__dlpack__") or isinstance(value, np.generic):
+    if not hasattr(value, "__dlpack__") or isinstance(value, np.generic | np.ndarray):
         return np.asarray(value), foreign
     library = sys.modules[type(value).__module__.partition(".")[0]]
     plain = value.detach() if hasattr(value, "detach") else value

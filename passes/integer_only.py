@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,24 +10,24 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mcc import ops
-from mcc.constants import varying
 from mcc.errors import PassError
-from mcc.fixed_point import bits_behind_the_point
 from mcc.graph import Graph, Node
+from mcc.integer_islands import (
+    AVERAGE,
+    CLAMPS,
+    MEANS,
+    Island,
+    Islands,
+    averaged,
+    averages_all,
+    clamped,
+    is_quantizer,
+    islands,
+    reduced,
+)
 from mcc.integer_layers import IntegerLayer, integer_layer
 from mcc.ops import OPS
 from mcc.rewrite import Context, Lossy, Pass, Rewriter
-
-MOVES = tuple(
-    OPS[name]
-    for name in (
-        "reshape", "permute", "transpose.int", "t", "unsqueeze", "squeeze.dim", "squeeze.dims", "slice.Tensor",
-        "select.int", "cat", "max_pool1d", "max_pool2d", "max_pool3d", "upsample_nearest2d.vec", "relu", "dropout",
-    )
-)  # fmt: skip
-CLAMPS = (ops.RELU6, ops.HARDTANH, ops.CLAMP)
-PADS, AVERAGES = (OPS["pad"], OPS["constant_pad_nd"]), OPS["avg_pool2d"]
-MEANS = (OPS["mean.dim"], OPS["adaptive_avg_pool2d"], AVERAGES)
 
 
 @dataclass(frozen=True)
@@ -46,14 +45,16 @@ class IntegerOnly(Pass):
 
     Activations, weights, biases and sums are integers in units of their scales. Each sum is rescaled once, half to
     even, by a multiplier of 24 bits and a shift (`mcc.rescale`), so that whatever computes the graph has the same
-    integers. What is added, averaged or read by quantizers of several scales is rescaled to the finest of these with
-    some bits behind the point. What other ops read becomes float again; they are named in the report, as are layers
-    that read floats.
+    integers, in order and out of it, as long as inputs are finite. What is added, averaged, read by quantizers of
+    several scales or returned is rescaled to one unit, coarse enough for the largest sum that weights and codes can
+    give, with some bits behind the point. What other ops read becomes float again; they are named in the report, as
+    are layers that read floats.
     Jacob et al.: Quantization and training of neural networks for efficient integer-arithmetic-only inference. CVPR
     2018.
     """
 
     guarantee = Lossy()
+    ends_changes = True
 
     def run(self, graph: Graph, context: Context) -> Graph:
         """Rewrite every layer between quantizers, and what lies between."""
@@ -67,179 +68,40 @@ class IntegerOnly(Pass):
             else:
                 layers[node.fx] = layer
         if not layers:
-            raise PassError(f"{self}: no layer reads codes: {context.reasons}", remedy="give it behind quantize")
-        islands = _islands(graph, layers)
-        for name in _Writer(graph, layers, islands).write():
-            reason = islands.floats.get(name, f"{graph.node(name).op} has no integer form")
-            context.note(f"%{name} computes in float: {reason}")
+            raise PassError(
+                f"{self}: no layer reads codes: {context.reasons}",
+                remedy="give it behind quantize, with activations='int8'",
+            )
+        wide = [layer.node.layer for layer in layers.values() if not layer.sums_exactly]
+        found = islands(graph, layers)
+        for node in _Writer(graph, layers, found).write():
+            if node.op in MEANS:
+                reason = "its windows are not all of one power of two"
+            else:
+                reason = found.floats.get(node.name, f"{node.op} has no integer form")
+            if node.op not in (*ops.LAYERS, *ops.ATTENTIONS):
+                context.note(f"%{node.name} computes in float: {reason}")
+        if wide:
+            context.note(
+                f"sums of {', '.join(wide)} may have more than 24 bits; the graph is exact while they have not"
+            )
         context.edited(len(layers))
         return graph.clean().repropagate()
-
-
-@dataclass(frozen=True)
-class _Island:
-    """Ops with integer arithmetic that read each other.
-
-    Attributes:
-        scale: the unit of what they compute, that of the finest quantizer that reads any.
-        fraction_bits: bits behind the point.
-    """
-
-    scale: float
-    fraction_bits: int
-
-
-@dataclass(frozen=True)
-class _Islands:
-    """Where each op between quantizers belongs.
-
-    Attributes:
-        of: the island of an op.
-        carried: the quantizer whose integers an op moves, before anything else is done with them.
-        floats: why an op that could be in an island is not, by name.
-    """
-
-    of: dict[fx.Node, _Island]
-    carried: dict[fx.Node, Node]
-    floats: dict[str, str]
-
-
-def _is_quantizer(node: Node) -> bool:
-    """Whether this gives codes of an activation with one scale."""
-    scale = node.operand(1)
-    return node.op is ops.FAKE_QUANTIZE and scale is not None and node.argument(3) is None
-
-
-def _islands(graph: Graph, layers: dict[fx.Node, IntegerLayer]) -> _Islands:
-    inputs, carried = varying(graph), _carried(graph)
-    group: dict[fx.Node, list[Node]] = {}
-    for node in graph.nodes:
-        if node.fx not in inputs or node.fx in carried or not _is_member(node):
-            continue
-        joined = [node]
-        for operand in node.fx.all_input_nodes:
-            if operand in group and not any(n.fx is operand for n in joined):
-                joined += group[operand]
-        for member in joined:
-            group[member.fx] = joined
-    of: dict[fx.Node, _Island] = {}
-    floats: dict[str, str] = {}
-    for members in {id(g): g for g in group.values()}.values():
-        found = _island(members, {*group, *layers, *carried})
-        for member in members:
-            if isinstance(found, _Island):
-                of[member.fx] = found
-            else:
-                floats[member.name] = found
-    return _Islands(of, carried, floats)
-
-
-def _carried(graph: Graph) -> dict[fx.Node, Node]:
-    """See `_Islands`; where another op reads them."""
-    found: dict[fx.Node, Node] = {}
-    for node in graph.nodes:
-        source = node.operand(0)
-        if source is None or node.op not in (*MOVES, *PADS) or not _is_member(node):
-            continue
-        root = source if _is_quantizer(source) else found.get(source.fx)
-        if root is not None:
-            found[node.fx] = root
-    for node in reversed(graph.nodes):
-        if node.fx in found and not any(_is_member(user) for user in node.users):
-            del found[node.fx]
-    return found
-
-
-def _is_member(node: Node) -> bool:
-    """Whether an op has integers where it reads integers of one unit."""
-    if node.value is None or not isinstance(node.value, Tensor) or node.dtype is not torch.float32:
-        return False
-    if node.op is ops.ADD:
-        return all(node.operand(i) is not None for i in (0, 1)) and not node.fx.kwargs
-    if node.op in CLAMPS:
-        return all(b is None or isinstance(b, int | float) for b in _bounds(node))
-    if node.op in PADS:
-        value = node.argument(2 if node.op is OPS["constant_pad_nd"] else 3) or 0
-        return value == 0 and node.argument(2, "constant") in ("constant", value)
-    return node.op in MOVES or (node.op in MEANS and _averaged(node) is not None)
-
-
-def _island(members: list[Node], integers: set[fx.Node]) -> _Island | str:
-    """The island of these ops, which read each other, `integers` and quantizers; or why they stay in float."""
-    for member in members:
-        for operand in member.fx.all_input_nodes:
-            node = Node(operand, member.graph)
-            if not isinstance(node.value, Tensor):
-                continue  # a size
-            if operand not in integers and not _is_quantizer(node):
-                return f"%{member.name} reads %{operand.name}, which is float"
-    sinks = [user for member in members for user in member.users if _is_quantizer(user)]
-    if not sinks:
-        return "no quantizer reads what it gives"
-    scales = {float(sink.operand(1).tensor) for sink in sinks}  # type: ignore[union-attr]  # quantizers have one
-    counts = [count for member in members if member.op in MEANS and (count := _averaged(member)) is not None]
-    if len(scales) == 1 and not counts and all(member.op is not ops.ADD for member in members):
-        return _Island(min(scales), 0)
-    bits = bits_behind_the_point(max(counts, default=1))
-    return f"its means are of {max(counts)} values" if bits is None else _Island(min(scales), bits)
-
-
-def _averaged(node: Node) -> int | None:
-    """How many values a mean is of; None where that varies, or where it is of windows that are no power of two."""
-    source = node.operand(0)
-    if source is None:
-        return None
-    if node.op is AVERAGES and not _of_all(node):
-        count = math.prod(_window(node))
-        plain = not node.argument(4) and (node.argument(5, default=True) or not _padded(node)) and not node.argument(6)
-        return count if plain and count.bit_count() == 1 else None
-    sizes = [source.shape[d] for d in _reduced(node)]
-    whole = node.op is not OPS["adaptive_avg_pool2d"] or all(s == 1 for s in node.shape[-2:])
-    return math.prod(map(int, sizes)) if whole and all(isinstance(s, int) for s in sizes) else None
-
-
-def _window(node: Node) -> list[int]:
-    given = node.argument(1)
-    return list(given) * (2 // len(given)) if isinstance(given, list | tuple) else [given, given]
-
-
-def _padded(node: Node) -> bool:
-    given = node.argument(3) or 0
-    return any(given) if isinstance(given, list | tuple) else bool(given)
-
-
-def _of_all(node: Node) -> bool:
-    """Whether the window of an average is the whole image."""
-    source = node.operand(0)
-    assert source is not None
-    return list(source.shape[-2:]) == _window(node) and not _padded(node) and not node.argument(6)
-
-
-def _reduced(node: Node) -> list[int]:
-    given = node.argument(1)
-    return list(given) if node.op is OPS["mean.dim"] and given else [-2, -1]
-
-
-def _bounds(node: Node) -> tuple[Any, Any]:
-    """What a clamp holds values to."""
-    if node.op is ops.RELU6:
-        return 0.0, 6.0
-    defaults = (-1.0, 1.0) if node.op is ops.HARDTANH else (None, None)
-    return node.argument(1, defaults[0]), node.argument(2, defaults[1])
 
 
 class _Writer:
     """Writes a graph's integer form beside what it replaces."""
 
-    def __init__(self, graph: Graph, layers: dict[fx.Node, IntegerLayer], islands: _Islands) -> None:
-        self.graph, self.layers, self.islands, self.carried = graph, layers, islands.of, islands.carried
+    def __init__(self, graph: Graph, layers: dict[fx.Node, IntegerLayer], found: Islands) -> None:
+        self.graph, self.layers, self.islands, self.carried = graph, layers, found.of, found.carried
         self.integers: dict[fx.Node, Node] = {}
         self.floats: dict[fx.Node, Node] = {}
-        self.rescaled: dict[tuple[fx.Node, _Island], Node] = {}
+        self.rescaled: dict[tuple[fx.Node, Island], Node] = {}
         self.weights: dict[fx.Node, Node] = {}
+        self.one: str | None = None
 
-    def write(self) -> list[str]:
-        """Write it; returns the names of the ops that read integers as floats."""
+    def write(self) -> list[Node]:
+        """Write it; returns the ops that read integers as floats."""
         readers = []
         for node in self.graph.nodes:
             self.place = Rewriter(self.graph, node)
@@ -247,10 +109,10 @@ class _Writer:
                 self._take(node, self.layers[node.fx].write(self.place, self._read, self.weights), node.name)
             elif node.fx in self.islands or node.fx in self.carried:
                 self._take(node, self._member(node, self.islands.get(node.fx)), node.name)
-            elif _is_quantizer(node) and self._is_read(node):
+            elif is_quantizer(node) and self._is_read(node):
                 self._take(node, self._quantizer(node), f"{node.name.removesuffix('_quantized')}_integers")
             elif self._read_floats(node.fx):
-                readers.append(node.name)
+                readers.append(node)
         self.place = Rewriter(self.graph, Node(self.graph.module.graph.output_node(), self.graph))
         self._read_floats(self.graph.module.graph.output_node())
         return readers
@@ -280,7 +142,7 @@ class _Writer:
         if node.fx in self.layers:
             return self.layers[node.fx].unit
         if node.fx in self.islands:
-            return torch.tensor(self.islands[node.fx].scale, dtype=torch.float64), None
+            return torch.tensor(self.islands[node.fx].unit, dtype=torch.float64), None
         scale = self.carried.get(node.fx, node).operand(1)
         assert scale is not None
         return scale.tensor.double(), None
@@ -317,10 +179,11 @@ class _Writer:
             read = self.integers[source.fx]
         else:
             read = self._rescaled(source, step, 0)
-        one = self.place.read("one", None if hasattr(self.graph.module, "one") else torch.ones(()))
+        one = self.place.read(self.one or "one", None if self.one else torch.ones(()))
+        self.one = str(one.fx.target)
         return self.place.call(ops.FAKE_QUANTIZE, read, one, *node.fx.args[2:])
 
-    def _member(self, node: Node, island: _Island | None) -> Node:
+    def _member(self, node: Node, island: Island | None) -> Node:
         """An op on integers of its island's unit, or, where it has no island, of the quantizer's that it reads."""
         assert node.op is not None
 
@@ -331,7 +194,7 @@ class _Writer:
                 return self.integers[operand]
             key = operand, island
             if key not in self.rescaled:
-                self.rescaled[key] = self._rescaled(Node(operand, self.graph), island.scale, island.fraction_bits)
+                self.rescaled[key] = self._rescaled(Node(operand, self.graph), island.unit, island.fraction_bits)
             return self.rescaled[key]
 
         args, kwargs = pytree.tree_map(read, (tuple(node.fx.args), dict(node.fx.kwargs)))
@@ -339,17 +202,17 @@ class _Writer:
             return self.place.call(node.op, *args, **kwargs)
         if node.op in CLAMPS:
             finest = float(1 << island.fraction_bits)
-            low, high = (None if b is None else round(b / island.scale * finest) / finest for b in _bounds(node))
+            low, high = (None if b is None else round(b / island.unit * finest) / finest for b in clamped(node))
             return self.place.call(ops.CLAMP, args[0], low, high)
-        if node.op in MEANS and (node.op is not AVERAGES or _of_all(node)):
+        if node.op in MEANS and (node.op is not AVERAGE or averages_all(node)):
             return self._mean(node, args[0], island)
         return self.place.call(node.op, *args, **kwargs)
 
-    def _mean(self, node: Node, source: Any, island: _Island) -> Node:
+    def _mean(self, node: Node, source: Any, island: Island) -> Node:
         """A sum, which is exact in any order, rescaled."""
         keep = node.op is not OPS["mean.dim"] or bool(node.argument(2, default=False))
-        total = self.place.call(OPS["sum.dim_IntList"], source, _reduced(node), keep)
-        count = _averaged(node)
+        total = self.place.call(OPS["sum.dim_IntList"], source, reduced(node), keep)
+        count = averaged(node)
         assert count is not None
         share = self.place.read(f"{node.name}_share", torch.tensor(1 / count))
-        return self.place.call(ops.RESCALE, total, share, None, island.fraction_bits)
+        return self.place.call(ops.RESCALE, total, share, None, island.mean_bits)

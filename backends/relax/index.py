@@ -246,7 +246,8 @@ def rescale(e: Emitter, x: Expression, scale: Expression, dim: int | None, fract
     finest = e.scalar(float(1 << fraction_bits), "float64")
     product = e(R.multiply(e.cast(x, "float64"), e.cast(_along(e, scale, x, dim), "float64")))
     rounded = e(R.divide(e(R.round(e(R.multiply(product, finest)))), finest))
-    return e.cast(e(R.clip(rounded, -LARGEST, LARGEST)), "float32")
+    held = e.cast(e(R.clip(rounded, -LARGEST, LARGEST)), "float32")
+    return e(R.add(held, e.scalar(0.0, "float32")))  # of two zeros the positive
 
 
 def fake_quantize_per_token(e: Emitter, x: Expression, limit: int) -> Expression:

@@ -149,7 +149,7 @@ def cifar_resnet(data: Path, options: argparse.Namespace, name: str) -> None:
 
     def rows() -> Iterator[tuple[str, tuple[str, ...]]]:
         yield found.row("eager", found.exact)
-        for tail in ("", "; correct-bias", "; reconstruct"):
+        for tail in ("", "; integer-only", "; correct-bias", "; reconstruct"):
             passes = "fold-batch-norm; quantize" + tail
             yield found.of_passes(passes, compiled(model, passes, batches, options))
         for passes in (
