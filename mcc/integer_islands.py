@@ -152,6 +152,7 @@ def _bounds(
             found[node.fx] = float(scale) * max(high - int(zero), int(zero) - low)
         elif _is_member(node):
             read = [found.get(operand, 0.0) for operand in node.fx.all_input_nodes]
+            # x + x reads one node
             found[node.fx] = sum(read) * (2 / len(read)) if node.op is ops.ADD else max(read, default=0.0)
     return found
 
