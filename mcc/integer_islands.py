@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
 from mcc import ops
+from mcc.arguments import CLAMPS, PADS, clamp_bounds, filling
 from mcc.constants import varying
 from mcc.fixed_point import LARGEST, MOST_FRACTION_BITS, bits_behind_the_point
 from mcc.graph import Node
@@ -34,8 +35,7 @@ MOVES = (
     *SPLITS,
     ops.GETITEM,
 )  # fmt: skip
-PADS, AVERAGE = (OPS["pad"], OPS["constant_pad_nd"]), OPS["avg_pool2d"]
-CLAMPS = (ops.RELU6, ops.HARDTANH, ops.CLAMP, ops.CLAMP_MIN)
+AVERAGE = OPS["avg_pool2d"]
 MEANS = (OPS["mean.dim"], OPS["adaptive_avg_pool2d"], AVERAGE)
 FINEST = 16  # of a unit, that a quantizer's scale may be: with eight bits behind the point, a sixteenth of its steps
 
@@ -132,10 +132,9 @@ def _is_member(node: Node) -> bool:
     if node.op is ops.ADD:
         return source is not None and (node.operand(1) is not None or node.argument(1) == 0) and not node.fx.kwargs
     if node.op in CLAMPS:
-        return all(b is None or isinstance(b, int | float) for b in clamped(node))
+        return all(isinstance(b, int | float) for b in clamp_bounds(node))
     if node.op in PADS:
-        value = node.argument(2 if node.op is OPS["constant_pad_nd"] else 3) or 0
-        return bool(value == 0) and node.argument(2, "constant") in ("constant", value)
+        return filling(node) == 0
     return node.op in MOVES or (node.op in MEANS and averaged(node) is not None)
 
 
@@ -222,12 +221,3 @@ def _window(node: Node) -> list[int]:
 def _padded(node: Node) -> bool:
     given = node.argument(3) or 0
     return any(given) if isinstance(given, list | tuple) else bool(given)
-
-
-def clamped(node: Node) -> tuple[Any, Any]:
-    """What a clamp holds values to; None where it does not."""
-    if node.op is ops.RELU6:
-        return 0.0, 6.0
-    defaults = (-1.0, 1.0) if node.op is ops.HARDTANH else (None, None)
-    found = node.argument(1, defaults[0]), None if node.op is ops.CLAMP_MIN else node.argument(2, defaults[1])
-    return tuple(None if isinstance(b, float) and math.isinf(b) else b for b in found)  # type: ignore[return-value]  # two

@@ -11,7 +11,7 @@ import torch
 from mcc import ops
 from mcc.cost import WeightExpression, weight_expression
 from mcc.fixed_point import EXACT_BITS
-from mcc.formats import along_axis, nearest
+from mcc.formats import quantize
 from mcc.integer_islands import is_quantizer
 from mcc.quantization import quantizer_tensors
 
@@ -53,19 +53,20 @@ class IntegerLayer:
     @cached_property
     def _largest_sums(self) -> Tensor:
         """Absolute ones, [out]."""
-        quantizer, source, bias = self.weight.quantizer, self.node.operand(0), self.node.operand(2)
-        assert quantizer is not None
+        source, bias = self.node.operand(0), self.node.operand(2)
         assert source is not None
         _, zero, low, high = quantizer_tensors(source)
-        codes = self._codes(quantizer)
-        rows = codes.abs().double().flatten(1).sum(1) * max(high - int(zero), int(zero) - low)
+        rows = self._codes.abs().double().flatten(1).sum(1) * max(high - int(zero), int(zero) - low)
         added = 0 if bias is None else (bias.tensor.detach().double() / self.unit[0]).abs()
         return rows + added
 
-    def _codes(self, quantizer: Node) -> Tensor:
-        scale, _, low, high = quantizer_tensors(quantizer)
-        values = self.weight.values
-        return nearest(values / along_axis(scale.float(), values, 0), torch.zeros(())).clamp(low, high)
+    @cached_property
+    def _codes(self) -> Tensor:
+        """Of the weight, as float32."""
+        assert self.weight.quantizer is not None
+        scale, zero, low, high = quantizer_tensors(self.weight.quantizer)
+        codes: Tensor = quantize(self.weight.values, scale, zero, 0, low, high, torch.int8)
+        return codes.float()
 
     def write(self, place: Rewriter, integers: Callable[[Node], Node], weights: dict[fx.Node, Node]) -> Node:
         """The layer in integers.
@@ -90,7 +91,7 @@ class IntegerLayer:
 
     def _weight(self, place: Rewriter, quantizer: Node) -> Node:
         _, zero, low, high = quantizer_tensors(quantizer)
-        name, codes = str(self.weight.root.fx.target), self._codes(quantizer)
+        name, codes = str(self.weight.root.fx.target), self._codes
         read = place.read(f"{name}_integers", codes)
         if self.weight.mask is not None:
             read = place.call(ops.MUL, read, place.read(f"{name}_integers_mask", self.weight.mask))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +11,16 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mcc import ops
+from mcc.arguments import CLAMPS, clamp_bounds
 from mcc.errors import PassError
 from mcc.graph import Graph, Node
 from mcc.integer_islands import (
     AVERAGE,
-    CLAMPS,
     MEANS,
     Island,
     Islands,
     averaged,
     averages_all,
-    clamped,
     is_quantizer,
     islands,
     reduced,
@@ -202,7 +202,9 @@ class _Writer:
             return self.place.call(node.op, *args, **kwargs)
         if node.op in CLAMPS:
             finest = float(1 << island.fraction_bits)
-            low, high = (None if b is None else round(b / island.unit * finest) / finest for b in clamped(node))
+            low, high = (
+                None if math.isinf(b) else round(b / island.unit * finest) / finest for b in clamp_bounds(node)
+            )
             return self.place.call(ops.CLAMP, args[0], low, high)
         if node.op in MEANS and (node.op is not AVERAGE or averages_all(node)):
             return self._mean(node, args[0], island)

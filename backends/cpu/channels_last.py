@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from mcc import layouts, ops
+from mcc.arguments import PADS, filling
 from mcc.backends.cpu.integerize import reads_sparse
-from mcc.backends.cpu.pads import PADS, filling
 from mcc.backends.cpu.permutes import order_of
 from mcc.backends.cpu.restored_weights import restored_weight, stored_root
 from mcc.backends.cpu.transposed import transposed, transposed_fits

@@ -2,8 +2,8 @@
 
 The machine makes a call's outputs, checks its inputs and looks up weights, which takes a microsecond and more, as long
 as a small network itself. The caller can do that once for all calls of equal shapes. So this function takes inputs
-and a table of where weights, workspace and outputs lie, and calls one kernel after the other. Inputs
-are numbers to it, which cost least to hand over. See mcc/small_calls.py.
+and a table of where weights, workspace and outputs lie, and calls one kernel after the other. Inputs are
+numbers to it, which cost least to hand over. See mcc/small_calls.py.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import numpy as np
 import tvm.tirx.script.builder.ir as B
 from tvm.script import tirx as T
 
-from mcc.backends.cpu.integer_sums import LARGEST_CODE, largest_sum, largest_total
+from mcc.backends.cpu.integer_sums import LARGEST_CODE, largest_rescaled, largest_sum
 from mcc.backends.cpu.microkernel import lane
 from mcc.backends.cpu.vector_math import FUNCTIONS
 from mcc.backends.kernel import (
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 COARSEST_GELU = 16 * 2e-4  # step of codes for which an error of 2e-4 is a sixteenth
 LARGEST_CONVERTED = float(1 << 30)
+ROUNDER = 1.5 * 2**23  # beside which float32 holds integers
 MOST_STEPS_ADDED = 1 << 15  # of which float32 has parts of 1 / 256
 
 
@@ -124,7 +125,7 @@ def steps_after_scale(region: Region) -> tuple[Step, ...]:
 
 def _rounder(fraction_bits: int | None) -> float:
     """A number beside which float32 has so many bits behind the point: a product added to it is rounded once."""
-    return 0.0 if fraction_bits is None else 1.5 * 2.0 ** (23 - fraction_bits)
+    return 0.0 if fraction_bits is None else ROUNDER / 2.0**fraction_bits
 
 
 def _after_rescale(region: Region, rescale: RescaleSums) -> tuple[Step, ...]:
@@ -132,8 +133,7 @@ def _after_rescale(region: Region, rescale: RescaleSums) -> tuple[Step, ...]:
     rest: tuple[Step, ...] = merged(region.epilogue[1:])
     if rescale.fraction_bits is None:
         return rest
-    reached = largest_total(region) * float(np.abs(rescale.factors).max(initial=0.0))
-    held = (Clamp(-LARGEST, LARGEST),) if reached >= LARGEST else ()
+    held = (Clamp(-LARGEST, LARGEST),) if largest_rescaled(region) >= LARGEST else ()
     last = rest[-1] if rest else None
     if isinstance(last, Requantize) and last.scale == 1:
         rest = (*rest[:-1], ToCodes(last.zero_point, last.low, last.high, fits=all(map(_bounded, rest[:-1]))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from mcc import ops
+from mcc.arguments import CLAMPS, clamp_bounds
 from mcc.backends.cpu.integer_sums import LARGEST_INT32
 from mcc.backends.cpu.integerize import quantized_source
 from mcc.backends.cpu.kernels import first_kernel
@@ -108,8 +108,6 @@ def own_step(node: Node) -> EpilogueStep | None:
     """What a node does to its first operand as an epilogue step that reads nothing else, or None."""
     if node.op is ops.RELU:
         return Relu()
-    if node.op is ops.RELU6:
-        return Clamp(0.0, 6.0)
     if node.op is OPS["gelu"]:
         return Activation("gelu_tanh" if node.fx.kwargs.get("approximate") == "tanh" else "gelu")
     if node.op in _ACTIVATIONS:
@@ -118,8 +116,8 @@ def own_step(node: Node) -> EpilogueStep | None:
         number = node.argument(1)
         scales = isinstance(number, int | float) and node.dtype is torch.float32 and number != 0
         return Scale(1 / number if node.op is _DIV else float(number)) if scales else None
-    if node.op in (ops.CLAMP, ops.HARDTANH, ops.CLAMP_MIN):
-        low, high = _bounds(node)
+    if node.op in CLAMPS:
+        low, high = clamp_bounds(node)
         return Clamp(low, high) if isinstance(low, int | float) and isinstance(high, int | float) else None
     if node.op is ops.RESCALE:
         factor = node.operand(1)
@@ -165,9 +163,3 @@ def requantize_step(node: Node) -> Requantize | None:
     if not (scale.is_parameter and zero_point.is_parameter):
         return None
     return Requantize(float(scale.tensor), int(zero_point.tensor), node.argument(4), node.argument(5))
-
-
-def _bounds(node: Node) -> tuple[object, object]:
-    defaults = (-1.0, 1.0) if node.op is ops.HARDTANH else (None, None)
-    low, high = node.argument(1, defaults[0]), node.argument(2, defaults[1])
-    return -math.inf if low is None else low, math.inf if high is None else high

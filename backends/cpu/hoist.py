@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from mcc import ops
-from mcc.backends.cpu.pads import PADS, filling
+from mcc.arguments import PADS, filling
 from mcc.constants import same_tensor
 from mcc.graph import Node
 from mcc.ops import OPS

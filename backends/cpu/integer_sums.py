@@ -35,6 +35,12 @@ def largest_total(region: Region) -> int:
     return largest_sum(region) + int(np.abs(integer_bias(region)).max(initial=0))
 
 
+def largest_rescaled(region: Region) -> float:
+    """The largest absolute value that such a total has behind its multiplication."""
+    assert region.rescale is not None
+    return largest_total(region) * float(np.abs(region.rescale.factors).max(initial=0.0))
+
+
 def sums_overflow(region: Region) -> str | None:
     """Why int32 cannot hold the region's sums, or None if it can."""
     largest = largest_total(region)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mcc.backends.cpu.epilogue import channel_vectors
-from mcc.backends.cpu.integer_sums import LARGEST_CODE, largest_sum, largest_total
+from mcc.backends.cpu.epilogue import ROUNDER, channel_vectors
+from mcc.backends.cpu.integer_sums import LARGEST_CODE, largest_rescaled, largest_sum
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from mcc.backends.cpu.epilogue import ToCodes
     from mcc.backends.kernel import Region, RescaleSums
 
-ROUNDER = 1.5 * 2**23
 ROUNDER_BITS = 0x4B400000
 LARGEST_ADDED = 2**22  # what leaves the sum in [2^23, 2^24), where float32 holds the integers
 CANDIDATES = 4096
@@ -78,8 +77,7 @@ def direct_requantize(region: Region, step: ToCodes) -> DirectRequantize | None:
 
 def _rescaled(region: Region, rescale: RescaleSums, step: ToCodes) -> DirectRequantize | None:
     """The same for sums that are rescaled: one multiply-add to `ROUNDER` rounds the exact product to an integer."""
-    reached = largest_total(region) * float(np.abs(rescale.factors).max(initial=0.0))
-    if rescale.fraction_bits != 0 or not reached + LARGEST_CODE < LARGEST_WORD:
+    if rescale.fraction_bits != 0 or not largest_rescaled(region) + LARGEST_CODE < LARGEST_WORD:
         return None
     odd = step.zero_point % 2
     shift = np.full(len(rescale.factors), ROUNDER + step.zero_point - odd, np.float32)
