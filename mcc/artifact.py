@@ -29,12 +29,15 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 ALIGNMENT = 64
-DIRECT, DIRECT_ALONE = "small_call", "small_call_alone"
+DIRECT, DIRECT_ALONE = "checked_call", "checked_call_alone"
 """The library's function that runs a small call without TVM's virtual machine, where it has one; the second name says
 that none of its kernels uses several threads."""
-ARRAY_ADDRESS = 16
-"""Bytes from the beginning of a numpy array, the object, to the address of its values: the first field of numpy's C
-interface, behind CPython's header of objects. The functions above read it there."""
+ARRAY_WORDS = {"type": 1, "values": 2, "rank": 3, "dims": 4, "dtype": 7, "flags": 8}
+"""Which words of 8 bytes of a numpy array, the object, hold what: the class and the dtype, as objects, addresses of its
+values and of its dims, and in the lower half their number and flags. The first is of CPython's header of objects, the
+others of numpy's C interface; the functions above read them there."""
+CONTIGUOUS_ALIGNED = 0x101
+"""Flags of an array that they can read: one element behind the other in C's order, and aligned as its type needs."""
 SMALL_CALL = 1 << 16
 """Bytes of all inputs and outputs of a call up to which what surrounds its kernels counts."""
 MANIFEST, WEIGHTS, LIBRARY = "manifest.json", "weights.safetensors", "library.so"

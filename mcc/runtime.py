@@ -30,7 +30,7 @@ from mcc.artifact import (
 from mcc.errors import ArtifactError
 from mcc.memory import aligned, workspace_arrays
 from mcc.report import Report
-from mcc.small_calls import Library, SmallCalls, arrays_tell_addresses
+from mcc.small_calls import Library, SmallCalls, arrays_are_readable
 from mcc.target import host_features
 from mcc.tvm_runtime import load_runtime, pool, tvm_ffi_module
 
@@ -139,7 +139,7 @@ class Artifact:
         self._single = isinstance(manifest.output_tree, str)
         self._small_call: Callable[[Any], NDArray[Any] | None] = _no_small_call
         if self._small is not None and self._single and len(self._checks) == 1 and not self._checks[0].aligned:
-            self._small_call = self._small.one_for_one(self._checks[0].dtype)
+            self._small_call = self._small.one_for_one()
 
     @classmethod
     def for_other_machine(cls, contents: Contents) -> Artifact:
@@ -162,7 +162,7 @@ class Artifact:
         module = library["vm_load_executable"]()
         module["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
         names = [name for name in (DIRECT_ALONE, DIRECT) if library.implements_function(name, True)]
-        if not names or not arrays_tell_addresses():
+        if not names or not arrays_are_readable():
             return module["main"], None
         manifest = self._contents.manifest
         dims = [
@@ -170,7 +170,8 @@ class Artifact:
         ]
         parts = Library(
             library.get_function(names[0], True), names[0] == DIRECT_ALONE, partial(self._pool.use, self.threads),
-            weights, partial(_new_places, manifest.workspace), self._ffi.from_dlpack, dims,
+            [np.dtype(s.dtype) for s in manifest.inputs], weights, partial(_new_places, manifest.workspace),
+            self._ffi.from_dlpack, dims,
         )  # fmt: skip
         return module["main"], SmallCalls(parts)
 

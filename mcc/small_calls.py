@@ -3,8 +3,8 @@
 What a call through TVM's virtual machine costs beside its kernels is as much as a small network takes, and most of it
 is equal for all calls of equal shapes: what is checked, and where weights, activations and outputs lie. Here that is
 kept, in a table that the library's function reads. Outputs come in slabs, of which each call takes the next, so that
-a call hands over one number for all of them; an input is handed over as the object it is, of which the function reads
-the address that numpy has in it, as any extension of numpy does.
+a call hands over one number for all of them; an input is handed over as the object it is, in which the function reads
+what numpy has there, as any extension of numpy does: class, dtype, shape, layout and address.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from mcc.artifact import ALIGNMENT, ARRAY_ADDRESS, SMALL_CALL
+from mcc.artifact import ALIGNMENT, ARRAY_WORDS, CONTIGUOUS_ALIGNED, SMALL_CALL
 from mcc.memory import room
 
 if TYPE_CHECKING:
@@ -35,10 +36,11 @@ class Library:
     """What all small calls of an artifact have in common.
 
     Attributes:
-        run: the function, of the `id` of each input, the number of the outputs in their slabs, the table, and the
-            inputs' dims that may vary.
+        run: the function, of the table, the inputs' dims that may vary, the `id` of each input, and the number of the
+            outputs in their slabs; it gives 1 where the inputs were arrays of the right dtypes and shapes.
         alone: whether none of its kernels uses several threads.
         use_threads: to be called before it otherwise.
+        dtypes: of the inputs.
         weights: arrays it reads.
         new_places: makes the arrays of a workspace.
         as_tensor: makes a tensor that it takes of an array.
@@ -48,28 +50,36 @@ class Library:
     run: Callable[..., Any]
     alone: bool
     use_threads: Callable[[], None]
+    dtypes: Sequence[np.dtype[Any]]
     weights: Sequence[NDArray[Any]]
     new_places: Callable[[], Sequence[NDArray[Any]]]
     as_tensor: Callable[[NDArray[Any]], Any]
     dims: Sequence[tuple[int, int]]
 
 
-def arrays_tell_addresses() -> bool:
+def arrays_are_readable() -> bool:
     """Whether arrays are laid out as CPython and numpy lay them out, so that there can be small calls."""
-    array = np.empty(1)
-    return ctypes.c_int64.from_address(id(array) + ARRAY_ADDRESS).value == array.ctypes.data
+    array = np.empty((3, 5))[:, :2]
+    words = (ctypes.c_int64 * (max(ARRAY_WORDS.values()) + 1)).from_address(id(array))
+    found = {name: words[at] for name, at in ARRAY_WORDS.items()}
+    flags = array.flags.c_contiguous | array.flags.aligned << CONTIGUOUS_ALIGNED.bit_length() - 1
+    objects = found["type"], found["dtype"], found["values"], found["rank"] & 0xFFFFFFFF
+    return (
+        objects == (id(np.ndarray), id(array.dtype), array.ctypes.data, array.ndim)
+        and found["flags"] & CONTIGUOUS_ALIGNED == flags
+        and tuple((ctypes.c_int64 * array.ndim).from_address(found["dims"])) == array.shape
+    )
 
 
 class Context:
     """What one call at a time of given shapes works with.
 
     Attributes:
-        rest: what the library takes behind inputs and the outputs' number: the table of where weights, activations and
-            slabs lie, and dims that may vary.
+        run: the library's function with the table of where weights, activations and slabs lie, and dims that may vary.
         left: outputs that no call has got yet; the last one's number is how many are before it.
     """
 
-    __slots__ = ("_entries", "_places", "_slabs", "left", "rest")
+    __slots__ = ("_entries", "_places", "_slabs", "left", "run")
 
     def __init__(self, library: Library, shapes: tuple[Shape, ...], outputs: Sequence[Kind]) -> None:
         self._places = library.new_places()
@@ -79,9 +89,11 @@ class Context:
             ((count, *shape), dtype, (size, *np.empty(shape, dtype).strides))
             for (shape, dtype), size in zip(outputs, sizes, strict=True)
         ]
+        objects = [id(np.ndarray), *map(id, library.dtypes)]
         addresses = [array.ctypes.data for array in (*library.weights, *self._places)]
-        self._entries = np.array([*addresses, *[0] * len(outputs)], np.int64)
-        self.rest = (library.as_tensor(self._entries), *(shapes[i][axis] for i, axis in library.dims))
+        self._entries = np.array([*objects, *addresses, *[0] * len(outputs)], np.int64)
+        sizes = [shapes[i][axis] for i, axis in library.dims]
+        self.run = partial(library.run, library.as_tensor(self._entries), *sizes)
         self.left: list[tuple[NDArray[Any], ...]] = []
 
     def refill(self) -> None:
@@ -106,6 +118,7 @@ class SmallCalls:
     def __init__(self, library: Library) -> None:
         self._library = library
         self._known: dict[tuple[Shape, ...], tuple[list[Context], Sequence[Kind]]] = {}
+        self._last: list[Context] = []  # of the shapes that the last call had
 
     @property
     def shapes(self) -> list[tuple[Shape, ...]]:
@@ -127,12 +140,12 @@ class SmallCalls:
         self._known.setdefault(shapes, ([], kinds))  # another thread may have remembered them
 
     def call(self, arrays: Sequence[NDArray[Any]], shapes: tuple[Shape, ...]) -> Sequence[NDArray[Any]] | None:
-        """The outputs for contiguous inputs of the right types; None where such a call is not known to be small."""
+        """The outputs for arrays of these shapes; None where such a call is not known to be small, or cannot be."""
         known = self._known.get(shapes)
         if known is None:
             return None
-        free, outputs_like = known
-        library = self._library
+        self._last, outputs_like = known
+        free, library = self._last, self._library
         if not library.alone:
             library.use_threads()
         try:
@@ -143,51 +156,37 @@ class SmallCalls:
             if not context.left:
                 context.refill()
             outputs = context.left.pop()
-            library.run(*map(id, arrays), len(context.left), *context.rest)
+            done = context.run(*map(id, arrays), len(context.left))
         finally:
             free.append(context)
-        return outputs
+        return outputs if done else None
 
-    def one_for_one(self, taken: np.dtype[Any]) -> Callable[[Any], NDArray[Any] | None]:
-        """`call` for one array that gives one, for any value: None where it is no such call, or there is no context.
+    def one_for_one(self) -> Callable[[Any], NDArray[Any] | None]:
+        """`call` for a value that gives one array; None where it is no array of the last call's shape.
 
-        It does nothing that the general way does not, in a third of its time, which counts beside a small network: all
-        that it reads are local names.
+        It does nothing that the general way does not, in a third of its time, which counts beside a small network.
         """
-        array, known_of, alone = np.ndarray, self._known.get, self._library.alone
-        run, use_threads = self._library.run, self._library.use_threads
-        last: tuple[Shape | None, list[Context]] = None, []
+        alone, use_threads = self._library.alone, self._library.use_threads
 
         def call(value: Any) -> NDArray[Any] | None:
-            nonlocal last
-            if type(value) is not array or value.dtype is not taken:
-                return None
-            shape, free = last
-            if value.shape != shape:  # to find it takes longer than to compare it
-                known = known_of((value.shape,))
-                if known is None:
-                    return None
-                free, _ = known
-                last = value.shape, free
-            if not free or not value.flags.carray:
-                return None
-            if not alone:
-                use_threads()
+            free = self._last
             try:
                 context = free.pop()
             except IndexError:
                 return None
             try:
+                if not alone:
+                    use_threads()
                 left = context.left
                 if not left:
                     context.refill()
                     left = context.left
                 (output,) = left.pop()
-                run(id(value), len(left), *context.rest)
+                done = context.run(id(value), len(left))
             except (RuntimeError, MemoryError):  # the general way says why
                 return None
             finally:
                 free.append(context)
-            return output
+            return output if done else None
 
         return call

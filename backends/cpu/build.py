@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tvm
 from tvm import relax, s_tir, tirx
 
-from mcc.backends.cpu.direct import direct_function
+from mcc.backends.cpu.direct import direct_functions
 from mcc.backends.cpu.memory_plan import MemoryPlan, plan_memory
 from mcc.backends.cpu.microkernel import NOT_FOR_KERNELS, OPAQUE, tvm_target
 from mcc.backends.relax.schedule import schedule_module
@@ -84,9 +84,8 @@ def compile_module(lowering: Lowering, mode: Literal["compiled", "bytecode"]) ->
             for stage in _BEFORE_PLAN:
                 module = stage()(module)
             module, plan = plan_memory(module)
-            direct = direct_function(module) if mode == "compiled" else None
-            if direct is not None:
-                module[direct.attrs["global_symbol"]] = direct
+            for function in direct_functions(module) if mode == "compiled" else ():
+                module[function.attrs["global_symbol"]] = function
             plans.append(plan)
             for stage in _AFTER_PLAN:
                 module = stage()(module)

@@ -2,13 +2,16 @@
 
 The machine makes a call's outputs, checks its inputs and looks up weights, which takes a microsecond and more, as long
 as a small network itself. The caller can do that once for all calls of equal shapes. So this function takes inputs
-and a table of where weights, workspace and outputs lie, and calls one kernel after the other. Inputs are
-numbers to it, which cost least to hand over. See mcc/small_calls.py.
+and a table of where weights, workspace and outputs lie, and calls one kernel after the other. Inputs are the addresses
+of numpy arrays to it, which cost least to hand over; that they are such arrays, of the right dtype and shape, costs the
+function a few loads and Python more than a small layer. See mcc/small_calls.py.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import tvm
@@ -17,34 +20,37 @@ from tvm import relax, tirx
 from tvm.ir import PointerType, PrimType
 from tvm.script.ir_builder import IRBuilder
 
-from mcc.artifact import ALIGNMENT, ARRAY_ADDRESS, DIRECT, DIRECT_ALONE, SMALL_CALL
+from mcc.artifact import ALIGNMENT, ARRAY_WORDS, CONTIGUOUS_ALIGNED, DIRECT, DIRECT_ALONE, SMALL_CALL
 from mcc.backends.cpu.memory_plan import IN_STORAGE, STORAGE, bindings_of, is_call, is_kernel
 from mcc.backends.cpu.microkernel import product
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 # some hundred kernels: TVM and LLVM take longer by their square, and beyond 1,000 bindings TVM overflows its stack
 MOST_BINDINGS = 600
 _HOLD_STATEMENTS = ("body", "block", "init", "then_case", "else_case")
+_KERNEL_CALLS = "kernel_calls"
 _ALONE, _VIEW = "relax.builtin.alloc_tensor", "relax.reshape"
 
 
-def direct_function(module: tvm.IRModule) -> tirx.PrimFunc | None:
-    """What `main`, its memory planned, does besides checks; None where calls are large or it does more than that.
+def direct_functions(module: tvm.IRModule) -> list[tirx.PrimFunc]:
+    """What `main`, its memory planned, does, and what checks a call's inputs before; none where calls are large.
 
-    It takes where the object of each input lies, the number of the call's outputs in their slabs, a table, and the dims
-    of inputs that may vary. The table has addresses, int64, of all weights, then of all of the workspace, then of a
-    slab for each output. Its name says whether its kernels use several threads.
+    The second is for the caller. It takes a table, the dims of inputs that may vary, where the object of each input
+    lies, and the number of the call's outputs in their slabs. The table has addresses, int64: of the class of arrays,
+    of each input's dtype, of all weights, then of all of the workspace, then of a slab for each output. It gives 1, or
+    0 and does nothing where an input is no array as it has to be. Its name says whether its kernels use several
+    threads.
     """
     main = module["main"]
     bindings = bindings_of(main)
     writer = _Writer(module, main, bindings)
-    return writer.write() if len(bindings) <= MOST_BINDINGS and writer.can() else None
+    return [writer.kernel_calls(), writer.checked()] if len(bindings) <= MOST_BINDINGS and writer.can() else []
 
 
 class _Writer:
-    """Writes the function of one module."""
+    """Writes the functions of one module."""
 
     def __init__(self, module: tvm.IRModule, main: Any, bindings: Sequence[Any]) -> None:
         self.module, self.bindings = module, bindings
@@ -56,6 +62,11 @@ class _Writer:
         self.results = list(fields.fields) if isinstance(fields, relax.Tuple) else [result]
         self.outputs = [self._root(r) for r in self.results]
         self.buffers: dict[Any, Any] = {}
+
+    @property
+    def _first_output(self) -> int:
+        """Where in the table the outputs' slabs stand."""
+        return 1 + len(self.inputs) + len(self.weights.ty.fields) + len(self.workspace.ty.fields)
 
     def _root(self, variable: Any) -> Any:
         """The variable whose memory another one is, or a view of."""
@@ -88,51 +99,82 @@ class _Writer:
             return not isinstance(value.args[0].values[0], tirx.IntImm)
         return isinstance(value, relax.Var | relax.Tuple) or is_call(value, IN_STORAGE) or is_call(value, _VIEW)
 
-    def write(self) -> tirx.PrimFunc:
-        """The function."""
-        known = len(self.weights.ty.fields) + len(self.workspace.ty.fields)
+    def checked(self) -> tirx.PrimFunc:
+        """The function that checks and calls the other: one that returns early frees none of its memory."""
         name = DIRECT if any(_shares_work(self.module[k.op]) for k in self.kernels) else DIRECT_ALONE
-        with IRBuilder() as builder, B.prim_func(is_private=False, s_tir=True):
-            B.func_name(name)
-            B.func_attr({"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True})
-            names = [*(f"input{i}" for i in range(len(self.inputs))), "number"]
-            *objects, number = (B.arg(name, tirx.Var(name, "int64")) for name in names)
-            table = B.arg("table", B.buffer((known + len(self.outputs),), "int64", layout=None))
-            self._add_dims()
+        with IRBuilder() as builder, _function(name):
+            table, dims, objects, number = self._arguments()
+            with B.sblock("root"):
+                B.reads([])
+                B.writes([])
+                self._check([_array_of(place) for place in objects], dims, table)
+                given = [size for sizes in dims for size in sizes if isinstance(size, tirx.Var)]
+                B.evaluate(tirx.call_cpacked(_KERNEL_CALLS, table, *given, *objects, number, _nothing()))
+                B.Return(tirx.const(1, "int64"))
+        return builder.get()
+
+    def kernel_calls(self) -> tirx.PrimFunc:
+        """The function that calls the kernels."""
+        with IRBuilder() as builder, _function(_KERNEL_CALLS):
+            table, _, objects, number = self._arguments()
             with B.sblock("root"):
                 B.reads([])
                 B.writes([])
                 for variable, place in zip(self.inputs, objects, strict=True):
-                    self.buffers[variable] = _array_of(place, variable.ty)
+                    self.buffers[variable] = _at(_array_of(place)[ARRAY_WORDS["values"]], variable.ty)
                 for i, variable in enumerate(self.outputs):
-                    slab = B.Bind(table[known + i])
+                    slab = B.Bind(table[self._first_output + i])
                     self.buffers[variable] = _at(slab + number * _slab_bytes(variable.ty), variable.ty)
                 for binding in self.bindings:
                     self._bind(binding.var, binding.value, table)
         return builder.get()
 
-    def _add_dims(self) -> None:
-        """Add an argument for every dim of an input that may vary; where one comes again, it is not read."""
+    def _arguments(self) -> tuple[Any, list[list[Any]], list[Any], Any]:
+        """Add the arguments: table, dims of each input, numbers or arguments, the inputs' objects, outputs' number."""
+        table = B.arg("table", B.buffer((self._first_output + len(self.outputs),), "int64", layout=None))
+        dims = self._add_dims()
+        names = [*(f"input{i}" for i in range(len(self.inputs))), "number"]
+        *objects, number = (B.arg(name, tirx.Var(name, "int64")) for name in names)
+        return table, dims, objects, number
+
+    def _check(self, arrays: Sequence[Any], dims: Sequence[Sequence[Any]], table: Any) -> None:
+        """Return 0 unless inputs are arrays, which is looked at first; each reads what the one before found there."""
+        _return_unless([array[ARRAY_WORDS["type"]] == table[0] for array in arrays])
+        fields = []
+        for i, (array, sizes) in enumerate(zip(arrays, dims, strict=True)):
+            rank = tirx.bitwise_and(array[ARRAY_WORDS["rank"]], tirx.const(0xFFFFFFFF, "int64"))
+            readable = tirx.bitwise_and(array[ARRAY_WORDS["flags"]], CONTIGUOUS_ALIGNED) == CONTIGUOUS_ALIGNED
+            fields += [array[ARRAY_WORDS["dtype"]] == table[1 + i], rank == len(sizes), readable]
+        _return_unless(fields)
+        given = [(_words(a[ARRAY_WORDS["dims"]], len(sizes)), sizes) for a, sizes in zip(arrays, dims, strict=True)]
+        _return_unless([words[axis] == size for words, sizes in given for axis, size in enumerate(sizes)])
+
+    def _add_dims(self) -> list[list[Any]]:
+        """Add an argument for every dim of an input that may vary; the dims of all inputs are numbers or these."""
         seen: set[Any] = set()
+        found: list[list[Any]] = []
         for i, variable in enumerate(self.inputs):
+            found.append([])
             for axis, dim in enumerate(_dims(variable.ty)):
+                size = dim
                 if isinstance(dim, tirx.Var):
                     name = f"input{i}_dim{axis}"
-                    B.arg(name, tirx.Var(name, "int64") if dim in seen else dim)
+                    size = B.arg(name, tirx.Var(name, "int64") if dim in seen else dim)
                     seen.add(dim)
+                found[-1].append(size)
+        return found
 
     def _bind(self, variable: Any, value: Any, table: Any) -> None:
         if isinstance(value, relax.Tuple) or is_call(value, _ALONE):
             return
         if is_kernel(value):
-            none = tirx.reinterpret("handle", tirx.const(0, "uint64"))
             # an argument that is no tensor is a dim
-            B.evaluate(tirx.call_cpacked(value.op.name_hint, *(self.buffers.get(a, a) for a in value.args), none))
+            B.evaluate(tirx.call_cpacked(value.op.name_hint, *(self.buffers.get(a, a) for a in value.args), _nothing()))
         elif isinstance(value, relax.Var):
             self.buffers[variable] = self.buffers[value]
         elif isinstance(value, relax.TupleGetItem):
             first = 0 if value.tuple_value.same_as(self.weights) else len(self.weights.ty.fields)
-            self.buffers[variable] = _at(table[first + value.index], variable.ty)
+            self.buffers[variable] = _at(table[1 + len(self.inputs) + first + value.index], variable.ty)
         elif is_call(value, STORAGE):
             self.buffers[variable] = B.alloc_buffer(tuple(value.args[0].values), "uint8", layout=None)
         else:
@@ -161,10 +203,33 @@ def _at(address: Any, kind: Any) -> Any:
     return _seen_as(B.Bind(tirx.reinterpret(_pointer(str(kind.dtype)), address)), kind)
 
 
-def _array_of(place: Any, kind: Any) -> Any:
-    """The memory of the numpy array at an address, as a tensor of that type."""
-    data = B.Bind(tirx.reinterpret(_pointer("int64"), place + ARRAY_ADDRESS))
-    return _at(B.decl_buffer((1,), "int64", data=data, layout=None)[0], kind)
+def _array_of(place: Any) -> Any:
+    """The numpy array at an address, as words."""
+    return _words(place, max(ARRAY_WORDS.values()) + 1)
+
+
+def _words(address: Any, count: int) -> Any:
+    """So many words at an address; one at least, as there is no buffer of none."""
+    data = B.Bind(tirx.reinterpret(_pointer("int64"), address))
+    return B.decl_buffer((max(count, 1),), "int64", data=data, layout=None)
+
+
+def _return_unless(conditions: Sequence[Any]) -> None:
+    """Return 0 unless all hold."""
+    with B.If(tirx.Not(reduce(tirx.And, conditions, tirx.const(1, "bool")))), B.Then():
+        B.Return(tirx.const(0, "int64"))
+
+
+@contextmanager
+def _function(name: str) -> Iterator[None]:
+    with B.prim_func(is_private=False, s_tir=True):
+        B.func_name(name)
+        B.func_attr({"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True})
+        yield
+
+
+def _nothing() -> Any:
+    return tirx.reinterpret("handle", tirx.const(0, "uint64"))
 
 
 def _pointer(dtype: str) -> PointerType:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +12,9 @@ import torch
 from torch import nn
 
 import mcc
-from mcc.artifact import SMALL_CALL
+from mcc.artifact import ARRAY_WORDS, SMALL_CALL
 from mcc.errors import ArtifactError
-from mcc.small_calls import MOST_SHAPES, arrays_tell_addresses
+from mcc.small_calls import MOST_SHAPES, arrays_are_readable
 
 QUICK = {"measure": "never", "tuning": "model"}
 
@@ -73,10 +75,11 @@ def test_dims_of_several_inputs_are_told_apart():
         assert (x.shape, y.shape, z.shape) in straight(artifact)
 
 
-def test_arrays_laid_out_otherwise_go_through_the_machine(monkeypatch):
-    assert arrays_tell_addresses()
-    monkeypatch.setattr("mcc.small_calls.ARRAY_ADDRESS", 8)  # the type of an object
-    assert not arrays_tell_addresses()
+@pytest.mark.parametrize(("field", "word"), [*((name, 6) for name in ARRAY_WORDS if name != "flags"), ("flags", 3)])
+def test_arrays_laid_out_otherwise_go_through_the_machine(field, word, monkeypatch):
+    assert arrays_are_readable()
+    monkeypatch.setitem(ARRAY_WORDS, field, word)
+    assert not arrays_are_readable()
     artifact = linear(32, 32)
     assert artifact._small is None
     assert artifact(np.ones((3, 32), np.float32)).shape == (3, 32)
@@ -115,6 +118,42 @@ def test_wrong_inputs_are_refused_as_before(wrong, message):
     with pytest.raises(ArtifactError) as caught:
         artifact(wrong)
     assert message in str(caught.value)
+
+
+class Named(np.ndarray):
+    """Arrays of a class of their own."""
+
+
+OTHERS = {
+    "shorter": lambda x: x[:2],
+    "longer": lambda x: np.concatenate([x, x]),
+    "turned": lambda x: np.asfortranarray(x),
+    "every second": lambda x: np.repeat(x, 2, 1)[:, ::2],
+    "one row, a stride of none": lambda x: np.broadcast_to(x[:1], x.shape),
+    "unaligned": lambda x: np.frombuffer(b"_" + x.tobytes(), np.float32, x.size, 1).reshape(x.shape),
+    "doubles": lambda x: x.astype(np.float64),
+    "integers of that size": lambda x: x.view(np.int32),
+    "the other byte order": lambda x: x.astype(">f4"),
+    "flat": lambda x: x.reshape(-1),
+    "without dims": lambda x: x[0, 0, ...],
+    "another class": lambda x: x.view(Named),
+    "tensor": torch.from_numpy,
+    "list": lambda x: x.tolist(),
+    "a number": lambda x: float(x[0, 0]),
+    "None": lambda x: None,
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_the_library_takes_nothing_but_arrays_of_that_shape_dtype_and_layout(other):
+    artifact = linear(32, 32)
+    x = np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32)
+    expected = artifact(x)
+    np.testing.assert_array_equal(artifact._small_call(x), expected)
+    assert artifact._small_call(OTHERS[other](x)) is None
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    np.testing.assert_array_equal(artifact._small_call(frozen), expected)
 
 
 def test_arrays_of_any_layout_and_of_other_libraries_give_the_same_answer():
@@ -196,3 +235,18 @@ def test_shapes_that_are_not_small_leave_room_for_those_that_are():
     for batch in range(1, 2 * MOST_SHAPES):
         assert artifact(np.ones((batch, 32), np.float32)).shape == (batch, 32)
     assert len(straight(artifact)) == MOST_SHAPES
+
+
+def test_calls_free_the_memory_they_compute_in():
+    artifact = linear(64, 512)
+    for batch in (1, 7, 1):
+        x = np.ones((batch, 64), np.float32)
+        artifact(x), artifact(x)
+        before = resident_bytes()
+        for _ in range(2000):
+            artifact(x)
+        assert resident_bytes() - before < 2000 * batch * 512 * 4 / 2
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
