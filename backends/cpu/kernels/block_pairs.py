@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 BLOCK = 16
 TOGETHER, PLACE_BITS = 4, 8  # steps whose places share a word
 BLOCK_BITS = 16
+BLOCK_SHIFTS = (0, 16, 48)  # the last one stands at the end of its word: one shift brings it down
+MOST_INPUTS = 1 << BLOCK_BITS
 NOTHING = -1  # in place of a step's number
 TWO_CYCLES, RUN_CYCLES, TURNED_CYCLES = 7, 1, 6  # of two steps, and of making a block (measured on a Zen 4)
 
@@ -40,8 +42,8 @@ class BlockPairs:
         weight: [steps * BLOCK], of the weight's dtype.
         places: int32 [steps / TOGETHER * BLOCK], where the inputs of so many steps lie, in PLACE_BITS bits each, the
             first step's lowest: in the first block of the step or, from BLOCK on, in its second.
-        blocks: int64 [steps / 2], the numbers of three blocks in BLOCK_BITS bits each, the first one's lowest: the
-            first two are those of one step, the last two of the next.
+        blocks: int64 [steps / 2], where three blocks begin in a row of blocks, in BLOCK_BITS bits from BLOCK_SHIFTS on:
+            the first two are those of one step, the last two of the next.
         first_steps: int32 [vectors + 1], of each vector of outputs, in units of TOGETHER.
         outputs: int32 [outputs], which one each lane of each vector has.
         apart: whether the inputs of a block lie as far apart as there are blocks.
@@ -56,7 +58,7 @@ class BlockPairs:
 
 
 def pack_pairs(weight: NDArray[Any]) -> BlockPairs:
-    """The steps of a weight, [outputs, inputs], outputs a multiple of BLOCK."""
+    """The steps of a weight, [outputs, inputs], outputs a multiple of BLOCK, inputs at most MOST_INPUTS."""
     runs = _packed(weight, apart=False)
     blocks, left = divmod(weight.shape[1], BLOCK)
     if left or blocks < BLOCK:
@@ -87,7 +89,7 @@ def _packed(weight: NDArray[Any], *, apart: bool) -> BlockPairs:
     words = np.ascontiguousarray(places.reshape(-1, TOGETHER, BLOCK).swapaxes(1, 2)).view("<i4")
     return BlockPairs(
         np.where(kept, values[which], 0).astype(weight.dtype).reshape(-1), words.reshape(-1),
-        (blocks << BLOCK_BITS * np.arange(3)).sum(1),
+        (blocks * BLOCK << np.array(BLOCK_SHIFTS)).sum(1),
         np.cumsum([0, *(len(numbers) // TOGETHER for numbers, _ in taken)], dtype=np.int32), order.astype(np.int32),
         apart,
     )  # fmt: skip

@@ -8,7 +8,6 @@ are put in their own at the end. See block_pairs.py.
 
 from __future__ import annotations
 
-import math
 import operator
 from dataclasses import dataclass
 from functools import reduce
@@ -20,21 +19,31 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc import ops
-from mcc.backends.cpu.kernels.block_pairs import BLOCK, BLOCK_BITS, PLACE_BITS, TOGETHER, pack_pairs
+from mcc.backends.cpu.kernels.block_pairs import (
+    BLOCK,
+    BLOCK_BITS,
+    BLOCK_SHIFTS,
+    MOST_INPUTS,
+    PLACE_BITS,
+    TOGETHER,
+    pack_pairs,
+)
 from mcc.backends.cpu.kernels.dense import dense_reference
-from mcc.backends.cpu.kernels.panels import PanelPlan
-from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, parse_tile
-from mcc.backends.cpu.microkernel import Expression, Register, Vectors, lane, serial
+from mcc.backends.cpu.kernels.panels import SERIAL_MACS, PanelPlan
+from mcc.backends.cpu.kernels.row_tiles import WIDTH, RowTiles
+from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, balanced, cover, leading_dims, parse_tile
+from mcc.backends.cpu.microkernel import Expression, Register, Vectors, branch, flat, lane, parallel, product, serial
 from mcc.backends.kernel import Lowered, Region, SparseArrays
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
     from mcc.target import Target
 
-MOST_ROWS = 6
+TILE_ROWS = 6
+MOST_ROWS = 18  # from so many on, transposed tiles of rows are faster (measured on an Ice Lake)
 CHAINS = 4  # multiply-adds in flight that hide their latency
 PERMUTE = "llvm.x86.avx512.vpermi2var.ps.512"
 
@@ -55,9 +64,10 @@ class SparseRows:
         return unpermuted(region.weight.shape[1], region.source.shape[:-1], target)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
-        """All rows at once, so that places and weights are read once."""
+        """Rows that read places and weights together: as many as there are, or as have registers for their sums."""
         del target
-        return (str(TileShape(math.prod(map(int, region.source.shape[:-1])), 1)),)
+        rows = product(leading_dims(region.source.shape[:-1]))
+        return (str(TileShape(min(rows, TILE_ROWS) if isinstance(rows, int) else TILE_ROWS, 1)),)
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text."""
@@ -74,10 +84,11 @@ def unpermuted(inputs: int, rows: Sequence[Any], target: Target) -> str | None:
     """Why rows of floats are not permuted, or None."""
     if target.vector_lanes != BLOCK:
         return f"{target} permutes no two registers of floats"
-    if inputs < 2 * BLOCK:
-        return f"it has fewer than {2 * BLOCK} inputs"
-    if not all(isinstance(size, int) for size in rows) or not 0 < math.prod(rows) <= MOST_ROWS:
-        return f"its rows are none, more than {MOST_ROWS}, or known at run time only"
+    if not 2 * BLOCK <= inputs <= MOST_INPUTS:
+        return f"it has fewer than {2 * BLOCK} inputs, or more than {MOST_INPUTS:,}"
+    known = product(leading_dims(rows))
+    if isinstance(known, int) and not 0 < known <= MOST_ROWS:
+        return f"its rows are none, or more than {MOST_ROWS}"
     return None
 
 
@@ -91,31 +102,74 @@ class _Body:
         arrays = {key: getattr(steps, key) for key in ("weight", "places", "blocks", "first_steps", "outputs")}
         self.packed = arrays | plan.channel_arrays()
         self.apart, self.blocks = steps.apart, -(-plan.inputs // BLOCK)
-        self.rows = math.prod(map(int, plan.leading))
-        plan.products = steps.weight.size
+        self.rows = product(plan.leading)
+        self.few = self.rows * steps.weight.size < SERIAL_MACS
+        self.many = RowTiles(self.v, steps, plan.inputs)
 
     def emit(self, x: Expression, *arrays: Expression) -> None:
         """Emit the whole kernel."""
-        self.x, self.arrays = x, dict(zip(self.packed, arrays, strict=True))
-        copied = self.rows * self.blocks * BLOCK
-        self.room = B.alloc_buffer((copied + self.rows * self.plan.padded_outputs,), "float32", layout=None)
-        self.sums = copied  # behind the blocks
-        serial(self.rows, self._copy_apart if self.apart else self._copy)
-        self.plan.loops(self._tile)
-        serial(self.plan.panels, lambda p: self.plan.in_panel(p, self._finish))
+        self.x, self.arrays = flat(x, self.rows * self.plan.inputs), dict(zip(self.packed, arrays, strict=True))
+        known = isinstance(self.rows, int)
+        self.sums = (self.rows if known else MOST_ROWS) * self.blocks * BLOCK  # behind the blocks
+        self.room = B.alloc_buffer((self.sums + self.rows * self.plan.padded_outputs,), "float32", layout=None)
+        self.before: Expression = 0  # rows that are in tiles of many
+        self.count: Expression = self.rows
+        if not known:
+            self.before, self.count = self._many_rows()
+        serial(self.count, self._copy_apart if self.apart else self._copy)
+        self._tiles()
+        self._each(self.rows, self._finish)
+
+    def _many_rows(self) -> tuple[Expression, Expression]:
+        """The sums of tiles of many rows; how many rows these are, and the others, at most MOST_ROWS."""
+        rows = self.rows
+        tiles = self.v.held_integer(tirx.floordiv(rows + WIDTH - 1 - MOST_ROWS, WIDTH))
+
+        def tile(t: Expression) -> None:
+            # the last tile repeats the last row: equal sums are written twice
+            self.many.emit(self.arrays, self.x, lambda r: tirx.min(t * WIDTH + r, rows - 1), self._store_sums)
+
+        branch(tiles > 0, lambda: parallel(tiles, tile))  # even an empty parallel loop wakes the threads
+        before = self.v.held_integer(tirx.min(tiles * WIDTH, rows))
+        return before, rows - before
+
+    def _store_sums(self, row: Expression, output: Expression, sums: Expression) -> None:
+        self.v.store(self.room, self.sums + row * self.plan.padded_outputs + output, sums)
+
+    def _each(self, count: Expression, emit: Callable[[Expression], None]) -> None:
+        """A loop that threads share where that pays."""
+        branch(self.few, lambda: serial(count, emit), lambda: parallel(count, emit))
+
+    def _tiles(self) -> None:
+        """All sums, a few rows and a vector of outputs at a time; the weight is read once for each few rows."""
+        most, panels = self.plan.tile.rows, self.plan.panels
+        if isinstance(self.count, int):
+            for begin, number, count in balanced(self.count, most):
+
+                def tile(i: Expression, begin: int = begin, count: int = count) -> None:
+                    self._tile(tirx.floormod(i, panels), begin + tirx.floordiv(i, panels) * count, count)
+
+                self._each(number * panels, tile)
+            return
+
+        def tiles(i: Expression) -> None:
+            begin, panel = tirx.floordiv(i, panels) * most, tirx.floormod(i, panels)
+            left = tirx.min(self.count - begin, most)
+            cover(left, most, lambda first, count: self._tile(panel, begin + first, count))
+
+        self._each(tirx.floordiv(self.count + most - 1, most) * panels, tiles)
 
     def _copy(self, row: Expression) -> None:
         """Blocks are runs of inputs; the last one may be filled up with zeros."""
         v, inputs, begin = self.v, self.plan.inputs, row * (self.blocks * BLOCK)
+        read = (self.before + row) * inputs
         if inputs % BLOCK:
             v.store(self.room, begin + (self.blocks - 1) * BLOCK, v.constant(0.0))
         whole = inputs // BLOCK * BLOCK
-        serial(
-            inputs // BLOCK, lambda b: v.store(self.room, begin + b * BLOCK, v.load(self.x, row * inputs + b * BLOCK))
-        )
+        serial(inputs // BLOCK, lambda b: v.store(self.room, begin + b * BLOCK, v.load(self.x, read + b * BLOCK)))
         serial(
             inputs - whole,
-            lambda i: B.buffer_store(self.room, self.x[row * inputs + whole + i], [begin + whole + i]),
+            lambda i: B.buffer_store(self.room, self.x[read + whole + i], [begin + whole + i]),
         )
 
     def _copy_apart(self, row: Expression) -> None:
@@ -124,15 +178,15 @@ class _Body:
 
         def square(group: Expression) -> None:
             first = B.Bind(tirx.min(group * BLOCK, blocks - BLOCK))
-            read = [B.Bind(v.load(self.x, row * self.plan.inputs + first + i * blocks)) for i in range(BLOCK)]
+            begin = (self.before + row) * self.plan.inputs + first
+            read = [B.Bind(v.load(self.x, begin + i * blocks)) for i in range(BLOCK)]
             for i, block in enumerate(v.transpose(read)):
                 v.store(self.room, (row * blocks + first + i) * BLOCK, block)
 
         serial(-(-blocks // BLOCK), square)
 
-    def _tile(self, panel: Expression, width: PanelWidth, first: Expression, count: int) -> None:
+    def _tile(self, panel: Expression, first: Expression, count: int) -> None:
         """All steps of a vector of outputs, four at a time."""
-        del width
         v, firsts = self.v, self.arrays["first_steps"]
         chains = v.registers(max(1, CHAINS // count), count, "float32")
         for register in (r for chain in chains for r in chain):
@@ -147,7 +201,7 @@ class _Body:
         serial(firsts[panel + 1] - firsts[panel], four)
         for row, sums in enumerate(zip(*chains, strict=True)):
             total = v.hold(reduce(operator.add, [register.get() for register in sums]))
-            begin = self.sums + (first + row) * self.plan.padded_outputs
+            begin = self.sums + (self.before + first + row) * self.plan.padded_outputs
             for i in range(BLOCK):  # one by one, beside the next vector's steps, which store nothing
                 output = self.arrays["outputs"][panel * BLOCK + i]
                 B.buffer_store(self.room, lane(total, i), [begin + output])
@@ -165,7 +219,7 @@ class _Body:
         """
         v, (words, below), mask = self.v, places, (1 << BLOCK_BITS) - 1
         numbers = B.Bind(self.arrays["blocks"][tirx.shift_right(at, 1)])
-        blocks = [B.Bind(tirx.shift_right(numbers, tirx.const(BLOCK_BITS * i, "int64")) & mask) for i in range(3)]
+        begins = [B.Bind(tirx.shift_right(numbers, tirx.const(bits, "int64")) & mask) for bits in BLOCK_SHIFTS]
         steps = []
         for i in range(2):
             stored = v.load(self.arrays["weight"], (at + i) * BLOCK)
@@ -173,16 +227,19 @@ class _Body:
             shift = v.constant(PLACE_BITS * (below + i), "int32")
             steps.append((B.Bind(tirx.shift_right(words, shift)), weight, chains[(below + i) % len(chains)]))
         for row in range(len(chains[0])):
-            begin = T.cast(first + row, "int64") * self.blocks
-            read = [B.Bind(v.load(self.room, (begin + block) * BLOCK)) for block in blocks]
+            own = T.cast(first + row, "int64") * (self.blocks * BLOCK)
+            read = [B.Bind(v.load(self.room, own + begin)) for begin in begins]
             for (place, weight, sums), low, high in zip(steps, read, read[1:], strict=False):
                 chosen = tirx.call_llvm_pure_intrin(f"float32x{BLOCK}", PERMUTE, low, place, high)
                 sums[row].set(v.fma(chosen, weight, sums[row].get()))
 
-    def _finish(self, panel: Expression, width: PanelWidth) -> None:
-        """Write a vector of outputs."""
+    def _finish(self, row: Expression) -> None:
+        """Write a row of outputs."""
         v, plan = self.v, self.plan
-        for row in range(self.rows):
+
+        def vector(panel: Expression, width: PanelWidth) -> None:
             ((register,),) = v.registers(1, 1, "float32")
             register.set(v.load(self.room, self.sums + row * plan.padded_outputs + panel * BLOCK))
             plan.finish(self.arrays, row, panel * BLOCK, [register], width.used_lanes(0, BLOCK))
+
+        serial(plan.panels, lambda p: plan.in_panel(p, vector))

@@ -213,9 +213,11 @@ def _sparse_rows(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[
     outputs, inputs = draw(st.integers(1, 70)), draw(st.one_of(st.sampled_from([32, 64, 256]), st.integers(32, 300)))
     density = draw(st.sampled_from([0.0, 0.02, 0.1, 0.4, 1.0]))
     weight = make_weight((outputs, inputs), draw(st.sampled_from(FORMATS[:2])), 3, density=density)
-    rows = draw(st.sampled_from([(), (1,), (2,), (1, 3), (6,)]))
+    rows = draw(st.sampled_from([(), (1,), (2,), (1, 3), (6,), (3, 5), (18,), (Symbolic(),), (Symbolic(), 3)]))
     region = make_region(ops.LINEAR, (*rows, inputs), weight, draw(epilogues()), bias=draw(st.booleans()))
-    return SparseRows(), region, [(*rows, inputs)]
+    known = all(isinstance(size, int) for size in rows)
+    shapes = [rows] if known else [(m, *rows[1:]) for m in (*ROWS, 0, 18, 19, 64, 65, 83)]
+    return SparseRows(), region, [(*shape, inputs) for shape in shapes]
 
 
 @st.composite

@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from regions import assert_kernel_equals_reference, make_region
+from regions import Symbolic, assert_kernel_equals_reference, make_region
 
 from mcc import ops
-from mcc.backends.cpu.kernels.block_pairs import BLOCK, BLOCK_BITS, TOGETHER, BlockPairs, pack_pairs
+from mcc.backends.cpu.kernels.block_pairs import (
+    BLOCK,
+    BLOCK_BITS,
+    BLOCK_SHIFTS,
+    TOGETHER,
+    BlockPairs,
+    pack_pairs,
+)
 from mcc.backends.cpu.kernels.sparse_rows import SparseRows
 from mcc.backends.kernel import SparseArrays, StoredWeight
 from mcc.target import missing_features, parse_target
@@ -23,12 +30,13 @@ def unpacked(steps: BlockPairs, inputs: int) -> np.ndarray:
     weight = np.zeros((outputs, blocks * BLOCK), steps.weight.dtype)
     values = steps.weight.reshape(-1, BLOCK)
     places = steps.places.view(np.uint8).reshape(-1, BLOCK, TOGETHER).swapaxes(1, 2).reshape(-1, BLOCK).astype(int)
-    numbers = np.stack([steps.blocks >> BLOCK_BITS * i & (1 << BLOCK_BITS) - 1 for i in range(3)], 1)
+    begins = np.stack([steps.blocks >> bits & (1 << BLOCK_BITS) - 1 for bits in BLOCK_SHIFTS], 1)
+    assert not (begins % BLOCK).any()
     for vector in range(outputs // BLOCK):
         for step in range(TOGETHER * steps.first_steps[vector], TOGETHER * steps.first_steps[vector + 1]):
             for lane in np.flatnonzero(values[step]):
                 second, place = divmod(places[step, lane], BLOCK)
-                block = numbers[step // 2, step % 2 + second]
+                block = begins[step // 2, step % 2 + second] // BLOCK
                 column = place * blocks + block if steps.apart else block * BLOCK + place
                 row = steps.outputs[vector * BLOCK + lane]
                 assert weight[row, column] == 0
@@ -89,7 +97,7 @@ def test_steps_that_touch_blocks_of_their_own_stand_with_steps_of_zeros():
 
 
 @pytest.mark.skipif(bool(missing_features(TARGET)), reason="this CPU permutes no two registers")
-@pytest.mark.parametrize("rows", [1, 2, 3, 6])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 17, Symbolic()], ids=["1", "2", "3", "6", "17", "any"])
 @pytest.mark.parametrize("inputs", [512, 528, 784])
 def test_rows_whose_blocks_are_inputs_apart(rows, inputs):
     weight = sparse(50, inputs, 0.3, 3)
@@ -100,4 +108,6 @@ def test_rows_whose_blocks_are_inputs_apart(rows, inputs):
     pointers = np.array([0, *kept.sum(1).cumsum()], np.int32)
     arrays = SparseArrays(weight[kept], np.nonzero(kept)[1].astype(np.uint16), pointers)
     region = make_region(ops.LINEAR, (rows, inputs), StoredWeight("w", weight.shape, None, arrays, None), ())
-    assert_kernel_equals_reference(SparseRows(), region, TARGET, f"{rows}x1", [(rows, inputs)])
+    known, (tile,) = isinstance(rows, int), SparseRows().tiles(region, TARGET)
+    shapes = [(m, inputs) for m in ((rows,) if known else (0, 1, 5, 18, 19, 64, 82, 83, 128, 200))]
+    assert_kernel_equals_reference(SparseRows(), region, TARGET, tile, shapes)

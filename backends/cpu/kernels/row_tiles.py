@@ -1,0 +1,159 @@
+"""Many rows of a linear layer whose weight is stored in steps through pairs of blocks.
+
+Lanes are rows of x, transposed tile by tile, so that one stored weight meets several vectors of them. Which inputs the
+steps of a vector of outputs read is worked out first, for all rows of the tile.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import tvm.tirx.script.builder.ir as B
+from tvm import tirx
+from tvm.script import tirx as T
+
+from mcc.backends.cpu.kernels.block_pairs import BLOCK, BLOCK_BITS, BLOCK_SHIFTS, PLACE_BITS, TOGETHER
+from mcc.backends.cpu.microkernel import serial
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from mcc.backends.cpu.kernels.block_pairs import BlockPairs
+    from mcc.backends.cpu.microkernel import Expression, Register, Vectors
+
+WIDTH = 64  # rows
+
+
+class RowTiles:
+    """Tiles of rows of one layer.
+
+    Args:
+        vectors: of the target, of as many lanes as a block has inputs.
+        steps: the weight.
+        inputs: of a row of x.
+    """
+
+    def __init__(self, vectors: Vectors, steps: BlockPairs, inputs: int) -> None:
+        self.v, self.inputs, self.apart = vectors, inputs, steps.apart
+        self.blocks, self.outputs = -(-inputs // BLOCK), len(steps.outputs)
+        self.most_steps = TOGETHER * int(np.diff(steps.first_steps).max())
+
+    def emit(
+        self,
+        arrays: Mapping[str, Expression],
+        x: Expression,
+        row_of: Callable[[Expression], Expression],
+        store: Callable[[Expression, Expression, Expression], None],
+    ) -> None:
+        """Emit the sums of a tile.
+
+        Args:
+            arrays: those of the steps.
+            x: all rows, one behind the other.
+            row_of: which row each one of the tile is.
+            store: takes a row, the first of a vector of outputs, and their sums.
+        """
+        self.arrays = arrays
+        source = B.alloc_buffer((self.inputs * WIDTH,), "float32", layout=None)
+        result = B.alloc_buffer((self.outputs * WIDTH,), "float32", layout=None)
+        begins = B.alloc_buffer((max(self.most_steps, 1) * BLOCK,), "int32", layout=None)
+        self._squares(
+            self.inputs,
+            lambda k, r: self.v.load(x, T.cast(row_of(r), "int64") * self.inputs + k),
+            lambda k, r, column: self.v.store(source, k * WIDTH + r, column),
+        )
+
+        def vector(panel: Expression) -> None:
+            first = B.Bind(T.cast(arrays["first_steps"][panel], "int64") * TOGETHER)
+            count = B.Bind(T.cast(arrays["first_steps"][panel + 1], "int64") * TOGETHER - first)
+            serial(tirx.floordiv(count, TOGETHER), lambda word: self._begins(first, word, begins))
+            serial(BLOCK, lambda i: self._output(panel * BLOCK + i, (first, count, i), (source, begins, result)))
+
+        serial(self.outputs // BLOCK, vector)
+        self._squares(
+            self.outputs,
+            lambda r, n: self.v.load(result, n * WIDTH + r),
+            lambda r, n, sums: store(T.cast(row_of(r), "int64"), n, sums),
+            rows_first=True,
+        )
+
+    def _squares(
+        self,
+        extent: int,
+        load: Callable[[Expression, Expression], Expression],
+        store: Callable[[Expression, Expression, Expression], None],
+        *,
+        rows_first: bool = False,
+    ) -> None:
+        """Transpose squares of a vector's length that cover `extent` x WIDTH; the last ones may cover some once more.
+
+        Args:
+            extent: inputs or outputs.
+            load: the vector from one of `extent`, and of a row, on; the other way round if `rows_first`.
+            store: one from a row on, of one of `extent`; the other way round if `rows_first`.
+            rows_first: whether vectors of rows become such of outputs.
+        """
+
+        def square(first: Expression, row: Expression) -> None:
+            if rows_first:
+                read = [B.Bind(load(row, first + i)) for i in range(BLOCK)]
+            else:
+                read = [B.Bind(load(first, row + i)) for i in range(BLOCK)]
+            for i, turned in enumerate(self.v.transpose(read)):
+                store(row + i, first, turned) if rows_first else store(first + i, row, turned)
+
+        serial(
+            -(-extent // BLOCK),
+            lambda b: serial(WIDTH // BLOCK, lambda r: square(tirx.min(b * BLOCK, extent - BLOCK), r * BLOCK)),
+        )
+
+    def _begins(self, first: Expression, word: Expression, begins: Expression) -> None:
+        """Write down where in the transposed rows the inputs of the steps of one word begin."""
+        v = self.v
+        at = B.Bind(first + word * TOGETHER)
+        words = v.hold(v.load(self.arrays["places"], at * (BLOCK // TOGETHER)))
+        for step in range(TOGETHER):
+            numbers = self.arrays["blocks"][tirx.shift_right(at + step, 1)]
+            low, high = (self._block(numbers, step % 2 + i) for i in range(2))
+            place = B.Bind(tirx.shift_right(words, v.constant(PLACE_BITS * step, "int32")))
+            within = tirx.bitwise_and(place, v.constant(BLOCK - 1, "int32"))
+            second = tirx.bitwise_and(place, v.constant(BLOCK, "int32")) > v.constant(0, "int32")
+            block = tirx.Select(second, v.splat(high), v.splat(low))
+            column = within * v.constant(self.blocks, "int32") + block if self.apart else block + within
+            v.store(begins, (word * TOGETHER + step) * BLOCK, column * v.constant(WIDTH, "int32"))
+
+    def _block(self, numbers: Expression, which: int) -> Expression:
+        """Where a block begins or, of inputs apart, its number."""
+        mask = (1 << BLOCK_BITS) - 1
+        begin = tirx.bitwise_and(tirx.shift_right(numbers, tirx.const(BLOCK_SHIFTS[which], "int64")), mask)
+        return B.Bind(T.cast(tirx.shift_right(begin, BLOCK.bit_length() - 1) if self.apart else begin, "int32"))
+
+    def _output(
+        self,
+        lane: Expression,
+        steps: tuple[Expression, Expression, Expression],
+        buffers: tuple[Expression, Expression, Expression],
+    ) -> None:
+        """All sums of one output.
+
+        Args:
+            lane: which, in the order of the steps.
+            steps: the first of its vector, their number, and its place in them.
+            buffers: the transposed rows, where inputs begin in them, and the transposed sums.
+        """
+        v, (first, count, i), (source, begins, result) = self.v, steps, buffers
+        sums: list[Register] = v.registers(1, WIDTH // BLOCK, "float32")[0]
+        for register in sums:
+            register.set(v.constant(0.0))
+
+        def step(s: Expression) -> None:
+            begin = B.Bind(begins[s * BLOCK + i])
+            weight = B.Bind(v.splat(T.cast(self.arrays["weight"][(first + s) * BLOCK + i], "float32")))
+            for t, register in enumerate(sums):
+                register.set(v.fma(v.load(source, begin + t * BLOCK), weight, register.get()))
+
+        serial(count, step)
+        output = B.Bind(self.arrays["outputs"][lane])
+        for t, register in enumerate(sums):
+            v.store(result, output * WIDTH + t * BLOCK, register.get())
