@@ -24,6 +24,11 @@ Measure = Callable[[Lowered, Region, Target], Callable[[], float]]
 Tuning = Literal["measure", "model"]
 
 
+def measures(tuning: Tuning, target: Target) -> bool:
+    """Whether kernels are timed: where that is asked for, and this machine runs them."""
+    return tuning == "measure" and not missing_features(target)
+
+
 class Tuner:
     """Chooses between a kernel's tiles.
 
@@ -53,7 +58,7 @@ class Tuner:
     def choose(self, kernel: Kernel, region: Region, target: Target) -> str:
         """The tile for a region: the fastest of the candidates and of what was timed before."""
         tiles = kernel.tiles(region, target)
-        if self.tuning == "model" or len(tiles) == 1 or missing_features(target):
+        if len(tiles) == 1 or not measures(self.tuning, target):
             winner = tiles[0]
         else:
             times = self.times(kernel, region, target)

@@ -417,7 +417,8 @@ def _encoded(graph: Graph, options: Options) -> tuple[Graph, list[Declined]]:
     """A graph with batch norms folded where that is exact, without calls of no effect, in its stored formats."""
     context = Context(options.resolved_target, options.data, options.seed)
     folded = FoldBatchNorm().run(EliminateIdentity().run(graph.copy().eval(), context), context)
-    return encode(folded.clean().repropagate(), partial(cpu.prefer_dense, target=options.resolved_target))
+    verdict = partial(cpu.prefer_dense, target=options.resolved_target, tuning=options.tuning)
+    return encode(folded.clean().repropagate(), verdict)
 
 
 def _lower(graph: Graph, options: Options) -> tuple[Artifact, Graph, PassRow]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mcc.backends.cpu.build import build
+from mcc.backends.cpu.densities import prefer_dense
 from mcc.backends.cpu.emit import emit
 from mcc.backends.cpu.fuse import fuse
 from mcc.backends.cpu.hoist import hoist
@@ -15,7 +16,7 @@ from mcc.backends.cpu.lowering import Lowering
 from mcc.backends.cpu.measure import measure
 from mcc.backends.cpu.profile import KernelTime, Profiler
 from mcc.backends.cpu.rephrase import rephrase
-from mcc.backends.cpu.select import prefer_dense, select
+from mcc.backends.cpu.select import select
 from mcc.backends.tune import Tuner, Tuning
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from mcc.backends.cpu.kernels.dense import DenseFloat
 from mcc.backends.cpu.layout import layout
 from mcc.backends.cpu.lowering import Lowering
 from mcc.backends.cpu.measure import measure
+from mcc.backends.cpu.select import select
 from mcc.backends.cpu.tokens import attend_by_tokens
 from mcc.backends.tune import Tuner
 from mcc.compiler import Options, compile_graph
@@ -140,6 +141,31 @@ def test_codes_are_read_sparse_at_lower_densities_than_floats(target, steps, ker
     assert bool(reasons) == (kernel != "sparse_dense")
 
 
+@pytest.mark.parametrize(("ratio", "sparse_seconds", "kernel", "timed"), [
+    (0.6, 1.0, "sparse_dense", True), (0.6, 0.9, "sparse_dense", True), (0.6, 1.2, "dense_f32", True),
+    (0.7, 1.2, "dense_f32", True), (0.9, 1.2, "sparse_dense", False), (0.45, 0.1, "dense_f32", False),
+])  # fmt: skip
+def test_near_the_limit_the_kernel_that_is_faster_here_reads_a_sparse_weight(
+    ratio, sparse_seconds, kernel, timed, tmp_path
+):
+    """Of 64 rows on AVX2 sparse weights gain up to a density of 0.35."""
+    target = parse_target("cpu:avx2")
+    seen = []
+
+    def measure_by_form(lowered, region, target):
+        seen.append(region.weight.sparse is not None)
+        return lambda: sparse_seconds if region.weight.sparse is not None else 1.0
+
+    graph = mcc.compress(nn.Linear(256, 128), (torch.randn(64, 256),), passes=[PruneWeights(ratio=ratio)]).graph
+    encoded, _ = encode(graph, partial(cpu.prefer_dense, target=target, tuning="measure"))
+    tuner = Tuner("measure", measure_by_form, tmp_path / "tune.sqlite")
+    (choice,) = select(fuse(integerize(layout(hoist(Lowering(encoded, target, tuner)))))).choices.values()
+    assert choice.kernel.name == kernel
+    assert (len(set(seen)) == 2) == timed
+    reason = "weight decoded at build time: dense_f32 takes 1000000.0 us, sparse_dense 1200000.0"
+    assert choice.reason == (reason if timed and kernel == "dense_f32" else "")
+
+
 @pytest.mark.parametrize(("pattern", "kernel", "text"), [
     ("16x1", "sparse_blocks", "sparse float32 in blocks of 16x1"),
     ("4x4", "sparse_blocks", "sparse float32 in blocks of 4x4"), ("", "sparse_dense", "sparse float32"),
@@ -148,7 +174,8 @@ def test_codes_are_read_sparse_at_lower_densities_than_floats(target, steps, ker
 def test_weights_pruned_by_a_pattern_are_stored_and_read_by_it(pattern, kernel, text):
     torch.manual_seed(0)
     x = torch.randn(9, 64)
-    row = compiled(nn.Linear(64, 48), x, PruneWeights(ratio=0.75, pattern=pattern)).report.layers[0]
+    prune = PruneWeights(ratio=0.75, pattern=pattern)
+    row = compiled(nn.Linear(64, 48), x, prune, target="cpu:avx2", verify=False).report.layers[0]
     assert (row.kernel.split()[0], row.stored) == (kernel, text)
 
 
