@@ -305,6 +305,31 @@ class Vectors:
             value = combine(low, high)
         return B.Bind(value)
 
+    def transpose_tile(
+        self,
+        shape: tuple[int, int],
+        load: Callable[[Expression, Expression, int], Expression],
+        store: Callable[[Expression, Expression, int, Expression], None],
+    ) -> None:
+        """Transpose a tile of float32 square by square; the last ones along the first dim cover some of it once more.
+
+        Args:
+            shape: the second dim a multiple of the lanes, the first no less than they are.
+            load: given where a square begins along either dim, the vector i that it is made of.
+            store: given the same, takes the vector i of the transposed square.
+        """
+        (extent, width), n = shape, self.lanes
+
+        def square(first: Expression, second: Expression) -> None:
+            read = [B.Bind(load(first, second, i)) for i in range(n)]
+            for i, turned in enumerate(self.transpose(read)):
+                store(first, second, i, turned)
+
+        serial(
+            -(-extent // n),
+            lambda b: serial(width // n, lambda t: square(tirx.min(b * n, extent - n), t * n)),
+        )
+
     def transpose(self, rows: list[Expression]) -> list[Expression]:
         """Transpose a square block of float32: `lanes` vectors in, `lanes` vectors out, by shuffles of two."""
         n = self.lanes

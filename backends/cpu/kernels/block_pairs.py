@@ -148,7 +148,9 @@ def _in_twos(steps: NDArray[np.int64], pairs: NDArray[np.int64]) -> tuple[NDArra
     while len(twos) % (TOGETHER // 2):
         twos.append((NOTHING, NOTHING))
         blocks.append((0, 0, 0))
-    return np.array(twos, np.int64).reshape(-1), np.array(blocks, np.int64).reshape(-1, 3)
+    between = np.array(blocks, np.int64).reshape(-1, 3)
+    along = np.argsort(between[:, 1], kind="stable")  # as memory lies: many rows of x are not in the nearest cache
+    return np.array(twos, np.int64).reshape(-1, 2)[along].reshape(-1), between[along]
 
 
 def _tree(touching: dict[int, list[int]], pairs: NDArray[np.int64]) -> tuple[list[int], dict[int, int]]:

@@ -58,10 +58,10 @@ class RowTiles:
         source = B.alloc_buffer((self.inputs * WIDTH,), "float32", layout=None)
         result = B.alloc_buffer((self.outputs * WIDTH,), "float32", layout=None)
         begins = B.alloc_buffer((max(self.most_steps, 1) * BLOCK,), "int32", layout=None)
-        self._squares(
-            self.inputs,
-            lambda k, r: self.v.load(x, T.cast(row_of(r), "int64") * self.inputs + k),
-            lambda k, r, column: self.v.store(source, k * WIDTH + r, column),
+        self.v.transpose_tile(
+            (self.inputs, WIDTH),
+            lambda k, r, i: self.v.load(x, T.cast(row_of(r + i), "int64") * self.inputs + k),
+            lambda k, r, i, column: self.v.store(source, (k + i) * WIDTH + r, column),
         )
 
         def vector(panel: Expression) -> None:
@@ -71,41 +71,10 @@ class RowTiles:
             serial(BLOCK, lambda i: self._output(panel * BLOCK + i, (first, count, i), (source, begins, result)))
 
         serial(self.outputs // BLOCK, vector)
-        self._squares(
-            self.outputs,
-            lambda r, n: self.v.load(result, n * WIDTH + r),
-            lambda r, n, sums: store(T.cast(row_of(r), "int64"), n, sums),
-            rows_first=True,
-        )
-
-    def _squares(
-        self,
-        extent: int,
-        load: Callable[[Expression, Expression], Expression],
-        store: Callable[[Expression, Expression, Expression], None],
-        *,
-        rows_first: bool = False,
-    ) -> None:
-        """Transpose squares of a vector's length that cover `extent` x WIDTH; the last ones may cover some once more.
-
-        Args:
-            extent: inputs or outputs.
-            load: the vector from one of `extent`, and of a row, on; the other way round if `rows_first`.
-            store: one from a row on, of one of `extent`; the other way round if `rows_first`.
-            rows_first: whether vectors of rows become such of outputs.
-        """
-
-        def square(first: Expression, row: Expression) -> None:
-            if rows_first:
-                read = [B.Bind(load(row, first + i)) for i in range(BLOCK)]
-            else:
-                read = [B.Bind(load(first, row + i)) for i in range(BLOCK)]
-            for i, turned in enumerate(self.v.transpose(read)):
-                store(row + i, first, turned) if rows_first else store(first + i, row, turned)
-
-        serial(
-            -(-extent // BLOCK),
-            lambda b: serial(WIDTH // BLOCK, lambda r: square(tirx.min(b * BLOCK, extent - BLOCK), r * BLOCK)),
+        self.v.transpose_tile(
+            (self.outputs, WIDTH),
+            lambda n, r, i: self.v.load(result, (n + i) * WIDTH + r),
+            lambda n, r, i, sums: store(T.cast(row_of(r + i), "int64"), n, sums),
         )
 
     def _begins(self, first: Expression, word: Expression, begins: Expression) -> None:
@@ -121,7 +90,11 @@ class RowTiles:
             second = tirx.bitwise_and(place, v.constant(BLOCK, "int32")) > v.constant(0, "int32")
             block = tirx.Select(second, v.splat(high), v.splat(low))
             column = within * v.constant(self.blocks, "int32") + block if self.apart else block + within
-            v.store(begins, (word * TOGETHER + step) * BLOCK, column * v.constant(WIDTH, "int32"))
+            begin = column * v.constant(WIDTH, "int32")
+            # outputs without a weight all read the same rows, which stay in the nearest cache
+            kept = v.load(self.arrays["weight"], (at + step) * BLOCK) != v.constant(0, self.arrays["weight"].dtype)
+            begin = tirx.Select(kept, begin, v.constant(0, "int32"))
+            v.store(begins, (word * TOGETHER + step) * BLOCK, begin)
 
     def _block(self, numbers: Expression, which: int) -> Expression:
         """Where a block begins or, of inputs apart, its number."""

@@ -281,18 +281,11 @@ class SparseBody:
 
     def _transpose_in(self, source: Expression, row_of: Callable[[Expression], Expression]) -> None:
         v, width = self.vectors, self.width
-
-        def block(k: Expression, t: Expression) -> None:
-            rows = [B.Bind(self._load_floats(T.cast(row_of(t + r), "int64") * self.inputs + k)) for r in range(v.lanes)]
-            for c, column in enumerate(v.transpose(rows)):
-                v.store(source, (k + c) * width + t, column)
-
         if self.inputs >= v.lanes:
-            # the last block overlaps the one before it where the inputs are no multiple of the lanes
-            last = self.inputs - v.lanes
-            serial(
-                -(-self.inputs // v.lanes),
-                lambda b: serial(width // v.lanes, lambda t: block(tirx.min(b * v.lanes, last), t * v.lanes)),
+            v.transpose_tile(
+                (self.inputs, width),
+                lambda k, t, r: self._load_floats(T.cast(row_of(t + r), "int64") * self.inputs + k),
+                lambda k, t, c, column: v.store(source, (k + c) * width + t, column),
             )
             return
 
@@ -334,18 +327,12 @@ class SparseBody:
     def _transpose_out(self, result: Expression, row_of: Callable[[Expression], Expression]) -> None:
         v, width = self.vectors, self.width
 
-        def block(n: Expression, t: Expression) -> None:
-            rows = [B.Bind(v.load(result, (n + r) * width + t)) for r in range(v.lanes)]
-            for c, column in enumerate(v.transpose(rows)):
-                place = B.Bind(T.cast(row_of(t + c), "int64") * self.outputs + n)
-                v.store(self.y, place, emit_epilogue(v, column, self.steps))
+        def write(n: Expression, t: Expression, c: int, column: Expression) -> None:
+            place = B.Bind(T.cast(row_of(t + c), "int64") * self.outputs + n)
+            v.store(self.y, place, emit_epilogue(v, column, self.steps))
 
         if self.outputs >= v.lanes:
-            last = self.outputs - v.lanes
-            serial(
-                -(-self.outputs // v.lanes),
-                lambda b: serial(width // v.lanes, lambda t: block(tirx.min(b * v.lanes, last), t * v.lanes)),
-            )
+            v.transpose_tile((self.outputs, width), lambda n, t, r: v.load(result, (n + r) * width + t), write)
             return
 
         def column(n: Expression, t: Expression) -> None:
