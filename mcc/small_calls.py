@@ -144,8 +144,8 @@ class SmallCalls:
         known = self._known.get(shapes)
         if known is None:
             return None
-        self._last, outputs_like = known
-        free, library = self._last, self._library
+        free, outputs_like = known
+        self._last, library = free, self._library
         if not library.alone:
             library.use_threads()
         try:

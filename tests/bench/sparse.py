@@ -16,10 +16,11 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,14 +152,23 @@ def cases(options: argparse.Namespace) -> list[tuple[str, str, Callable[[], tupl
     return [row for row in named if options.only in row[1]]
 
 
+@contextmanager
+def sparse_at_any_density() -> Iterator[None]:
+    """Have every pruned weight stored and read sparse."""
+    with (
+        mock.patch.object(cpu, "prefer_dense", return_value=None),
+        mock.patch.object(sys.modules[cpu.select.__module__], "unsure", return_value=False),
+    ):
+        yield
+
+
 def timed(
     model: nn.Module, x: torch.Tensor, quantize: str, options: argparse.Namespace, peer: DeepSparse | None
 ) -> dict[str, float]:
     """Least ms of each engine."""
     more = {"data": mcc.Data(calibration=[x]), "target": options.target, "threads": 1, "measure": "never"}
     steps = "fold-batch-norm; keep-zeros" + (f"; {quantize}" if quantize else "")
-    chosen = nullcontext() if options.networks else mock.patch.object(cpu, "prefer_dense", return_value=None)
-    with chosen:
+    with nullcontext() if options.networks else sparse_at_any_density():
         sparse = mcc.compile(model, (x,), passes=steps, **more)
     dense, session = mcc.compile(model, (x,), passes=quantize or (), **more), reference(model, x)
     given, name = x.numpy(), session.get_inputs()[0].name

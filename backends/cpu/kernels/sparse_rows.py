@@ -1,9 +1,9 @@
-"""Linear layers of few rows with an unstructured sparse weight, by permuting inputs: y = epilogue(x W^T + b).
+"""Linear layers with an unstructured sparse weight, by permuting inputs: y = epilogue(x W^T + b), few rows or any number.
 
 Lanes are outputs. Two registers hold two blocks of a row; one permutation brings to every lane the input that its
-weight has. To gather these one by one, as for rows whose number is known at run time only, takes two to five times as
-long. Blocks are copied first, so that each is a line of the cache; sums come out in the order that makes steps few, and
-are put in their own at the end. See block_pairs.py.
+weight has. To gather these one by one takes two to five times as long. Blocks are copied first, so that each is a line
+of the cache; sums come out in the order that makes steps few, and are put in their own at the end. See block_pairs.py.
+Where the number of rows is known at run time only, many go through tiles of them: see row_tiles.py.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from mcc.target import Target
 
 TILE_ROWS = 6
-MOST_ROWS = 18  # from so many on, transposed tiles of rows are faster (measured on an Ice Lake)
+MOST_ROWS = 18  # beyond, transposed tiles of rows are faster (measured on an Ice Lake)
 CHAINS = 4  # multiply-adds in flight that hide their latency
 PERMUTE = "llvm.x86.avx512.vpermi2var.ps.512"
 
