@@ -1,4 +1,4 @@
-"""Linear layers with an unstructured sparse weight, few rows or any number, by permuting inputs: y = epilogue(x W^T + b).
+"""Linear layers with an unstructured sparse weight, few rows or any number, inputs permuted: y = epilogue(x W^T + b).
 
 Lanes are outputs. Two registers hold two blocks of a row; one permutation brings to every lane the input that its
 weight has. To gather these one by one takes two to five times as long. Blocks are copied first, so that each is a line
