@@ -101,6 +101,14 @@ def product(dims: Sequence[Any]) -> Expression:
     return result
 
 
+def at_least_one(size: Expression) -> Expression:
+    """A divisor that may be zero where nothing is divided.
+
+    By LLVM's maximum: TVM drops its own inside a loop that does not run then, and moves the division before the loop.
+    """
+    return tirx.call_llvm_pure_intrin("int64", "llvm.smax.i64", T.cast(size, "int64"), tirx.const(1, "int64"))
+
+
 def flat(buffer: Expression, size: Expression, dtype: str | None = None) -> Expression:
     """The buffer seen as one dim, possibly of another element type."""
     return B.decl_buffer((size,), dtype or buffer.dtype, data=buffer.data, layout=None)

@@ -15,6 +15,8 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
+from mcc.backends.cpu.microkernel import at_least_one
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -67,7 +69,7 @@ class NextPanel:
     def words_of(self, rows: tuple[Expression, int, Expression]) -> tuple[Expression, Expression]:
         """Where such a tile's share begins, and how many words of it belong to each step."""
         first, count, total = rows
-        total = total if isinstance(total, int) else tirx.max(total, 1)
+        total = total if isinstance(total, int) else at_least_one(total)
         stride = self._words_of_a_step(count, total)
         # the last panel has none behind it, and asks for its own end
         last = tirx.max(0, self.size - stride * self.steps)

@@ -68,6 +68,17 @@ def pack_pairs(weight: NDArray[Any]) -> BlockPairs:
     return turned if gained > blocks * (TURNED_CYCLES - RUN_CYCLES) else runs
 
 
+def least_padding(weight: NDArray[Any]) -> float:
+    """The least number of weights, zeros among them, that steps have for each one that is not zero."""
+    outputs, inputs = weight.shape
+    kept = np.pad(weight != 0, ((0, -outputs % BLOCK), (0, -inputs % BLOCK)))
+    order = np.argsort(kept.sum(1), kind="stable")
+    left = kept[order].reshape(-1, BLOCK, kept.shape[1] // BLOCK, BLOCK).sum(3)
+    # as many steps as the output with most weights has, and half as many as the blocks need, each for some output
+    steps = np.maximum(left.sum(2).max(1), left.max(1).sum(1) / 2)
+    return float(steps.sum()) * BLOCK / max(int(kept.sum()), 1)
+
+
 def _packed(weight: NDArray[Any], *, apart: bool) -> BlockPairs:
     outputs, inputs = weight.shape
     padded = np.pad(weight, ((0, 0), (0, -inputs % BLOCK)))
@@ -158,7 +169,7 @@ def _tree(touching: dict[int, list[int]], pairs: NDArray[np.int64]) -> tuple[lis
     order: list[int] = []
     to_parent: dict[int, int] = {}
     for root in touching:
-        reached = [] if root in to_parent or root in order else [root]
+        reached = [] if root in to_parent else [root]
         for block in reached:
             for step in touching[block]:
                 other = _other(pairs, step, block)

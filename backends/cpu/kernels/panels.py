@@ -14,7 +14,7 @@ from mcc.backends.cpu.epilogue import channel_vectors
 from mcc.backends.cpu.kernels.ahead import NextPanel
 from mcc.backends.cpu.kernels.region_function import region_function
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, leading_dims, panel_widths, row_blocks
-from mcc.backends.cpu.microkernel import Expression, Register, Vectors, branch, parallel, product, serial
+from mcc.backends.cpu.microkernel import Expression, Register, Vectors, at_least_one, branch, parallel, product, serial
 from mcc.ops import extent
 
 if TYPE_CHECKING:
@@ -92,8 +92,7 @@ class PanelPlan:
 
         def block(i: Expression) -> None:
             whole = isinstance(count, int) and count == 1
-            # TVM may find that few rows are none in the branch of few, and refuses to divide by that
-            blocks = tirx.max(count, 1)
+            blocks = count if isinstance(count, int) else at_least_one(count)
             p, b = (i, 0) if whole else (tirx.floordiv(i, blocks), tirx.floormod(i, blocks))
 
             def tiles(q: Expression, v: PanelWidth) -> None:

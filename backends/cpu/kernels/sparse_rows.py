@@ -26,6 +26,7 @@ from mcc.backends.cpu.kernels.block_pairs import (
     MOST_INPUTS,
     PLACE_BITS,
     TOGETHER,
+    least_padding,
     pack_pairs,
 )
 from mcc.backends.cpu.kernels.dense import dense_reference
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 TILE_ROWS = 6
 MOST_ROWS = 18  # beyond, transposed tiles of rows are faster (measured on an Ice Lake)
+MOST_LEFT = 48  # rows left over beside such tiles of steps, which have zeros
+MOST_PADDED = 1.75  # steps' weights for each one that is not zero, which tiles multiply too
 CHAINS = 4  # multiply-adds in flight that hide their latency
 PERMUTE = "llvm.x86.avx512.vpermi2var.ps.512"
 
@@ -61,7 +64,11 @@ class SparseRows:
             return "the weight is not stored by single elements"
         if region.activation is not None or region.weight.grouped:
             return "activations are quantized, or groups of the weight's inputs have scales of their own"
-        return unpermuted(region.weight.shape[1], region.source.shape[:-1], target)
+        reason = unpermuted(region.weight.shape[1], region.source.shape[:-1], target)
+        if reason or isinstance(product(leading_dims(region.source.shape[:-1])), int):
+            return reason
+        padded = least_padding(region.weight.decoded())
+        return f"of {padded:.1f} weights in its steps one is not zero" if padded > MOST_PADDED else None
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """Rows that read places and weights together: as many as there are, or as have registers for their sums."""
@@ -110,7 +117,7 @@ class _Body:
         """Emit the whole kernel."""
         self.x, self.arrays = flat(x, self.rows * self.plan.inputs), dict(zip(self.packed, arrays, strict=True))
         known = isinstance(self.rows, int)
-        self.sums = (self.rows if known else MOST_ROWS) * self.blocks * BLOCK  # behind the blocks
+        self.sums = (self.rows if known else MOST_LEFT) * self.blocks * BLOCK  # behind the blocks
         self.room = B.alloc_buffer((self.sums + self.rows * self.plan.padded_outputs,), "float32", layout=None)
         self.before: Expression = 0  # rows that are in tiles of many
         self.count: Expression = self.rows
@@ -121,9 +128,9 @@ class _Body:
         self._each(self.rows, self._finish)
 
     def _many_rows(self) -> tuple[Expression, Expression]:
-        """The sums of tiles of many rows; how many rows these are, and the others, at most MOST_ROWS."""
+        """The sums of tiles of many rows; how many rows these are, and the others, at most MOST_LEFT."""
         rows = self.rows
-        tiles = self.v.held_integer(tirx.floordiv(rows + WIDTH - 1 - MOST_ROWS, WIDTH))
+        tiles = self.v.held_integer(tirx.floordiv(rows + WIDTH - 1 - MOST_LEFT, WIDTH))
 
         def tile(t: Expression) -> None:
             # the last tile repeats the last row: equal sums are written twice

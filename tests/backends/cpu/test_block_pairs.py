@@ -15,6 +15,7 @@ from mcc.backends.cpu.kernels.block_pairs import (
     BLOCK_SHIFTS,
     TOGETHER,
     BlockPairs,
+    least_padding,
     pack_pairs,
 )
 from mcc.backends.cpu.kernels.sparse_rows import SparseRows
@@ -74,6 +75,28 @@ def test_outputs_that_read_nothing_cost_nothing():
 def test_few_steps_are_beyond_those_that_full_ones_would_take(density, most):
     weight = sparse(256, 768, density, 1)
     assert len(pack_pairs(weight).blocks) * 2 <= most * np.count_nonzero(weight) / BLOCK
+
+
+@pytest.mark.parametrize("density", [0.05, 0.1, 0.3, 1.0])
+def test_the_least_padding_is_near_what_steps_have(density):
+    weight = sparse(256, 768, density, 1)
+    padding = pack_pairs(weight).weight.size / np.count_nonzero(weight)
+    assert 1 <= least_padding(weight) <= padding <= 1.1 * least_padding(weight) + TOGETHER * BLOCK**2 / weight.size
+
+
+def test_rows_of_any_number_leave_weights_with_few_elements_to_another_kernel():
+    """Steps that are mostly zeros cost tiles of many rows more than they save a few."""
+
+    def refused(rows, density):
+        kept = (weight := sparse(256, 768, density, 1)) != 0
+        pointers = np.array([0, *kept.sum(1).cumsum()], np.int32)
+        arrays = SparseArrays(weight[kept], np.nonzero(kept)[1].astype(np.uint16), pointers)
+        stored = StoredWeight("w", weight.shape, None, arrays, None)
+        return SparseRows().refuses(make_region(ops.LINEAR, (rows, 768), stored), TARGET)
+
+    assert refused(Symbolic(), 0.1) is None
+    assert refused(Symbolic(), 0.01) == "of 3.3 weights in its steps one is not zero"
+    assert refused(6, 0.01) is None
 
 
 def test_blocks_are_inputs_apart_where_neighbours_go_together():

@@ -75,8 +75,11 @@ def test_dims_of_several_inputs_are_told_apart():
         assert (x.shape, y.shape, z.shape) in straight(artifact)
 
 
-@pytest.mark.parametrize(("field", "word"), [*((name, 6) for name in ARRAY_WORDS if name != "flags"), ("flags", 3)])
+@pytest.mark.parametrize(
+    ("field", "word"), [("type", 6), ("values", 6), ("rank", 6), ("dims", 5), ("dtype", 6), ("flags", 3)]
+)
 def test_arrays_laid_out_otherwise_go_through_the_machine(field, word, monkeypatch):
+    """Word 3 is the rank, 5 where strides lie, 6 the array whose memory it is, if any."""
     assert arrays_are_readable()
     monkeypatch.setitem(ARRAY_WORDS, field, word)
     assert not arrays_are_readable()
@@ -150,7 +153,10 @@ def test_the_library_takes_nothing_but_arrays_of_that_shape_dtype_and_layout(oth
     x = np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32)
     expected = artifact(x)
     np.testing.assert_array_equal(artifact._small_call(x), expected)
+    (context,) = artifact._small._last
+    left = len(context.left)
     assert artifact._small_call(OTHERS[other](x)) is None
+    assert len(context.left) == left
     frozen = x.copy()
     frozen.flags.writeable = False
     np.testing.assert_array_equal(artifact._small_call(frozen), expected)
@@ -169,6 +175,17 @@ def test_arrays_of_any_layout_and_of_other_libraries_give_the_same_answer():
     found = artifact(torch.from_numpy(x))
     assert isinstance(found, torch.Tensor)
     np.testing.assert_array_equal(found.numpy(), expected)
+
+
+def test_calls_whose_shapes_take_turns_go_straight_to_the_kernels():
+    artifact = linear(32, 32)
+    xs = [np.random.default_rng(n).standard_normal((n, 32)).astype(np.float32) for n in (3, 1, 5)]
+    expected = [artifact(x) for x in xs]
+    for x, y in zip(xs, expected, strict=True):
+        np.testing.assert_array_equal(artifact(x), y)  # where it computes is made with the second call
+    for x, y in zip(xs * 2, expected * 2, strict=True):
+        np.testing.assert_array_equal(artifact._small_call(x), y)
+    assert artifact._small_call(np.ones((4, 32), np.float32)) is None
 
 
 def test_threads_calling_at_once_have_a_workspace_each():

@@ -363,6 +363,22 @@ def test_equal_compilations_give_equal_bytes(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_a_layer_of_no_rows_divides_by_none_of_them():
+    """TVM knew that there are rows inside a loop over them, and moved a division by their number before it."""
+
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(784, 70)
+
+        def forward(self, x, y):
+            return self.layer(x) + y
+
+    example = torch.randn(5, 3, 784), torch.randn(5, 3, 70)
+    artifact = mcc.compile(Added().eval(), example, dynamic_shapes=({1: "tokens"},) * 2, verify=False, **QUICK)
+    assert artifact(torch.ones(5, 0, 784), torch.ones(5, 0, 70)).shape == (5, 0, 70)
+
+
 def test_the_tuner_times_each_candidate_once_and_remembers_the_winner(tmp_path):
     timed = []
 
