@@ -1,13 +1,15 @@
 """Pruned layers: mcc sparse against mcc dense, ONNX Runtime dense and, where it is installed, DeepSparse, on one thread.
 
     python tests/bench/sparse.py [--density 0.1] [--pattern 16x1] [--precision fp32,int8] [--target cpu:avx2] [--only 3x3]
-        [--runs 40] [--deepsparse there/bin/python] [--networks resnet50,mobilenet_v2]
+        [--runs 40] [--deepsparse there/bin/python] [--networks resnet50,mobilenet_v2] [--rows 1,8,64]
 
 With networks, those of torchvision (random weights, all layers but the first and those of single channels pruned) instead of
 layers. Each layer is called alone, in turns, from NumPy in to NumPy out; a convolution with a relu and one back to as many
 channels behind it, both pruned. Images come and go with their channels first, and mcc's transposes of them count. Sparse
 kernels are forced, whatever the density at which mcc would read the weight dense; in networks mcc chooses. DeepSparse
 1.8, the last one, reads the same pruned float32 layers in a process of its own (see deepsparse_peer.py).
+
+With rows, linear layers alone, each called with so many, by artifacts that take any number of them.
 """
 
 from __future__ import annotations
@@ -114,6 +116,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--only", default="")
     parser.add_argument("--networks", default="")
+    parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[])
     parser.add_argument("--deepsparse", default="", help="the Python that has it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +151,11 @@ def cases(options: argparse.Namespace) -> list[tuple[str, str, Callable[[], tupl
     """Of each row a label, its family, and what makes the model and its input."""
     if options.networks:
         return [(name, "networks", partial(network, name)) for name in options.networks.split(",")]
-    named = [(f"{FAMILIES[shape[3]]} {shape[:3]}", FAMILIES[shape[3]], partial(layer, *shape)) for shape in LAYERS]
+    layers = list(LAYERS)
+    if options.rows:
+        shapes = dict.fromkeys((inputs, outputs) for _, inputs, outputs, kernel in LAYERS if not kernel)
+        layers = [(rows, *shape, 0) for shape in shapes for rows in options.rows]
+    named = [(f"{FAMILIES[shape[3]]} {shape[:3]}", FAMILIES[shape[3]], partial(layer, *shape)) for shape in layers]
     return [row for row in named if options.only in row[1]]
 
 
@@ -167,6 +174,7 @@ def timed(
 ) -> dict[str, float]:
     """Least ms of each engine."""
     more = {"data": mcc.Data(calibration=[x]), "target": options.target, "threads": 1, "measure": "never"}
+    more |= {"dynamic_shapes": {"input": {0: "rows"}}} if options.rows else {}
     steps = "fold-batch-norm; keep-zeros" + (f"; {quantize}" if quantize else "")
     with nullcontext() if options.networks else sparse_at_any_density():
         sparse = mcc.compile(model, (x,), passes=steps, **more)
