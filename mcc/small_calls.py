@@ -94,7 +94,10 @@ class Context:
         ]
         objects = [id(np.ndarray), *map(id, library.dtypes)]
         addresses = [array.ctypes.data for array in (*library.weights, *self._places)]
-        self._entries = np.array([*objects, *addresses, *[0] * len(outputs)], np.int64)
+        entries = [*objects, *addresses, *[0] * len(outputs)]
+        # the library takes tensors to lie at such multiples, and may read several entries at once
+        self._entries = room(len(entries) * np.dtype(np.int64).itemsize).view(np.int64)
+        self._entries[...] = entries
         sizes = [shapes[i][axis] for i, axis in library.dims]
         self.run = partial(library.run, library.as_tensor(self._entries), *sizes)
         self.left: list[tuple[NDArray[Any], ...]] = []

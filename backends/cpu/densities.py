@@ -133,7 +133,8 @@ def _limit(node: Node, form: Form, target: Target, *, codes: bool) -> tuple[floa
         precision = "permuted" if permuted else "dot4" if target.exact_dot4 else "int8"
         return DENSEST["tiles" if target.tiles else precision][kind], what
     if kind == "few rows" and unpermuted(int(source.shape[-1]), source.shape[:-1], target) is None:
-        kind = "a permuted row" if math.prod(source.shape[:-1]) == 1 else "few permuted rows"
+        alone = all(isinstance(size, int) and size == 1 for size in source.shape[:-1])
+        kind = "a permuted row" if alone else "few permuted rows"
     return DENSEST["float"][kind], what
 
 

@@ -106,6 +106,8 @@ def at_least_one(size: Expression) -> Expression:
 
     By LLVM's maximum: TVM drops its own inside a loop that does not run then, and moves the division before the loop.
     """
+    if isinstance(size, int | tirx.IntImm):
+        return tirx.const(max(int(size), 1), "int64")
     return tirx.call_llvm_pure_intrin("int64", "llvm.smax.i64", T.cast(size, "int64"), tirx.const(1, "int64"))
 
 

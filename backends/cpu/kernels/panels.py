@@ -92,7 +92,7 @@ class PanelPlan:
 
         def block(i: Expression) -> None:
             whole = isinstance(count, int) and count == 1
-            blocks = count if isinstance(count, int) else at_least_one(count)
+            blocks = at_least_one(count)
             p, b = (i, 0) if whole else (tirx.floordiv(i, blocks), tirx.floormod(i, blocks))
 
             def tiles(q: Expression, v: PanelWidth) -> None:

@@ -57,7 +57,7 @@ class RowTiles:
         self.arrays = arrays
         source = B.alloc_buffer((self.inputs * WIDTH,), "float32", layout=None)
         result = B.alloc_buffer((self.outputs * WIDTH,), "float32", layout=None)
-        begins = B.alloc_buffer((max(self.most_steps, 1) * BLOCK,), "int32", layout=None)
+        begins = B.alloc_buffer((self.most_steps * BLOCK,), "int32", layout=None)
         self.v.transpose_tile(
             (self.inputs, WIDTH),
             lambda k, r, i: self.v.load(x, T.cast(row_of(r + i), "int64") * self.inputs + k),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import mcc
-from mcc.artifact import ARRAY_WORDS, SMALL_CALL
+from mcc.artifact import ALIGNMENT, ARRAY_WORDS, SMALL_CALL
 from mcc.errors import ArtifactError
 from mcc.small_calls import MOST_SHAPES, arrays_are_readable
 
@@ -252,6 +252,17 @@ def test_shapes_that_are_not_small_leave_room_for_those_that_are():
     for batch in range(1, 2 * MOST_SHAPES):
         assert artifact(np.ones((batch, 32), np.float32)).shape == (batch, 32)
     assert len(straight(artifact)) == MOST_SHAPES
+
+
+def test_the_table_lies_where_vectors_are_read_at_once():
+    """The library's loads of it are aligned ones."""
+    tables = []
+    for outputs in range(1, 9):
+        artifact = linear(16, outputs)
+        artifact(np.ones((3, 16), np.float32))
+        tables += [context._entries for contexts, _ in artifact._small._known.values() for context in contexts]
+    assert len(tables) >= 8
+    assert not any(table.ctypes.data % ALIGNMENT for table in tables)
 
 
 def test_calls_free_the_memory_they_compute_in():
