@@ -33,7 +33,7 @@ def select(lowering: Lowering) -> Lowering:
         kernel, reasons = first_kernel(region, lowering.target)
         reason, read = "", region
         if kernel is None and region.weight.sparse is not None:
-            read = replace(region, weight=replace(region.weight, dense=region.weight.decoded(), sparse=None))
+            read = _with_zeros(region)
             reason = f"weight decoded at build time: {reasons}"
             kernel, reasons = first_kernel(read, lowering.target)
         if kernel is None and region.activation is not None:
@@ -56,12 +56,17 @@ def select(lowering: Lowering) -> Lowering:
     return replace(lowering, choices=choices, refused=refused)
 
 
+def _with_zeros(region: Region) -> Region:
+    """A region of a sparse weight, with the dense one in its place."""
+    return replace(region, weight=replace(region.weight, dense=region.weight.decoded(), sparse=None))
+
+
 def _faster(region: Region, kernel: Kernel, lowering: Lowering) -> tuple[Region, Kernel, str]:
     """A region with a sparse weight and its kernel or, where these are timed and slower, with a dense one, and why."""
     target, times = lowering.target, lowering.tuner.times
     if not unsure(region, target):
         return region, kernel, ""
-    dense = replace(region, weight=replace(region.weight, dense=region.weight.decoded(), sparse=None))
+    dense = _with_zeros(region)
     other, _ = first_kernel(dense, target)
     if other is None:
         return region, kernel, ""

@@ -180,17 +180,13 @@ class _Body:
         )
 
     def _copy_apart(self, row: Expression) -> None:
-        """Blocks are columns of the row seen as a matrix: sixteen at a time are transposed, the last ones once more."""
-        v, blocks = self.v, self.blocks
-
-        def square(group: Expression) -> None:
-            first = B.Bind(tirx.min(group * BLOCK, blocks - BLOCK))
-            begin = (self.before + row) * self.plan.inputs + first
-            read = [B.Bind(v.load(self.x, begin + i * blocks)) for i in range(BLOCK)]
-            for i, block in enumerate(v.transpose(read)):
-                v.store(self.room, (row * blocks + first + i) * BLOCK, block)
-
-        serial(-(-blocks // BLOCK), square)
+        """Blocks are columns of the row seen as a matrix, which is transposed."""
+        v, blocks, read = self.v, self.blocks, (self.before + row) * self.plan.inputs
+        v.transpose_tile(
+            (blocks, BLOCK),
+            lambda first, start, i: v.load(self.x, read + (start + i) * blocks + first),
+            lambda first, start, i, block: v.store(self.room, (row * blocks + first + i) * BLOCK + start, block),
+        )
 
     def _tile(self, panel: Expression, first: Expression, count: int) -> None:
         """All steps of a vector of outputs, four at a time."""
