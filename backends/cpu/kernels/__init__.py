@@ -16,13 +16,15 @@ from mcc.backends.cpu.kernels.sparse_codes_conv import SparseCodesConv2d
 from mcc.backends.cpu.kernels.sparse_conv import DepthwisePlanes, SparseConv2d
 from mcc.backends.cpu.kernels.sparse_n_of_m import SparseNofM
 from mcc.backends.cpu.kernels.sparse_rows import SparseRows
+from mcc.backends.cpu.kernels.sparse_slabs import SparseSlabs
 from mcc.backends.kernel import Kernel, Region
 from mcc.target import Target
 
 KERNELS: tuple[Kernel, ...] = (
-    SparseCodes(), SparsePerToken(), SparseRows(), SparseDense(), SparseBlocks(), SparseNofM(), LowBitDense(),
-    LowBitPerToken(), DenseInt8(), DensePerToken(), DenseBfloat16(), DenseFloat(), DepthwiseInt8(), Depthwise(),
-    SparseConv2d(), DepthwisePlanes(), SparseCodesConv2d(), Conv2dInt8(), Conv2dBfloat16(), Conv2dFloat(),
+    SparseCodes(), SparsePerToken(), SparseRows(), SparseSlabs(), SparseDense(), SparseBlocks(), SparseNofM(),
+    LowBitDense(), LowBitPerToken(), DenseInt8(), DensePerToken(), DenseBfloat16(), DenseFloat(),
+    DepthwiseInt8(), Depthwise(), SparseConv2d(), DepthwisePlanes(), SparseCodesConv2d(), Conv2dInt8(),
+    Conv2dBfloat16(), Conv2dFloat(),
 )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ class SparseDense:
         del target
         if isinstance(region.weight.sparse, SparseArrays) and region.weight.sparse.block != (1, 1):
             return "the weight is stored in blocks"
-        return sparse_refusal(region)
+        return operand_refusal(region) or sparse_refusal(region)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """See `sparse_tiles`."""
@@ -87,13 +87,16 @@ def sparse_refusal(region: Region) -> str | None:
         return "the weight is dense" if region.weight.sparse is None else "of neighbouring weights a few are stored"
     if region.weight.grouped:
         return "groups of the weight's inputs have scales of their own"
-    if region.operands:
-        return "its epilogue reads another value"
     if region.activation is not None:
         if region.weight.scale is None or region.activation.per_token:
             return "activations are quantized per token, or the weight is not quantized"
         return float_sums_inexact(region)
     return None
+
+
+def operand_refusal(region: Region) -> str | None:
+    """Why an epilogue that is given one value at a time cannot finish a region, or None."""
+    return "its epilogue reads another value" if region.operands else None
 
 
 def sparse_tiles(region: Region, target: Target) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from tvm.script import tirx as T
 from mcc import ops
 from mcc.backends.cpu.epilogue import emit_epilogue
 from mcc.backends.cpu.kernels.dense import dense_reference
-from mcc.backends.cpu.kernels.sparse import GROUP, SparseBody, sparse_refusal, sparse_tiles
+from mcc.backends.cpu.kernels.sparse import GROUP, SparseBody, operand_refusal, sparse_refusal, sparse_tiles
 from mcc.backends.cpu.microkernel import Expression, Vectors, lane, serial
 from mcc.backends.kernel import Lowered, Region, SparseArrays
 
@@ -45,7 +45,7 @@ class SparseBlocks:
         del target
         if isinstance(region.weight.sparse, SparseArrays) and region.weight.sparse.block == (1, 1):
             return "the weight is not stored in blocks"
-        return sparse_refusal(region)
+        return operand_refusal(region) or sparse_refusal(region)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """See `sparse_tiles`."""

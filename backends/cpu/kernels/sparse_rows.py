@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from mcc.target import Target
 
 TILE_ROWS = 6
-MOST_ROWS = 18  # beyond, transposed tiles of rows are faster (measured on an Ice Lake)
+MOST_ROWS = 12  # beyond, transposed tiles of rows are faster (measured on an Emerald Rapids)
 MOST_LEFT = 48  # rows left over beside such tiles of steps, which have zeros
 MOST_PADDED = 1.75  # steps' weights for each one that is not zero, which tiles multiply too
 CHAINS = 4  # multiply-adds in flight that hide their latency

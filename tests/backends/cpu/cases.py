@@ -26,6 +26,7 @@ from mcc.backends.cpu.kernels.sparse_codes_conv import SparseCodesConv2d, codes_
 from mcc.backends.cpu.kernels.sparse_conv import DepthwisePlanes, SparseConv2d
 from mcc.backends.cpu.kernels.sparse_n_of_m import SparseNofM
 from mcc.backends.cpu.kernels.sparse_rows import SparseRows
+from mcc.backends.cpu.kernels.sparse_slabs import SparseSlabs
 from mcc.backends.kernel import (
     PER_TOKEN,
     Activation,
@@ -59,6 +60,7 @@ FAMILIES = (
     "sparse",
     "sparse_codes",
     "sparse_rows",
+    "sparse_slabs",
     "sparse_blocks",
     "sparse_n_of_m",
     "sparse_conv2d",
@@ -222,6 +224,18 @@ def _sparse_rows(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[
 
 
 @st.composite
+def _sparse_slabs(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
+    # parts have 128 outputs at least, slabs some 8 elements of an output or what the nearest cache holds
+    outputs, inputs = draw(st.sampled_from([1, 16, 70, 131, 260, 600])), draw(st.sampled_from([16, 33, 130, 420]))
+    density, form = draw(st.sampled_from([0.0, 0.02, 0.1, 0.4, 1.0])), draw(st.sampled_from(FORMATS))
+    weight = make_weight((outputs, inputs), "float32" if form == "float32" else "int8", 3, density=density)
+    activation = QuantizedInput(0.02, draw(zero_points)) if form == "codes" else None
+    rows = draw(st.sampled_from([(7,), (16,), (1, 33), (64,), (65,), (5, 20), (200,), (321,), (3, 171)]))
+    region = make_region(ops.LINEAR, (*rows, inputs), weight, draw(epilogues()), activation, bias=draw(st.booleans()))
+    return SparseSlabs(), region, [(*rows, inputs)]
+
+
+@st.composite
 def _n_of_m(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
     among = draw(st.sampled_from(AMONG))
     kept, groups, outputs = draw(st.integers(1, among // 2)), draw(st.integers(1, 20)), draw(channels)
@@ -336,6 +350,7 @@ _DRAWN = {
     "sparse": lambda target: _sparse(target, blocks=False),
     "sparse_codes": _sparse_codes,
     "sparse_rows": _sparse_rows,
+    "sparse_slabs": _sparse_slabs,
     "sparse_n_of_m": _n_of_m,
     "sparse_blocks": lambda target: _sparse(target, blocks=True),
     "conv2d": lambda t: _conv2d(t, "conv2d"),

@@ -106,7 +106,7 @@ def compiled(model, x, target, ratio, activations="int8", **options):
 
 @pytest.mark.parametrize(("target", "ratio", "inputs", "kernel"), [
     ("cpu:avx512vbmi", 0.7, 256, "sparse_codes"), ("cpu:avx512vbmi", 0.5, 256, "dense_int8"),
-    ("cpu:avx512vbmi", 0.95, 48, "sparse_dense"), ("cpu:avx512vnni", 0.7, 256, "dense_int8"),
+    ("cpu:avx512vbmi", 0.95, 48, "sparse_slabs"), ("cpu:avx512vnni", 0.7, 256, "dense_int8"),
 ])  # fmt: skip
 def test_which_densities_are_read_by_windows(target, ratio, inputs, kernel):
     torch.manual_seed(0)
@@ -130,9 +130,9 @@ def test_a_pruned_and_quantized_network_gives_what_its_graph_gives(activations, 
     ("cpu:avx512vnni", 0.7, 256, 1, "sparse_rows"), ("cpu:avx512vnni", 0.7, 256, 6, "sparse_rows"),
     ("cpu:avx512vnni", 0.45, 256, 1, "sparse_rows"), ("cpu:avx512vnni", 0.35, 256, 1, "dense_f32"),
     ("cpu:avx512vnni", 0.5, 256, 6, "dense_f32"), ("cpu:avx512vnni", 0.9, 31, 1, "sparse_dense"),
-    ("cpu:avx512vnni", 0.9, 256, 18, "sparse_rows"), ("cpu:avx512vnni", 0.9, 256, 19, "sparse_dense"),
+    ("cpu:avx512vnni", 0.9, 256, 18, "sparse_rows"), ("cpu:avx512vnni", 0.9, 256, 19, "sparse_slabs"),
     ("cpu:avx2", 0.9, 256, 1, "sparse_dense"),
-    ("cpu:avx2", 0.7, 256, 1, "dense_f32"),
+    ("cpu:avx2", 0.7, 256, 1, "dense_f32"), ("cpu:avx2", 0.9, 256, 7, "sparse_slabs"),
 ])  # fmt: skip
 def test_which_rows_of_floats_are_permuted(target, ratio, inputs, rows, kernel):
     settings = {"target": target, "measure": "never", "tuning": "model", "verify": False}

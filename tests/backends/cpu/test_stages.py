@@ -124,9 +124,9 @@ def test_a_grouped_sparse_convolution_has_a_kernel_and_a_depthwise_one_is_stored
 
 
 @pytest.mark.parametrize(("target", "steps", "kernel"), [
-    ("cpu:avx2", [], "sparse_dense"), ("cpu:avx2", [Quantize()], "dense_int8"),
+    ("cpu:avx2", [], "sparse_slabs"), ("cpu:avx2", [Quantize()], "dense_int8"),
     ("cpu:avx512", [Quantize(activations="dynamic")], "dense_per_token"),
-    ("cpu:avx512", [Quantize(activations=None)], "sparse_dense"),
+    ("cpu:avx512", [Quantize(activations=None)], "sparse_slabs"),
 ])  # fmt: skip
 def test_codes_are_read_sparse_at_lower_densities_than_floats(target, steps, kernel):
     """At density 0.25: between the limits of integers and of floats."""
@@ -138,12 +138,12 @@ def test_codes_are_read_sparse_at_lower_densities_than_floats(target, steps, ker
     )  # fmt: skip
     assert [row.kernel.split()[0] for row in artifact.report.layers] == [kernel]
     reasons = [d.reason for row in artifact.report.passes for d in row.declined]
-    assert bool(reasons) == (kernel != "sparse_dense")
+    assert bool(reasons) == (kernel != "sparse_slabs")
 
 
 @pytest.mark.parametrize(("ratio", "sparse_seconds", "kernel", "timed"), [
-    (0.6, 1.0, "sparse_dense", True), (0.6, 0.9, "sparse_dense", True), (0.6, 1.2, "dense_f32", True),
-    (0.7, 1.2, "dense_f32", True), (0.9, 1.2, "sparse_dense", False), (0.45, 0.1, "dense_f32", False),
+    (0.6, 1.0, "sparse_slabs", True), (0.6, 0.9, "sparse_slabs", True), (0.6, 1.2, "dense_f32", True),
+    (0.7, 1.2, "dense_f32", True), (0.9, 1.2, "sparse_slabs", False), (0.45, 0.1, "dense_f32", False),
 ])  # fmt: skip
 def test_near_the_limit_the_kernel_that_is_faster_here_reads_a_sparse_weight(
     ratio, sparse_seconds, kernel, timed, tmp_path
@@ -162,13 +162,13 @@ def test_near_the_limit_the_kernel_that_is_faster_here_reads_a_sparse_weight(
     (choice,) = select(fuse(integerize(layout(hoist(Lowering(encoded, target, tuner)))))).choices.values()
     assert choice.kernel.name == kernel
     assert (len(set(seen)) == 2) == timed
-    reason = "weight decoded at build time: dense_f32 takes 1000000.0 us, sparse_dense 1200000.0"
+    reason = "weight decoded at build time: dense_f32 takes 1000000.0 us, sparse_slabs 1200000.0"
     assert choice.reason == (reason if timed and kernel == "dense_f32" else "")
 
 
 @pytest.mark.parametrize(("pattern", "kernel", "text"), [
     ("16x1", "sparse_blocks", "sparse float32 in blocks of 16x1"),
-    ("4x4", "sparse_blocks", "sparse float32 in blocks of 4x4"), ("", "sparse_dense", "sparse float32"),
+    ("4x4", "sparse_blocks", "sparse float32 in blocks of 4x4"), ("", "sparse_slabs", "sparse float32"),
     ("1:4", "sparse_n_of_m", "1:4 of float32"),
 ])  # fmt: skip
 def test_weights_pruned_by_a_pattern_are_stored_and_read_by_it(pattern, kernel, text):
