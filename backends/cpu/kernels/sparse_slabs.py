@@ -20,9 +20,9 @@ from mcc.backends.cpu.integer_sums import float_start
 from mcc.backends.cpu.kernels.dense import dense_reference
 from mcc.backends.cpu.kernels.panels import PanelPlan
 from mcc.backends.cpu.kernels.slabs import PartProducts, cut, pack_slabs
-from mcc.backends.cpu.kernels.sparse import FEW_ROWS, sparse_refusal
-from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, balanced, leading_dims
-from mcc.backends.cpu.microkernel import Expression, Vectors, branch, parallel, product, serial
+from mcc.backends.cpu.kernels.sparse import sparse_refusal
+from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, balanced, cover, leading_dims
+from mcc.backends.cpu.microkernel import Expression, Register, Vectors, branch, parallel, product, serial
 from mcc.backends.kernel import Lowered, Region, SparseArrays
 
 if TYPE_CHECKING:
@@ -49,9 +49,8 @@ class SparseSlabs:
         sparse = region.weight.sparse
         if isinstance(sparse, SparseArrays) and sparse.block != (1, 1):
             return "the weight is stored in blocks"
-        rows = product(leading_dims(region.source.shape[:-1]))
-        if not isinstance(rows, int) or rows <= FEW_ROWS:
-            return f"it has {FEW_ROWS} rows or fewer, or any number of them"
+        if product(leading_dims(region.source.shape[:-1])) == 0:
+            return "it has no rows"
         if region.weight.shape[1] < target.vector_lanes:
             return "its inputs do not fill a vector"
         return sparse_refusal(region)
@@ -80,14 +79,15 @@ class _Body:
         weight = plan.region.weight
         assert isinstance(weight.sparse, SparseArrays)
         self.plan, self.v, self.rows = plan, plan.vectors, product(plan.leading)
-        lanes = self.v.lanes
-        # of tiles of as many vectors of rows, or one fewer: (the first vector, how many tiles, vectors of each)
-        self.pieces = balanced(-(-self.rows // lanes), vectors)
-        tiles = sum(number for _, number, _ in self.pieces)
-        shape = (plan.outputs, plan.inputs)
-        self.cuts = cut(weight.sparse, shape, self.pieces[0][2] * lanes, lanes, -(-AT_ONCE // tiles))
+        self.vectors, wanted = vectors, AT_ONCE
+        if isinstance(self.rows, int):
+            pieces = balanced(-(-self.rows // self.v.lanes), vectors)
+            self.vectors = max(size for _, _, size in pieces)
+            wanted = -(-AT_ONCE // sum(number for _, number, _ in pieces))
+        shape = plan.outputs, plan.inputs
+        self.cuts = cut(weight.sparse, shape, self.vectors * self.v.lanes, self.v.lanes, wanted)
         self.at_once = max(1, AT_ONCE // self.cuts.parts)
-        self.few = self.rows * weight.sparse.values.size < SERIAL_PRODUCTS
+        self.kept = weight.sparse.values.size
         beyond = plan.padded_outputs - plan.outputs
         start = {key: np.pad(array, (0, beyond)) for key, array in float_start(plan.region).items()}
         self.packed = pack_slabs(weight.sparse, self.cuts) | start | plan.channel_arrays()
@@ -96,15 +96,37 @@ class _Body:
         """Emit the whole kernel."""
         self.x, self.arrays = x, dict(zip(self.packed, arrays, strict=True))
         self.products = PartProducts(self.v, self.cuts, self.arrays)
-        lanes, held = self.v.lanes, self.at_once * self.pieces[0][2] * self.v.lanes
+        lanes, held = self.v.lanes, self.at_once * self.vectors * self.v.lanes
         self.source = B.alloc_buffer((held * self.plan.inputs,), "float32", layout=None)
         self.sums = B.alloc_buffer((held * self.cuts.parts * self.cuts.part,), "float32", layout=None)
-        for first, number, vectors in self.pieces:
-            for begin, rounds, tiles in balanced(number, self.at_once):
-                row, height = (first + begin * vectors) * lanes, vectors * lanes
-                serial(rounds, lambda i, r=row, t=tiles, h=height: self._round(r + i * (t * h), t, h))  # type: ignore[misc]
+        if isinstance(self.rows, int):
+            for first, number, vectors in balanced(-(-self.rows // lanes), self.vectors):
+                self._rounds(first * lanes, number, vectors * lanes)
+            return
+        height = self.vectors * lanes
+        tiles = self.v.held_integer(tirx.floordiv(self.rows, height))
+        self._rounds(0, tiles, height)
+        left = self.v.held_integer(tirx.floordiv(self.rows - tiles * height + lanes - 1, lanes))
+        cover(left, self.vectors, lambda first, count: self._round(tiles * height + first * lanes, 1, count * lanes))
 
-    def _round(self, row: Expression, tiles: int, height: int) -> None:
+    def _rounds(self, row: Expression, tiles: Expression, height: int) -> None:
+        """Tiles of as many rows each, a few at a time."""
+        if isinstance(tiles, int):
+            for first, number, size in balanced(tiles, self.at_once):
+
+                def some(i: Expression, first: int = first, size: int = size) -> None:
+                    self._round(row + (first + i * size) * height, size, height)
+
+                serial(number, some)
+            return
+
+        def round_of(i: Expression) -> None:
+            left = B.Bind(tirx.min(tiles - i * self.at_once, self.at_once))
+            self._round(row + i * (self.at_once * height), left, height)
+
+        serial(tirx.floordiv(tiles + self.at_once - 1, self.at_once), round_of)
+
+    def _round(self, row: Expression, tiles: Expression, height: int) -> None:
         """Tiles side by side, of as many rows each: first all are transposed, then all parts multiplied."""
         squares, parts = -(-self.plan.inputs // self.v.lanes), self.cuts.parts
         room = self.plan.inputs * height
@@ -117,7 +139,8 @@ class _Body:
             tile, part = tirx.floordiv(i, parts), tirx.floormod(i, parts)
             self._part(row + tile * height, part, (tile * room, i * (self.cuts.part * height)), height)
 
-        each = serial if self.few else parallel
+        known = tiles if isinstance(tiles, int) else 1
+        each = serial if known * height * self.kept < SERIAL_PRODUCTS else parallel
         each(tiles * squares, turn)
         each(tiles * parts, multiply)
 
@@ -177,17 +200,24 @@ class _Body:
             panel: the vector of outputs.
             width: how many these are.
         """
-        v, (begin, apart), left = self.v, sums, self.rows % self.v.lanes
+        v, (begin, apart) = self.v, sums
+        read = [B.Bind(v.load(self.sums, begin + i * apart)) for i in range(v.lanes)]
         (registers,) = v.registers(1, v.lanes, "float32")
-        for register, turned in zip(
-            registers, v.transpose([B.Bind(v.load(self.sums, begin + i * apart)) for i in range(v.lanes)]), strict=True
-        ):
+        for register, turned in zip(registers, v.transpose(read), strict=True):
             register.set(turned)
 
-        def write(count: int) -> None:
-            self.plan.finish(self.arrays, row, panel * v.lanes, registers[:count], width.used_lanes(0, v.lanes))
+        def write(first: Expression, rows: list[Register]) -> None:
+            self.plan.finish(self.arrays, first, panel * v.lanes, rows, width.used_lanes(0, v.lanes))
 
-        if not left:
-            write(v.lanes)
-        else:
-            branch(row + v.lanes <= self.rows, lambda: write(v.lanes), lambda: write(left))
+        def some() -> None:
+            for i, register in enumerate(registers):
+                v.store(self.sums, begin + i * apart, register.get())
+            serial(self.rows - row, one)
+
+        def one(i: Expression) -> None:
+            ((register,),) = v.registers(1, 1, "float32")
+            register.set(v.load(self.sums, begin + i * apart))
+            write(row + i, [register])
+
+        whole = isinstance(self.rows, int) and self.rows % v.lanes == 0
+        branch(whole or row + v.lanes <= self.rows, lambda: write(row, registers), some)

@@ -230,9 +230,13 @@ def _sparse_slabs(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple
     density, form = draw(st.sampled_from([0.0, 0.02, 0.1, 0.4, 1.0])), draw(st.sampled_from(FORMATS))
     weight = make_weight((outputs, inputs), "float32" if form == "float32" else "int8", 3, density=density)
     activation = QuantizedInput(0.02, draw(zero_points)) if form == "codes" else None
-    rows = draw(st.sampled_from([(7,), (16,), (1, 33), (64,), (65,), (5, 20), (200,), (321,), (3, 171)]))
+    rows = draw(
+        st.sampled_from([(), (3,), (16,), (1, 33), (64,), (5, 20), (321,), (3, 171), (Symbolic(),), (Symbolic(), 3)])
+    )
     region = make_region(ops.LINEAR, (*rows, inputs), weight, draw(epilogues()), activation, bias=draw(st.booleans()))
-    return SparseSlabs(), region, [(*rows, inputs)]
+    known = all(isinstance(size, int) for size in rows)
+    shapes = [rows] if known else [(m, *rows[1:]) for m in (*ROWS, 0, 83, 321)]
+    return SparseSlabs(), region, [(*shape, inputs) for shape in shapes]
 
 
 @st.composite
