@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from mcc.graph import Node
     from mcc.ops import Op
+    from mcc.slabs import DerivedSlabs
     from mcc.target import Target
 
 
@@ -375,11 +376,13 @@ class Lowered:
         packed: arrays the kernel reads, by name, in the order of its parameters.
         element: an expression for the weight's value at an output and an input, from those arrays; None where the
             kernel does not offer it. Embeddings that are tied to the layer read their rows by it.
+        derived: which of the packed arrays are made from others when an artifact is loaded, or None.
     """
 
     function: Any
     packed: Mapping[str, NDArray[Any]]
     element: Callable[[Mapping[str, Any], Any, Any], Any] | None = None
+    derived: DerivedSlabs | None = None
 
 
 class Kernel(Protocol):

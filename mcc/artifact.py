@@ -3,7 +3,8 @@
 Members are `manifest.json`, `weights.safetensors` and `library.so`. The manifest holds the SHA-256 of every other
 member; the zip's comment holds the SHA-256 of all bytes outside those members, so any changed byte is noticed. Nothing
 is ever unpickled. An array with many zeros that a kernel reads dense is stored as a bitmap and its non-zero values, and
-spread out when it is loaded; all others are mapped. This file is loaded by deployed programs: it imports numpy alone.
+spread out when it is loaded, and what the manifest says is derived is made from others then; all others are mapped.
+This file is loaded by deployed programs: it imports numpy alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import mmap
 import os
 import secrets
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mcc.errors import ArtifactError
+from mcc.slabs import DerivedSlabs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ALIGNMENT = 64
 DIRECT, DIRECT_ALONE = "checked_call", "checked_call_alone"
 """The library's function that runs a small call without TVM's virtual machine, where it has one; the second name says
@@ -109,7 +111,8 @@ class Manifest:
         target: as `mcc.parse_target` reads it.
         features: CPU flags the library needs.
         passes: the pass list as text, every option written.
-        weights: names of the tensors in weights.safetensors, in the order the library takes them.
+        weights: names of the tensors the library takes, in order: those in weights.safetensors and derived ones.
+        derived: how the latter are made.
         report: of the compilation, as `Report.as_dict` gives it.
         tiles: the tile chosen for each kernel, which timing may decide differently another time.
         sorts: whether the library calls TVM's sort, which lies in a second runtime library.
@@ -128,6 +131,7 @@ class Manifest:
     tiles: Mapping[str, str]
     sorts: bool = False
     workspace: Workspace = Workspace()
+    derived: tuple[DerivedSlabs, ...] = ()
     format_version: int = FORMAT_VERSION
 
 
@@ -160,6 +164,12 @@ def pack_tree(tree: object) -> object:
 def stored_bytes(array: NDArray[Any]) -> int:
     """Bytes an array takes in the file: as it is, or as a bitmap and its non-zero values where that is a tenth less."""
     return min(array.nbytes, _bitmap_bytes(array)) if _wants_bitmap(array) else array.nbytes
+
+
+def without_derived(weights: Mapping[str, NDArray[Any]], derived: Iterable[DerivedSlabs]) -> dict[str, NDArray[Any]]:
+    """Those weights that a file holds."""
+    made = {name for d in derived for name in d.slabs}
+    return {name: array for name, array in weights.items() if name not in made}
 
 
 def _bitmap_bytes(array: NDArray[Any]) -> int:
@@ -255,8 +265,9 @@ def write_artifact(path: str | os.PathLike[str], contents: Contents) -> None:
     Raises:
         ArtifactError: the file cannot be written.
     """
+    stored = without_derived(contents.weights, contents.manifest.derived)
     members: dict[str, bytes | memoryview] = {
-        WEIGHTS: write_safetensors(_with_bitmaps(contents.weights)), LIBRARY: contents.library,
+        WEIGHTS: write_safetensors(_with_bitmaps(stored)), LIBRARY: contents.library,
     }  # fmt: skip
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
     manifest = {**asdict(contents.manifest), "members": hashes}
@@ -339,6 +350,7 @@ def read_artifact(path: str | os.PathLike[str]) -> Contents:
         KeyError,
         TypeError,
         AttributeError,
+        IndexError,
         NotImplementedError,
         OverflowError,
     ) as error:
@@ -397,8 +409,14 @@ def _read_contents(name: str, members: dict[str, memoryview]) -> Contents:
         for key in ("inputs", "outputs")
     }
     tuples = {key: tuple(data[key]) for key in ("features", "weights")}
-    manifest = Manifest(**{**data, **specs, **tuples, "workspace": _read_workspace(data["workspace"])})
+    derived = tuple(
+        DerivedSlabs(tuple(d["pairs"]), tuple(d["slabs"]), tuple(d["cuts"]), d["apart"]) for d in data["derived"]
+    )
+    placed = {"workspace": _read_workspace(data["workspace"]), "derived": derived}
+    manifest = Manifest(**{**data, **specs, **tuples, **placed})
     weights = _without_bitmaps(read_safetensors(members[WEIGHTS]))
+    for made in derived:
+        weights |= made.made(weights)
     if not set(manifest.weights) <= set(weights):
         raise ValueError("a weight that the library takes is missing")
     return Contents(manifest, weights, members[LIBRARY])

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mcc import onnx_import
-from mcc.artifact import Contents, Manifest, Workspace, pack_tree, stored_bytes
+from mcc.artifact import Contents, Manifest, Workspace, pack_tree, stored_bytes, without_derived
 from mcc.backends import cpu
 from mcc.computed_weights import store_computed_weights
 from mcc.cost import graph_size
@@ -430,7 +430,8 @@ def _lower(graph: Graph, options: Options) -> tuple[Artifact, Graph, PassRow]:
     notes = tuple(f"{row.layer} ({row.op}): {row.reason}" for row in lowering.layers if row.reason)
     if (memory := lowering.memory) is not None and memory.alive:
         notes += (f"activations between kernels: {memory.planned:,} bytes; {memory.alive:,} are in use at once",)
-    size = replace(graph_size(encoded), stored_bytes=sum(stored_bytes(w) for w in lowering.weights.values()))
+    stored = without_derived(lowering.weights, lowering.derived)
+    size = replace(graph_size(encoded), stored_bytes=sum(map(stored_bytes, stored.values())))
     row = PassRow(
         "encode and lower", len(lowering.choices), tuple(dense), size,
         seconds=time.perf_counter() - started, notes=notes,
@@ -450,7 +451,7 @@ def _manifest(graph: Graph, lowering: Lowering, report: Report) -> Manifest:
         inputs=lowering.inputs, outputs=lowering.outputs, output_tree=pack_tree(signature.output_tree),
         target=str(target), features=target.features, passes="", weights=tuple(lowering.weights),
         report=report.as_dict(), tiles=tiles, sorts=lowering.sorts,
-        workspace=lowering.memory.workspace if lowering.memory else Workspace(),
+        workspace=lowering.memory.workspace if lowering.memory else Workspace(), derived=lowering.derived,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from tvm import relax, tirx
 from tvm.sym.analyzer import Analyzer
 
 from mcc import ops
-from mcc.artifact import TensorSpec, stored_bytes
+from mcc.artifact import TensorSpec, stored_bytes, without_derived
 from mcc.backends.cpu.attend import decodes_before_attention
 from mcc.backends.cpu.fuse import requantize_step
 from mcc.backends.cpu.kernels.lookup import lookup_function
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from mcc.backends.cpu.lowering import Choice, Lowering
     from mcc.backends.kernel import Region
     from mcc.graph import Graph, Node
+    from mcc.slabs import DerivedSlabs
 
 _SORTS = (ops.OPS["sort"], ops.OPS["topk"])
 _IGNORED_OPTIONS = ("device", "layout", "pin_memory", "non_blocking", "copy", "memory_format")
@@ -59,8 +60,9 @@ def emit(lowering: Lowering) -> Lowering:
     writer = _Writer(lowering)
     module = writer.write()
     return replace(
-        lowering, module=module, weights=writer.weights, inputs=writer.input_specs(), outputs=writer.output_specs(),
-        layers=tuple(writer.layers), sorts=any(n.op in _SORTS for n in lowering.graph.nodes),
+        lowering, module=module, weights=writer.weights, derived=tuple(writer.derived), inputs=writer.input_specs(),
+        outputs=writer.output_specs(), layers=tuple(writer.layers),
+        sorts=any(n.op in _SORTS for n in lowering.graph.nodes),
     )  # fmt: skip
 
 
@@ -126,6 +128,7 @@ class _Writer:
         self.graph: Graph = lowering.graph
         self.sizes = Sizes()
         self.weights: dict[str, NDArray[Any]] = {}
+        self.derived: dict[DerivedSlabs, None] = {}
         self.layers: list[LayerRow] = []
         self.values: dict[fx.Node, Any] = {}
         self.constants: dict[fx.Node, Any] = {}
@@ -237,6 +240,9 @@ class _Writer:
                 self.weights[name] = array
                 names.append(name)
             self.packed[output] = names
+            if (made := choice.lowered.derived) is not None:
+                own = made.named(dict(zip(choice.lowered.packed, names, strict=True)))
+                self.derived[own] = None  # once for all layers that share it
         for node, lookup in self.lookups.items():
             if node not in self.live:
                 continue
@@ -345,7 +351,8 @@ class _Writer:
         packed = (self._read[n] for n in self.packed[region.output.fx])
         operands = [*(self._value(node) for node in _read_by(region)), *packed]
         output = relax.TensorType(self.sizes.shape(region.output.value), region.output_dtype)
-        stored = sum(stored_bytes(self.weights[n]) for n in self.packed[region.output.fx])
+        read = {n: self.weights[n] for n in self.packed[region.output.fx]}
+        stored = sum(map(stored_bytes, without_derived(read, self.derived).values()))
         self._row(
             region.anchor,
             region.text,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mcc.backends.tune import Tuner
     from mcc.graph import Graph
     from mcc.report import LayerRow
+    from mcc.slabs import DerivedSlabs
     from mcc.target import Target
 
 
@@ -53,6 +54,7 @@ class Lowering:
         choices: by the node whose value each gives; filled by select.
         module: the relax module; filled by emit.
         weights: arrays the library takes, in order; filled by emit.
+        derived: how those are made that a file does not hold; filled by emit.
         inputs, outputs: filled by emit.
         layers: rows of the report; filled by emit.
         library: the shared object; filled by build.
@@ -68,6 +70,7 @@ class Lowering:
     choices: Mapping[fx.Node, Choice] = field(default_factory=dict)
     module: Any = None
     weights: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    derived: tuple[DerivedSlabs, ...] = ()
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
     layers: tuple[LayerRow, ...] = ()

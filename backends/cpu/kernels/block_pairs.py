@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mcc.slabs import BLOCK, BLOCK_SHIFTS, TOGETHER
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any, TypeAlias
@@ -25,11 +27,6 @@ if TYPE_CHECKING:
 
     Step: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[Any]]
 
-BLOCK = 16
-TOGETHER, PLACE_BITS = 4, 8  # steps whose places share a word
-BLOCK_BITS = 16
-BLOCK_SHIFTS = (0, 16, 48)  # the last one stands at the end of its word: one shift brings it down
-MOST_INPUTS = 1 << BLOCK_BITS
 NOTHING = -1  # in place of a step's number
 TWO_CYCLES, RUN_CYCLES, TURNED_CYCLES = 7, 1, 6  # of two steps, and of making a block (measured on a Zen 4)
 
@@ -66,17 +63,6 @@ def pack_pairs(weight: NDArray[Any]) -> BlockPairs:
     turned = _packed(weight, apart=True)
     gained = (len(runs.blocks) - len(turned.blocks)) * TWO_CYCLES
     return turned if gained > blocks * (TURNED_CYCLES - RUN_CYCLES) else runs
-
-
-def least_padding(weight: NDArray[Any]) -> float:
-    """The least number of weights, zeros among them, that steps have for each one that is not zero."""
-    outputs, inputs = weight.shape
-    kept = np.pad(weight != 0, ((0, -outputs % BLOCK), (0, -inputs % BLOCK)))
-    order = np.argsort(kept.sum(1), kind="stable")
-    left = kept[order].reshape(-1, BLOCK, kept.shape[1] // BLOCK, BLOCK).sum(3)
-    # as many steps as the output with most weights has, and half as many as the blocks need, each for some output
-    steps = np.maximum(left.sum(2).max(1), left.max(1).sum(1) / 2)
-    return float(steps.sum()) * BLOCK / max(int(kept.sum()), 1)
 
 
 def _packed(weight: NDArray[Any], *, apart: bool) -> BlockPairs:

@@ -3,14 +3,15 @@
 Lanes are outputs. Two registers hold two blocks of a row; one permutation brings to every lane the input that its
 weight has. To gather these one by one takes two to five times as long. Blocks are copied first, so that each is a line
 of the cache; sums come out in the order that makes steps few, and are put in their own at the end. See block_pairs.py.
-Where the number of rows is known at run time only, many go through tiles of them: see row_tiles.py.
+Where the number of rows is known at run time only, many read slabs, which are made when an artifact is loaded: see
+slab_rows.py.
 """
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -19,22 +20,24 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc import ops
-from mcc.backends.cpu.kernels.block_pairs import (
+from mcc.backends.cpu.kernels.block_pairs import pack_pairs
+from mcc.backends.cpu.kernels.dense import dense_reference
+from mcc.backends.cpu.kernels.panels import SERIAL_MACS, PanelPlan
+from mcc.backends.cpu.kernels.slab_rows import SlabRows
+from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, balanced, cover, leading_dims, parse_tile
+from mcc.backends.cpu.microkernel import Expression, Register, Vectors, branch, flat, lane, parallel, product, serial
+from mcc.backends.kernel import Lowered, Region, SparseArrays
+from mcc.slabs import (
     BLOCK,
     BLOCK_BITS,
     BLOCK_SHIFTS,
     MOST_INPUTS,
+    PAIR_ARRAYS,
     PLACE_BITS,
+    SLAB_ARRAYS,
     TOGETHER,
-    least_padding,
-    pack_pairs,
-)
-from mcc.backends.cpu.kernels.dense import dense_reference
-from mcc.backends.cpu.kernels.panels import SERIAL_MACS, PanelPlan
-from mcc.backends.cpu.kernels.row_tiles import WIDTH, RowTiles
-from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, balanced, cover, leading_dims, parse_tile
-from mcc.backends.cpu.microkernel import Expression, Register, Vectors, branch, flat, lane, parallel, product, serial
-from mcc.backends.kernel import Lowered, Region, SparseArrays
+    DerivedSlabs,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,8 +48,6 @@ if TYPE_CHECKING:
 
 TILE_ROWS = 6
 MOST_ROWS = 12  # beyond, transposed tiles of rows are faster (measured on an Emerald Rapids)
-MOST_LEFT = 48  # rows left over beside such tiles of steps, which have zeros
-MOST_PADDED = 1.75  # steps' weights for each one that is not zero, which tiles multiply too
 CHAINS = 4  # multiply-adds in flight that hide their latency
 PERMUTE = "llvm.x86.avx512.vpermi2var.ps.512"
 
@@ -64,11 +65,7 @@ class SparseRows:
             return "the weight is not stored by single elements"
         if region.activation is not None or region.weight.grouped:
             return "activations are quantized, or groups of the weight's inputs have scales of their own"
-        reason = unpermuted(region.weight.shape[1], region.source.shape[:-1], target)
-        if reason or isinstance(product(leading_dims(region.source.shape[:-1])), int):
-            return reason
-        padded = least_padding(region.weight.decoded())
-        return f"of {padded:.1f} weights in its steps one is not zero" if padded > MOST_PADDED else None
+        return unpermuted(region.weight.shape[1], region.source.shape[:-1], target)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """Rows that read places and weights together: as many as there are, or as have registers for their sums."""
@@ -80,7 +77,7 @@ class SparseRows:
         """See the module's text."""
         plan = PanelPlan(region, Vectors(target), parse_tile(tile))
         body = _Body(plan)
-        return Lowered(plan.function(self.name, body.packed, body.emit), body.packed)
+        return Lowered(plan.function(self.name, body.packed, body.emit), body.packed, derived=body.derived)
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """As for a dense layer."""
@@ -106,42 +103,36 @@ class _Body:
         self.plan, self.v = plan, plan.vectors
         weight = np.pad(plan.region.weight.decoded(), ((0, plan.padded_outputs - plan.outputs), (0, 0)))
         steps = pack_pairs(weight)
-        arrays = {key: getattr(steps, key) for key in ("weight", "places", "blocks", "first_steps", "outputs")}
-        self.packed = arrays | plan.channel_arrays()
+        self.packed = {key: getattr(steps, key) for key in PAIR_ARRAYS}
         self.apart, self.blocks = steps.apart, -(-plan.inputs // BLOCK)
-        self.rows = product(plan.leading)
+        self.rows, self.derived = product(plan.leading), None
+        if not isinstance(self.rows, int):
+            self.many = SlabRows(plan, int(np.count_nonzero(weight)))
+            cuts = self.many.cuts
+            numbers = cuts.outputs, cuts.inputs, cuts.part, cuts.slab
+            self.derived = DerivedSlabs(PAIR_ARRAYS, SLAB_ARRAYS, numbers, steps.apart)
+            self.packed |= self.derived.made(self.packed)
+        self.packed |= plan.channel_arrays()
         self.few = self.rows * steps.weight.size < SERIAL_MACS
-        self.many = RowTiles(self.v, steps, plan.inputs)
 
     def emit(self, x: Expression, *arrays: Expression) -> None:
         """Emit the whole kernel."""
         self.x, self.arrays = flat(x, self.rows * self.plan.inputs), dict(zip(self.packed, arrays, strict=True))
-        known = isinstance(self.rows, int)
-        self.sums = (self.rows if known else MOST_LEFT) * self.blocks * BLOCK  # behind the blocks
-        self.room = B.alloc_buffer((self.sums + self.rows * self.plan.padded_outputs,), "float32", layout=None)
-        self.before: Expression = 0  # rows that are in tiles of many
-        self.count: Expression = self.rows
-        if not known:
-            self.before, self.count = self._many_rows()
-        serial(self.count, self._copy_apart if self.apart else self._copy)
+        if isinstance(self.rows, int):
+            self._few_rows(self.rows)
+        else:
+            branch(self.rows <= MOST_ROWS, partial(self._few_rows, MOST_ROWS), self._many_rows)
+
+    def _many_rows(self) -> None:
+        self.many.emit(self.x, self.arrays)
+
+    def _few_rows(self, most: int) -> None:
+        """All rows, at most so many, by permuting."""
+        self.sums = most * self.blocks * BLOCK  # behind the blocks
+        self.room = B.alloc_buffer((self.sums + most * self.plan.padded_outputs,), "float32", layout=None)
+        serial(self.rows, self._copy_apart if self.apart else self._copy)
         self._tiles()
         self._each(self.rows, self._finish)
-
-    def _many_rows(self) -> tuple[Expression, Expression]:
-        """The sums of tiles of many rows; how many rows these are, and the others, at most MOST_LEFT."""
-        rows = self.rows
-        tiles = self.v.held_integer(tirx.floordiv(rows + WIDTH - 1 - MOST_LEFT, WIDTH))
-
-        def tile(t: Expression) -> None:
-            # the last tile repeats the last row: equal sums are written twice
-            self.many.emit(self.arrays, self.x, lambda r: tirx.min(t * WIDTH + r, rows - 1), self._store_sums)
-
-        branch(tiles > 0, lambda: parallel(tiles, tile))  # even an empty parallel loop wakes the threads
-        before = self.v.held_integer(tirx.min(tiles * WIDTH, rows))
-        return before, rows - before
-
-    def _store_sums(self, row: Expression, output: Expression, sums: Expression) -> None:
-        self.v.store(self.room, self.sums + row * self.plan.padded_outputs + output, sums)
 
     def _each(self, count: Expression, emit: Callable[[Expression], None]) -> None:
         """A loop that threads share where that pays."""
@@ -150,8 +141,8 @@ class _Body:
     def _tiles(self) -> None:
         """All sums, a few rows and a vector of outputs at a time; the weight is read once for each few rows."""
         most, panels = self.plan.tile.rows, self.plan.panels
-        if isinstance(self.count, int):
-            for begin, number, count in balanced(self.count, most):
+        if isinstance(self.rows, int):
+            for begin, number, count in balanced(self.rows, most):
 
                 def tile(i: Expression, begin: int = begin, count: int = count) -> None:
                     self._tile(tirx.floormod(i, panels), begin + tirx.floordiv(i, panels) * count, count)
@@ -161,15 +152,15 @@ class _Body:
 
         def tiles(i: Expression) -> None:
             begin, panel = tirx.floordiv(i, panels) * most, tirx.floormod(i, panels)
-            left = tirx.min(self.count - begin, most)
+            left = tirx.min(self.rows - begin, most)
             cover(left, most, lambda first, count: self._tile(panel, begin + first, count))
 
-        self._each(tirx.floordiv(self.count + most - 1, most) * panels, tiles)
+        self._each(tirx.floordiv(self.rows + most - 1, most) * panels, tiles)
 
     def _copy(self, row: Expression) -> None:
         """Blocks are runs of inputs; the last one may be filled up with zeros."""
         v, inputs, begin = self.v, self.plan.inputs, row * (self.blocks * BLOCK)
-        read = (self.before + row) * inputs
+        read = row * inputs
         if inputs % BLOCK:
             v.store(self.room, begin + (self.blocks - 1) * BLOCK, v.constant(0.0))
         whole = inputs // BLOCK * BLOCK
@@ -181,7 +172,7 @@ class _Body:
 
     def _copy_apart(self, row: Expression) -> None:
         """Blocks are columns of the row seen as a matrix, which is transposed."""
-        v, blocks, read = self.v, self.blocks, (self.before + row) * self.plan.inputs
+        v, blocks, read = self.v, self.blocks, row * self.plan.inputs
         v.transpose_tile(
             (blocks, BLOCK),
             lambda first, start, i: v.load(self.x, read + (start + i) * blocks + first),
@@ -204,7 +195,7 @@ class _Body:
         serial(firsts[panel + 1] - firsts[panel], four)
         for row, sums in enumerate(zip(*chains, strict=True)):
             total = v.hold(reduce(operator.add, [register.get() for register in sums]))
-            begin = self.sums + (self.before + first + row) * self.plan.padded_outputs
+            begin = self.sums + (first + row) * self.plan.padded_outputs
             for i in range(BLOCK):  # one by one, beside the next vector's steps, which store nothing
                 output = self.arrays["outputs"][panel * BLOCK + i]
                 B.buffer_store(self.room, lane(total, i), [begin + output])

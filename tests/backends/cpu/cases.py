@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from hypothesis import assume
 from hypothesis import strategies as st
 from regions import Symbolic, Value, make_grouped_weight, make_region, make_table_weight, make_weight
 
@@ -215,11 +214,10 @@ def _sparse_rows(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[
     outputs, inputs = draw(st.integers(1, 70)), draw(st.one_of(st.sampled_from([32, 64, 256]), st.integers(32, 300)))
     density = draw(st.sampled_from([0.0, 0.02, 0.1, 0.4, 1.0]))
     weight = make_weight((outputs, inputs), draw(st.sampled_from(FORMATS[:2])), 3, density=density)
-    rows = draw(st.sampled_from([(), (1,), (2,), (1, 3), (6,), (3, 5), (18,), (Symbolic(),), (Symbolic(), 3)]))
+    rows = draw(st.sampled_from([(), (1,), (2,), (1, 3), (6,), (3, 4), (11,), (Symbolic(),), (Symbolic(), 3)]))
     region = make_region(ops.LINEAR, (*rows, inputs), weight, draw(epilogues()), bias=draw(st.booleans()))
-    assume(SparseRows().refuses(region, target) is None)  # of rows of any number, steps with few weights
     known = all(isinstance(size, int) for size in rows)
-    shapes = [rows] if known else [(m, *rows[1:]) for m in (*ROWS, 0, 18, 19, 64, 65, 83)]
+    shapes = [rows] if known else [(m, *rows[1:]) for m in (*ROWS, 0, 12, 13, 83)]
     return SparseRows(), region, [(*shape, inputs) for shape in shapes]
 
 
@@ -231,7 +229,7 @@ def _sparse_slabs(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple
     weight = make_weight((outputs, inputs), "float32" if form == "float32" else "int8", 3, density=density)
     activation = QuantizedInput(0.02, draw(zero_points)) if form == "codes" else None
     rows = draw(
-        st.sampled_from([(), (3,), (16,), (1, 33), (64,), (5, 20), (321,), (3, 171), (Symbolic(),), (Symbolic(), 3)])
+        st.sampled_from([(3,), (16,), (1, 33), (64,), (5, 20), (321,), (3, 171), (Symbolic(),), (Symbolic(), 3)])
     )
     region = make_region(ops.LINEAR, (*rows, inputs), weight, draw(epilogues()), activation, bias=draw(st.booleans()))
     known = all(isinstance(size, int) for size in rows)

@@ -9,17 +9,10 @@ from hypothesis import strategies as st
 from regions import Symbolic, assert_kernel_equals_reference, make_region
 
 from mcc import ops
-from mcc.backends.cpu.kernels.block_pairs import (
-    BLOCK,
-    BLOCK_BITS,
-    BLOCK_SHIFTS,
-    TOGETHER,
-    BlockPairs,
-    least_padding,
-    pack_pairs,
-)
+from mcc.backends.cpu.kernels.block_pairs import BlockPairs, pack_pairs
 from mcc.backends.cpu.kernels.sparse_rows import SparseRows
 from mcc.backends.kernel import SparseArrays, StoredWeight
+from mcc.slabs import BLOCK, BLOCK_BITS, BLOCK_SHIFTS, PAIR_ARRAYS, TOGETHER, elements_of_pairs
 from mcc.target import missing_features, parse_target
 
 TARGET = parse_target("cpu:avx512vnni")
@@ -51,6 +44,16 @@ def sparse(outputs: int, inputs: int, density: float, seed: int, dtype: str = "f
     return (values * (random.random((outputs, inputs)) < density)).astype(dtype)
 
 
+def assert_elements_are(weight: np.ndarray, steps: BlockPairs) -> None:
+    """Read back for slabs, output by output and input by input."""
+    found = elements_of_pairs({key: getattr(steps, key) for key in PAIR_ARRAYS}, weight.shape[1], apart=steps.apart)
+    outputs, inputs = np.nonzero(weight)
+    np.testing.assert_array_equal(found.outputs, outputs)
+    np.testing.assert_array_equal(found.inputs, inputs)
+    np.testing.assert_array_equal(found.values, weight[outputs, inputs])
+    assert found.values.dtype == weight.dtype
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 4), st.integers(32, 300), st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]), st.integers(0, 9),
@@ -61,6 +64,7 @@ def test_every_weight_is_in_one_step(vectors, inputs, density, seed, dtype):
     steps = pack_pairs(weight)
     assert steps.weight.dtype == weight.dtype
     np.testing.assert_array_equal(unpacked(steps, inputs), weight)
+    assert_elements_are(weight, steps)
 
 
 def test_outputs_that_read_nothing_cost_nothing():
@@ -77,28 +81,6 @@ def test_few_steps_are_beyond_those_that_full_ones_would_take(density, most):
     assert len(pack_pairs(weight).blocks) * 2 <= most * np.count_nonzero(weight) / BLOCK
 
 
-@pytest.mark.parametrize("density", [0.05, 0.1, 0.3, 1.0])
-def test_the_least_padding_is_near_what_steps_have(density):
-    weight = sparse(256, 768, density, 1)
-    padding = pack_pairs(weight).weight.size / np.count_nonzero(weight)
-    assert 1 <= least_padding(weight) <= padding <= 1.1 * least_padding(weight) + TOGETHER * BLOCK**2 / weight.size
-
-
-def test_rows_of_any_number_leave_weights_with_few_elements_to_another_kernel():
-    """Steps that are mostly zeros cost tiles of many rows more than they save a few."""
-
-    def refused(rows, density):
-        kept = (weight := sparse(256, 768, density, 1)) != 0
-        pointers = np.array([0, *kept.sum(1).cumsum()], np.int32)
-        arrays = SparseArrays(weight[kept], np.nonzero(kept)[1].astype(np.uint16), pointers)
-        stored = StoredWeight("w", weight.shape, None, arrays, None)
-        return SparseRows().refuses(make_region(ops.LINEAR, (rows, 768), stored), TARGET)
-
-    assert refused(Symbolic(), 0.1) is None
-    assert refused(Symbolic(), 0.01) == "of 3.3 weights in its steps one is not zero"
-    assert refused(6, 0.01) is None
-
-
 def test_blocks_are_inputs_apart_where_neighbours_go_together():
     """As pixels do: every output reads a window of its own, of inputs that lie side by side."""
     weight = sparse(64, 512, 0.5, 2)
@@ -107,6 +89,7 @@ def test_blocks_are_inputs_apart_where_neighbours_go_together():
     steps = pack_pairs(weight)
     assert steps.apart
     np.testing.assert_array_equal(unpacked(steps, 512), weight)
+    assert_elements_are(weight, steps)
     assert not pack_pairs(sparse(64, 512, 0.1, 2)).apart
 
 
@@ -120,7 +103,7 @@ def test_steps_that_touch_blocks_of_their_own_stand_with_steps_of_zeros():
 
 
 @pytest.mark.skipif(bool(missing_features(TARGET)), reason="this CPU permutes no two registers")
-@pytest.mark.parametrize("rows", [1, 2, 3, 6, 17, Symbolic()], ids=["1", "2", "3", "6", "17", "any"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 11, Symbolic()], ids=["1", "2", "3", "6", "11", "any"])
 @pytest.mark.parametrize("inputs", [512, 528, 784])
 def test_rows_whose_blocks_are_inputs_apart(rows, inputs):
     weight = sparse(50, inputs, 0.3, 3)
@@ -132,5 +115,5 @@ def test_rows_whose_blocks_are_inputs_apart(rows, inputs):
     arrays = SparseArrays(weight[kept], np.nonzero(kept)[1].astype(np.uint16), pointers)
     region = make_region(ops.LINEAR, (rows, inputs), StoredWeight("w", weight.shape, None, arrays, None), ())
     known, (tile,) = isinstance(rows, int), SparseRows().tiles(region, TARGET)
-    shapes = [(m, inputs) for m in ((rows,) if known else (0, 1, 5, 18, 19, 64, 82, 83, 128, 200))]
+    shapes = [(m, inputs) for m in ((rows,) if known else (0, 1, 5, 12, 13, 33, 64, 65, 83, 128, 200))]
     assert_kernel_equals_reference(SparseRows(), region, TARGET, tile, shapes)

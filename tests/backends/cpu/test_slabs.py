@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import zipfile
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,27 +15,38 @@ from torch import nn
 from torch.nn.utils.prune import l1_unstructured, remove
 
 import mcc
-from mcc.backends.cpu.kernels.slabs import FEWEST_OUTPUTS, MOST_OUTPUTS, SLAB_BYTES, Cuts, cut, pack_slabs
-from mcc.backends.kernel import SparseArrays
+from mcc.artifact import WEIGHTS, Contents, Manifest, read_artifact, read_safetensors, write_artifact
+from mcc.backends.cpu.kernels.block_pairs import pack_pairs
+from mcc.backends.cpu.kernels.slab_products import FEWEST_OUTPUTS, MOST_OUTPUTS, SLAB_BYTES, cut
+from mcc.errors import ArtifactError
 from mcc.passes.prune_weights import PruneWeights
+from mcc.slabs import PAIR_ARRAYS, SLAB_ARRAYS, Cuts, DerivedSlabs, Elements, pack_slabs
+from mcc.target import missing_features, parse_target
+
+WIDE = parse_target("cpu:avx512vnni")
 
 
 def unpacked(packed, cuts):
     """The dense weight that arrays of `pack_slabs` stand for, read as the kernel reads them."""
-    dense = np.zeros((cuts.outputs, cuts.inputs), packed["values"].dtype)
+    dense = np.zeros((cuts.outputs, cuts.inputs), packed["slab_values"].dtype)
     number = 0
     for part in range(cuts.parts):
         outputs = min(cuts.part, cuts.outputs - part * cuts.part)
         for slab in range(cuts.slabs):
-            at = packed["begins"][part * cuts.slabs + slab]
+            at = packed["slab_begins"][part * cuts.slabs + slab]
             for count, output in zip(
-                *(packed[key][number : number + outputs] for key in ("counts", "order")), strict=True
+                *(packed[key][number : number + outputs] for key in ("slab_counts", "slab_order")), strict=True
             ):
-                columns = slab * cuts.slab + packed["columns"][at : at + count].astype(int)
-                dense[part * cuts.part + output, columns] = packed["values"][at : at + count]
+                columns = slab * cuts.slab + packed["slab_columns"][at : at + count].astype(int)
+                dense[part * cuts.part + output, columns] = packed["slab_values"][at : at + count]
                 at += count
             number += outputs
     return dense
+
+
+def elements(weight):
+    output, column = np.nonzero(weight.decoded())
+    return Elements(weight.decoded()[output, column], output, column)
 
 
 @given(
@@ -42,15 +56,15 @@ def unpacked(packed, cuts):
 def test_slabs_hold_every_weight_once(outputs, inputs, part, slab, density, dtype):
     weight = make_weight((outputs, inputs), dtype, 3, density=density)
     cuts = Cuts(outputs, inputs, part, slab)
-    packed = pack_slabs(weight.sparse, cuts)
+    packed = pack_slabs(elements(weight), cuts)
     np.testing.assert_array_equal(unpacked(packed, cuts), weight.decoded())
-    assert packed["values"].size == max(1, weight.sparse.values.size)
-    assert packed["columns"].itemsize == 1
+    assert packed["slab_values"].size == max(1, np.count_nonzero(weight.decoded()))
+    assert packed["slab_columns"].itemsize == 1
 
 
 def test_outputs_with_equally_many_elements_stand_together():
     weight = make_weight((40, 30), "float32", 3, density=0.3)
-    counts = pack_slabs(weight.sparse, Cuts(40, 30, 32, 10))["counts"]
+    counts = pack_slabs(elements(weight), Cuts(40, 30, 32, 10))["slab_counts"]
     for first, outputs in ((0, 32), (96, 8)):
         of_part = counts[first : first + 3 * outputs].reshape(3, outputs)
         assert (np.diff(of_part.astype(int)) >= 0).all()
@@ -62,8 +76,7 @@ def test_outputs_with_equally_many_elements_stand_together():
 )  # fmt: skip
 def test_slabs_stay_in_the_nearest_cache_unless_outputs_have_few_elements_in_them(outputs, inputs, kept, rows, wanted):
     kept = min(kept, outputs * inputs)
-    weight = SparseArrays(np.zeros(kept, np.float32), np.zeros(kept, np.uint16), np.zeros(outputs + 1, np.int32))
-    cuts = cut(weight, (outputs, inputs), rows, 16, wanted)
+    cuts = cut((outputs, inputs), kept, rows, 16, wanted)
     assert cuts.parts * cuts.part >= outputs > (cuts.parts - 1) * cuts.part
     assert cuts.slabs * cuts.slab >= inputs > (cuts.slabs - 1) * cuts.slab
     assert cuts.part <= MOST_OUTPUTS
@@ -75,14 +88,67 @@ def test_slabs_stay_in_the_nearest_cache_unless_outputs_have_few_elements_in_the
     assert held <= 2 * SLAB_BYTES or each <= 16
 
 
+SETTINGS = {"measure": "never", "tuning": "model", "verify": False}
+
+
+@pytest.mark.skipif(bool(missing_features(WIDE)), reason="this CPU permutes no two registers")
+@pytest.mark.parametrize("neighbours", [False, True], ids=["runs", "apart"])
+def test_an_artifact_for_any_number_of_rows_stores_pairs_and_makes_slabs_when_it_is_loaded(tmp_path, neighbours):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(512, 70), nn.ReLU(), nn.Linear(70, 33)), torch.randn(200, 512)
+    if neighbours:  # every output reads a window of its own
+        with torch.no_grad():
+            model[0].weight *= (torch.arange(512) // 64 == torch.arange(70)[:, None] % 8) * 10 + 0.01
+    passes = [PruneWeights(ratio=0.9, scope="layer")]
+    made = mcc.compile(model, (x,), passes=passes, dynamic_shapes=({0: "batch"},), target=str(WIDE), **SETTINGS)
+    made.save(tmp_path / "a.mcc")
+    held, contents = read_safetensors(memoryview(member(tmp_path / "a.mcc"))), read_artifact(tmp_path / "a.mcc")
+    derived = contents.manifest.derived
+    assert [d.apart for d in derived] == [neighbours, False]
+    of_slabs = {name for d in derived for name in d.slabs}
+    assert len(of_slabs) == 2 * len(SLAB_ARRAYS)
+    assert not of_slabs & set(held)
+    assert of_slabs < set(contents.manifest.weights)
+    stored = sum(array.nbytes for name, array in held.items() if not name.endswith("~shape"))
+    assert made.report.passes[-1].size.stored_bytes == stored == sum(row.stored_bytes for row in made.report.layers)
+    loaded = mcc.load(tmp_path / "a.mcc")
+    for rows in (0, 1, 12, 13, 64, 200):
+        torch.testing.assert_close(loaded(x[:rows]), made(x[:rows]), rtol=0, atol=0)
+        torch.testing.assert_close(loaded(x[:rows]), loaded(x)[:rows], rtol=1e-5, atol=1e-6)
+
+
+def member(path):
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(WEIGHTS)
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"cuts": (0, 64, 16, 64)}, "make no slabs by"), ({"cuts": (17, 64, 16, 64)}, "make no slabs by"),
+    ({"cuts": (16, 1 << 20, 16, 64)}, "make no slabs by"), ({"cuts": (16, 64, 16, 1.5)}, "make no slabs by"),
+    ({"pairs": ("a", "b", "c", "d", "none")}, "'none'"),
+])  # fmt: skip
+def test_slabs_that_cannot_be_made_are_refused(tmp_path, changed, message):
+    steps = pack_pairs(np.eye(16, 64, dtype=np.float32))
+    weights = {name: getattr(steps, key) for name, key in zip("abcde", PAIR_ARRAYS, strict=True)}
+    derived = DerivedSlabs(tuple("abcde"), tuple("vwxyz"), (16, 64, 16, 64), apart=False)
+
+    def write(derived):
+        path, empty = tmp_path / "a.mcc", Manifest((), (), None, "cpu:avx2", (), "", tuple("abcde"), {}, {})
+        write_artifact(path, Contents(replace(empty, derived=(derived,)), weights, b"library"))
+        return path
+
+    assert read_artifact(write(derived)).weights["v"].tolist() == [1.0] * 16
+    with pytest.raises(ArtifactError, match=f"damaged or not an mcc artifact: .*{message}"):
+        read_artifact(write(replace(derived, **changed)))
+
+
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(64, 784, 256), (200, 300, 1100), (67, 131, 17)])
 def test_two_threads_give_what_one_gives_and_both_what_the_network_gives(rows, inputs, outputs):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU()), torch.randn(rows, inputs)
     l1_unstructured(model[0], "weight", 0.9)
     remove(model[0], "weight")
-    settings = {"measure": "never", "tuning": "model", "verify": False}
-    one, two = (mcc.compile(model, (x,), passes=[PruneWeights(ratio=0.9)], threads=n, **settings) for n in (1, 2))
+    one, two = (mcc.compile(model, (x,), passes=[PruneWeights(ratio=0.9)], threads=n, **SETTINGS) for n in (1, 2))
     assert [(row.kernel.split()[0], row.op) for row in one.report.layers] == [("sparse_slabs", "linear + relu")]
     torch.testing.assert_close(two(x), one(x), rtol=0, atol=0)
     with torch.no_grad():

@@ -130,7 +130,7 @@ def test_a_pruned_and_quantized_network_gives_what_its_graph_gives(activations, 
     ("cpu:avx512vnni", 0.7, 256, 1, "sparse_rows"), ("cpu:avx512vnni", 0.7, 256, 6, "sparse_rows"),
     ("cpu:avx512vnni", 0.45, 256, 1, "sparse_rows"), ("cpu:avx512vnni", 0.35, 256, 1, "dense_f32"),
     ("cpu:avx512vnni", 0.5, 256, 6, "dense_f32"), ("cpu:avx512vnni", 0.9, 31, 1, "sparse_dense"),
-    ("cpu:avx512vnni", 0.9, 256, 18, "sparse_rows"), ("cpu:avx512vnni", 0.9, 256, 19, "sparse_slabs"),
+    ("cpu:avx512vnni", 0.9, 256, 12, "sparse_rows"), ("cpu:avx512vnni", 0.9, 256, 13, "sparse_slabs"),
     ("cpu:avx2", 0.9, 256, 1, "sparse_dense"),
     ("cpu:avx2", 0.7, 256, 1, "dense_f32"), ("cpu:avx2", 0.9, 256, 7, "sparse_slabs"),
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""Sparse weights in parts of outputs by slabs of inputs, and the products of a tile of rows with a part.
+"""The products of a tile of rows with a part of a sparse weight, slab by slab; see mcc/slabs.py.
 
 Rows of x lie transposed, so that one stored weight meets a few vectors of them. Every output reads all of the rows'
 inputs at random places; a slab is as many inputs as stay in the nearest cache while all outputs of a part read them.
@@ -6,23 +6,19 @@ inputs at random places; a slab is as many inputs as stay in the nearest cache w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
 import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc.backends.cpu.microkernel import branch, serial
+from mcc.slabs import Cuts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from numpy.typing import NDArray
-
     from mcc.backends.cpu.microkernel import Expression, Vectors
-    from mcc.backends.kernel import SparseArrays
 
     Place: TypeAlias = tuple[Expression, Expression]
     """A buffer, and where in it something begins."""
@@ -34,86 +30,21 @@ FEWEST_OUTPUTS = 128
 CHAINS = 2  # multiply-adds of a sum in flight
 
 
-@dataclass(frozen=True)
-class Cuts:
-    """How a weight is cut; the last part and the last slab may be smaller.
-
-    Attributes:
-        outputs, inputs: of the weight.
-        part: outputs of a part, a multiple of the lanes where there is more than one.
-        slab: inputs of a slab.
-    """
-
-    outputs: int
-    inputs: int
-    part: int
-    slab: int
-
-    @property
-    def parts(self) -> int:
-        """How many there are."""
-        return -(-self.outputs // self.part)
-
-    @property
-    def slabs(self) -> int:
-        """How many there are."""
-        return -(-self.inputs // self.slab)
-
-
-def cut(weight: SparseArrays, shape: tuple[int, int], rows: int, lanes: int, wanted: int) -> Cuts:
+def cut(shape: tuple[int, int], kept: int, rows: int, lanes: int, wanted: int) -> Cuts:
     """Cuts for a weight, [outputs, inputs], that meets so many rows at a time and has at least so many parts if it can.
 
     Args:
-        weight: by single elements.
-        shape: of it.
+        shape: of the weight.
+        kept: its elements.
         rows: of a tile.
         lanes: of a vector.
         wanted: parts, for threads.
     """
     outputs, inputs = shape
-    kept = max(1, weight.values.size)
-    slab = max(SLAB_BYTES // (4 * rows), FEWEST_WEIGHTS * inputs * outputs // kept)
+    slab = max(SLAB_BYTES // (4 * rows), FEWEST_WEIGHTS * inputs * outputs // max(kept, 1))
     slabs = max(1, round(inputs / slab))
     parts = max(-(-outputs // MOST_OUTPUTS), min(-(-outputs // FEWEST_OUTPUTS), wanted))
     return Cuts(outputs, inputs, -(-outputs // (parts * lanes)) * lanes, -(-inputs // slabs))
-
-
-def pack_slabs(weight: SparseArrays, cuts: Cuts) -> dict[str, NDArray[Any]]:
-    """A weight's elements part by part, in these slab by slab, in these output by output, those with few first.
-
-    Outputs with equally many stand together, so that a CPU foresees when an output ends.
-
-    Returns:
-        values: [elements], of the weight's dtype; columns: [elements], inputs of their slab; counts: [parts, slabs,
-        outputs of the part], how many elements an output has there; order: the same, which output of its part it is;
-        begins: int32 [parts * slabs], of their elements.
-    """
-    per_row = np.diff(weight.row_pointers)
-    output = np.repeat(np.arange(cuts.outputs), per_row)
-    slab, column = np.divmod(weight.columns.astype(np.int64), cuts.slab)
-    counts = np.zeros((cuts.outputs, cuts.slabs), np.int64)
-    np.add.at(counts, (output, slab), 1)
-    bounds = [(p, min(p + cuts.part, cuts.outputs)) for p in range(0, cuts.outputs, cuts.part)]
-    orders = [np.argsort(counts[low:high], axis=0, kind="stable") for low, high in bounds]
-    rank = np.concatenate([np.argsort(order, axis=0, kind="stable") for order in orders])
-    along = np.lexsort((column, rank[output, slab], slab, output // cuts.part))
-    sorted_counts = [
-        np.take_along_axis(counts[low:high], o, 0).T for (low, high), o in zip(bounds, orders, strict=True)
-    ]
-    sums = np.concatenate([c.sum(1) for c in sorted_counts])
-    none = not len(along)  # an all-zero layer: kernels take no empty arrays
-    return {
-        "values": np.zeros(1, weight.values.dtype) if none else weight.values[along],
-        "columns": np.zeros(1, np.uint8) if none else column[along].astype(_holding(cuts.slab)),
-        "counts": np.concatenate([c.reshape(-1) for c in sorted_counts]).astype(_holding(cuts.slab + 1)),
-        "order": np.concatenate([o.T.reshape(-1) for o in orders]).astype(_holding(cuts.part)),
-        "begins": (np.cumsum(sums) - sums).astype(np.int32),
-    }
-
-
-def _holding(count: int) -> Any:
-    """The type of the least unsigned integers that number so many things."""
-    return np.min_scalar_type(max(count - 1, 1)) if count <= 1 << 16 else np.int32
 
 
 class PartProducts:
@@ -142,7 +73,7 @@ class PartProducts:
         at = B.alloc_buffer((1,), "int64", scope="global", layout=None)
 
         def slab(s: Expression) -> None:
-            B.buffer_store(at, T.cast(arrays["begins"][part * cuts.slabs + s], "int64"), [0])
+            B.buffer_store(at, T.cast(arrays["slab_begins"][part * cuts.slabs + s], "int64"), [0])
             first = B.Bind(part * (cuts.part * cuts.slabs) + s * outputs)
             begin = B.Bind(source[1] + s * (cuts.slab * height))
             serial(outputs, lambda i: self._output(first + i, (source[0], begin), sums, (at, height)))
@@ -159,8 +90,8 @@ class PartProducts:
         """Add the products of an output's elements in a slab, of two elements at a time to sums of their own."""
         v, (sums, first), (at, height) = self.v, result, where
         vectors = height // v.lanes
-        count = B.Bind(T.cast(self.arrays["counts"][number], "int64"))
-        place = B.Bind(first + T.cast(self.arrays["order"][number], "int64") * height)
+        count = B.Bind(T.cast(self.arrays["slab_counts"][number], "int64"))
+        place = B.Bind(first + T.cast(self.arrays["slab_order"][number], "int64") * height)
         chains = v.registers(CHAINS, vectors, "float32")
         for t in range(vectors):
             chains[0][t].set(v.load(sums, place + t * v.lanes))
@@ -169,9 +100,9 @@ class PartProducts:
         begin = v.held_integer(at[0])
 
         def multiply(element: Expression, chain: int) -> None:
-            column = T.cast(self.arrays["columns"][element], "int64")
+            column = T.cast(self.arrays["slab_columns"][element], "int64")
             row = B.Bind(source[1] + column * height)
-            weight = B.Bind(v.splat(T.cast(self.arrays["values"][element], "float32")))
+            weight = B.Bind(v.splat(T.cast(self.arrays["slab_values"][element], "float32")))
             for t, register in enumerate(chains[chain]):
                 register.set(v.fma(v.load(source[0], row + t * v.lanes), weight, register.get()))
 
