@@ -6,6 +6,7 @@ slab_products.py. Where the number of rows is known at run time only, those beyo
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import tvm.tirx.script.builder.ir as B
@@ -17,13 +18,35 @@ from mcc.backends.cpu.kernels.tiles import PanelWidth, balanced, cover
 from mcc.backends.cpu.microkernel import Expression, Register, branch, parallel, product, serial
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from typing import Any, TypeAlias
 
     from mcc.backends.cpu.kernels.panels import PanelPlan
 
+    Loop: TypeAlias = Callable[[Any, Callable[[Expression], None]], None]
+
 VECTORS, SHORT_VECTORS = 4, 8  # of rows of a tile, where a vector has more than four lanes, and where it has four
-AT_ONCE = 4  # tiles that are transposed before any is multiplied, or as many as threads need
-SERIAL_PRODUCTS = 500_000  # below about 15 us of work two threads cost more than they bring
+SERIAL_PRODUCTS = 1_200_000  # below about 30 us of work two threads cost more than they bring
+SERIAL_TILE = 4_000_000  # of one tile, which threads would read from each other's caches
+MANY_TILES = 8  # enough for threads to take whole ones
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Where a tile of rows is computed.
+
+    Attributes:
+        source: the rows transposed, [inputs, rows].
+        sums: of a part, transposed too.
+        source_begin, sums_begin: of the tile and of the part there.
+        height: rows.
+    """
+
+    source: Expression
+    sums: Expression
+    source_begin: Expression
+    sums_begin: Expression
+    height: int
 
 
 class SlabRows:
@@ -36,13 +59,15 @@ class SlabRows:
 
     def __init__(self, plan: PanelPlan, kept: int) -> None:
         self.plan, self.v, self.kept, self.rows = plan, plan.vectors, kept, product(plan.leading)
-        self.vectors, wanted = SHORT_VECTORS if self.v.lanes == VECTORS else VECTORS, AT_ONCE
+        self.vectors, tiles = SHORT_VECTORS if self.v.lanes == VECTORS else VECTORS, 1
         if isinstance(self.rows, int):
             pieces = balanced(-(-self.rows // self.v.lanes), self.vectors)
             self.vectors = max(size for _, _, size in pieces)
-            wanted = -(-AT_ONCE // sum(number for _, number, _ in pieces))
-        self.cuts = cut((plan.outputs, plan.inputs), kept, self.vectors * self.v.lanes, self.v.lanes, wanted)
-        self.at_once = max(1, AT_ONCE // self.cuts.parts)
+            tiles = sum(number for _, number, _ in pieces)
+        height = self.vectors * self.v.lanes
+        wanted = -(-MANY_TILES // tiles) if height * kept >= SERIAL_TILE else 1
+        self.cuts = cut((plan.outputs, plan.inputs), kept, height, self.v.lanes, wanted)
+        self.squares = -(-plan.inputs // self.v.lanes)
 
     def emit(self, x: Expression, arrays: Mapping[str, Expression]) -> None:
         """Emit all of it.
@@ -51,59 +76,64 @@ class SlabRows:
             x: all rows, one behind the other; float32 or codes.
             arrays: of the slabs and of the plan's channels; "start" where sums begin with something.
         """
-        self.x, self.arrays = x, arrays
+        self.x, self.arrays, lanes = x, arrays, self.v.lanes
         self.products = PartProducts(self.v, self.cuts, self.arrays)
-        lanes, held = self.v.lanes, self.at_once * self.vectors * self.v.lanes
-        self.source = B.alloc_buffer((held * self.plan.inputs,), "float32", layout=None)
-        self.sums = B.alloc_buffer((held * self.cuts.parts * self.cuts.part,), "float32", layout=None)
         if isinstance(self.rows, int):
             for first, number, vectors in balanced(-(-self.rows // lanes), self.vectors):
-                self._rounds(first * lanes, number, vectors * lanes)
+                self._tiles(first * lanes, number, vectors * lanes)
             return
         height = self.vectors * lanes
         tiles = self.v.held_integer(tirx.floordiv(self.rows, height))
-        self._rounds(0, tiles, height)
+        self._tiles(0, tiles, height)
         left = self.v.held_integer(tirx.floordiv(self.rows - tiles * height + lanes - 1, lanes))
-        cover(left, self.vectors, lambda first, count: self._round(tiles * height + first * lanes, 1, count * lanes))
+        cover(left, self.vectors, lambda first, count: self._tiles(tiles * height + first * lanes, 1, count * lanes))
 
-    def _rounds(self, row: Expression, tiles: Expression, height: int) -> None:
-        """Tiles of as many rows each, a few at a time."""
-        if isinstance(tiles, int):
-            for first, number, size in balanced(tiles, self.at_once):
+    def _tiles(self, row: Expression, tiles: Expression, height: int) -> None:
+        """Tiles of as many rows each, from a row on."""
+        parts, work = self.cuts.parts, height * self.kept
 
-                def some(i: Expression, first: int = first, size: int = size) -> None:
-                    self._round(row + (first + i * size) * height, size, height)
+        def alone(t: Expression) -> None:
+            room = self._room(1, 1, height)
+            serial(self.squares, lambda s: self._transpose_in(row + t * height, s, room))
+            serial(parts, lambda p: self._part(row + t * height, p, room))
 
-                serial(number, some)
-            return
+        few = tiles <= max(SERIAL_PRODUCTS // max(work, 1), int(work < SERIAL_TILE))
+        whole = parts == 1 or tiles >= MANY_TILES
+        branch(
+            few,
+            lambda: serial(tiles, alone),
+            lambda: branch(whole, lambda: parallel(tiles, alone), lambda: self._shared(row, tiles, height)),
+        )
 
-        def round_of(i: Expression) -> None:
-            left = B.Bind(tirx.min(tiles - i * self.at_once, self.at_once))
-            self._round(row + i * (self.at_once * height), left, height)
-
-        serial(tirx.floordiv(tiles + self.at_once - 1, self.at_once), round_of)
-
-    def _round(self, row: Expression, tiles: Expression, height: int) -> None:
-        """Tiles side by side, of as many rows each: first all are transposed, then all parts multiplied."""
-        squares, parts = -(-self.plan.inputs // self.v.lanes), self.cuts.parts
-        room = self.plan.inputs * height
+    def _shared(self, row: Expression, tiles: Expression, height: int) -> None:
+        """Threads share few tiles: first all transpose them, then each multiplies parts."""
+        parts, most = self.cuts.parts, tiles if isinstance(tiles, int) else MANY_TILES
+        room = self._room(most, most * parts, height)
 
         def turn(i: Expression) -> None:
-            tile, square = tirx.floordiv(i, squares), tirx.floormod(i, squares)
-            self._transpose_in(row + tile * height, square, tile * room, height)
+            tile, square = tirx.floordiv(i, self.squares), tirx.floormod(i, self.squares)
+            self._transpose_in(row + tile * height, square, self._in(room, tile, 0))
 
         def multiply(i: Expression) -> None:
             tile, part = tirx.floordiv(i, parts), tirx.floormod(i, parts)
-            self._part(row + tile * height, part, (tile * room, i * (self.cuts.part * height)), height)
+            self._part(row + tile * height, part, self._in(room, tile, i))
 
-        known = tiles if isinstance(tiles, int) else 1
-        each = serial if known * height * self.kept < SERIAL_PRODUCTS else parallel
-        each(tiles * squares, turn)
-        each(tiles * parts, multiply)
+        parallel(tiles * self.squares, turn)  # cut as below: most that a thread multiplies lies in its own cache
+        parallel(tiles * parts, multiply)
 
-    def _transpose_in(self, row: Expression, square: Expression, begin: Expression, height: int) -> None:
+    def _room(self, tiles: int, parts: int, height: int) -> _Room:
+        sizes = tiles * self.plan.inputs * height, parts * self.cuts.part * height
+        source, sums = (B.alloc_buffer((size,), "float32", layout=None) for size in sizes)
+        return _Room(source, sums, 0, 0, height)
+
+    def _in(self, room: _Room, tile: Expression, part: Expression) -> _Room:
+        """A room's tile and part of all tiles' parts."""
+        begins = tile * (self.plan.inputs * room.height), part * (self.cuts.part * room.height)
+        return replace(room, source_begin=begins[0], sums_begin=begins[1])
+
+    def _transpose_in(self, row: Expression, square: Expression, room: _Room) -> None:
         """A vector of inputs of all rows of a tile; rows beyond the last one repeat it."""
-        v, inputs = self.v, self.plan.inputs
+        v, inputs, height = self.v, self.plan.inputs, room.height
         first = B.Bind(tirx.min(square * v.lanes, inputs - v.lanes))
 
         def load(at: Expression) -> Expression:
@@ -112,68 +142,63 @@ class SlabRows:
 
         def some_rows(t: Expression) -> None:
             for i, column in enumerate(v.transpose([load(t * v.lanes + i) for i in range(v.lanes)])):
-                v.store(self.source, begin + (first + i) * height + t * v.lanes, column)
+                v.store(room.source, room.source_begin + (first + i) * height + t * v.lanes, column)
 
         serial(height // v.lanes, some_rows)
 
-    def _part(self, row: Expression, part: Expression, begins: tuple[Expression, Expression], height: int) -> None:
-        """A part's outputs of a tile of rows.
-
-        Args:
-            row: the tile's first.
-            part: which.
-            begins: of the transposed rows and of the sums.
-            height: rows.
-        """
-        v, plan, (source, sums) = self.v, self.plan, begins
+    def _part(self, row: Expression, part: Expression, room: _Room) -> None:
+        """A part's outputs of a tile of rows from `row` on."""
+        v, plan, height = self.v, self.plan, room.height
         column = B.Bind(part * self.cuts.part)
         outputs = B.Bind(tirx.min(self.cuts.part, plan.padded_outputs - column))
 
         def begin(n: Expression) -> None:
             start = B.Bind(v.splat(self.arrays["start"][column + n] if "start" in self.arrays else T.float32(0)))
             for t in range(height // v.lanes):
-                v.store(self.sums, sums + n * height + t * v.lanes, start)
+                v.store(room.sums, room.sums_begin + n * height + t * v.lanes, start)
 
         def finish(q: Expression) -> None:
             def squares(panel: Expression, width: PanelWidth) -> None:
-                at = B.Bind(sums + q * (v.lanes * height))
                 serial(
                     height // v.lanes,
-                    lambda t: self._square(row + t * v.lanes, (at + t * v.lanes, height), panel, width),
+                    lambda t: self._square(
+                        row + t * v.lanes, q * (v.lanes * height) + t * v.lanes, room, (panel, width)
+                    ),
                 )
 
             plan.in_panel(tirx.floordiv(column, v.lanes) + q, squares)
 
         serial(outputs, begin)
-        self.products.add(part, (self.source, source), (self.sums, sums), height)
+        self.products.add(part, (room.source, room.source_begin), (room.sums, room.sums_begin), height)
         serial(tirx.floordiv(outputs, v.lanes), finish)
 
-    def _square(self, row: Expression, sums: tuple[Expression, int], panel: Expression, width: PanelWidth) -> None:
+    def _square(self, row: Expression, begin: Expression, room: _Room, panel: tuple[Expression, PanelWidth]) -> None:
         """Write a vector of outputs of a vector of rows, as many as there are.
 
         Args:
             row: the first.
-            sums: where those of the first output begin, and how far from there those of the next do.
-            panel: the vector of outputs.
-            width: how many these are.
+            begin: of the first output's sums, from those of its part on.
+            room: that has them.
+            panel: the vector of outputs, and its width.
         """
-        v, (begin, apart) = self.v, sums
-        read = [B.Bind(v.load(self.sums, begin + i * apart)) for i in range(v.lanes)]
+        v, (number, width) = self.v, panel
+        places = [room.sums_begin + begin + i * room.height for i in range(v.lanes)]
+        read = [B.Bind(v.load(room.sums, place)) for place in places]
         (registers,) = v.registers(1, v.lanes, "float32")
         for register, turned in zip(registers, v.transpose(read), strict=True):
             register.set(turned)
 
         def write(first: Expression, rows: list[Register]) -> None:
-            self.plan.finish(self.arrays, first, panel * v.lanes, rows, width.used_lanes(0, v.lanes))
+            self.plan.finish(self.arrays, first, number * v.lanes, rows, width.used_lanes(0, v.lanes))
 
         def some() -> None:
-            for i, register in enumerate(registers):
-                v.store(self.sums, begin + i * apart, register.get())
+            for place, register in zip(places, registers, strict=True):
+                v.store(room.sums, place, register.get())
             serial(self.rows - row, one)
 
         def one(i: Expression) -> None:
             ((register,),) = v.registers(1, 1, "float32")
-            register.set(v.load(self.sums, begin + i * apart))
+            register.set(v.load(room.sums, places[0] + i * room.height))
             write(row + i, [register])
 
         whole = isinstance(self.rows, int) and self.rows % v.lanes == 0
