@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mcc.graph import Node
     from mcc.target import Target
 
-MANY_ROWS = 8
+SOME_ROWS, MANY_ROWS = 8, 32
 TALL = 4  # outputs of a block that are worth more than as many weights
 _ONE_VALUE = ("pointwise", "compression")
 FEW_PIXELS = 16  # of an image, one vector
@@ -36,6 +36,7 @@ DENSEST = {
         "few permuted rows": 0.45,
         "few rows of blocks": 0.3,
         "rows": 0.35,
+        "many rows": 0.5,
         "blocks": 0.7,
         "few pixels": 0.12,
         "pixels": 0.6,
@@ -46,6 +47,7 @@ DENSEST = {
         "few rows": 0.05,
         "few rows of blocks": 0.15,
         "rows": 0.2,
+        "many rows": 0.2,
         "blocks": 0.3,
         "few pixels": 0.05,
         "pixels": 0.3,
@@ -56,6 +58,7 @@ DENSEST = {
         "few rows": 0.05,
         "few rows of blocks": 0.15,
         "rows": 0.12,
+        "many rows": 0.12,
         "blocks": 0.2,
         "few pixels": 0.05,
         "pixels": 0.25,
@@ -66,6 +69,7 @@ DENSEST = {
         "few rows": 0.3,
         "few rows of blocks": 0.4,
         "rows": 0.33,
+        "many rows": 0.33,
         "blocks": 0.4,
         "few pixels": 0.33,
         "pixels": 0.33,
@@ -76,6 +80,7 @@ DENSEST = {
         "few rows": 0.05,
         "few rows of blocks": 0.15,
         "rows": 0.02,
+        "many rows": 0.02,
         "blocks": 0.02,
         "few pixels": 0.02,
         "pixels": 0.02,
@@ -185,7 +190,7 @@ def _single_channels_beside(node: Node) -> Node | None:
 def _rows(node: Node, form: Form) -> tuple[str, str]:
     """What a linear layer is to `DENSEST`, and in words."""
     rows = math.prod(extent(s) for s in node.shape[:-1])
-    kind = "few rows" if rows < MANY_ROWS else "rows"
+    kind = "few rows" if rows < SOME_ROWS else "rows" if rows < MANY_ROWS else "many rows"
     if form.among:
         return "blocks", str(form)
     if form.rows < TALL:
