@@ -50,11 +50,9 @@ def fuse(lowering: Lowering) -> Lowering:
     for region in reversed(list(lowering.regions.values())):
         extended = _rescaled(region, lowering)
         taken |= {extended.output.fx} - {region.output.fx}
-        while (following := _following(extended, taken)) is not None:
-            node, step = following
-            inner = (*extended.inner, extended.output)
-            extended = replace(extended, output=node, epilogue=(*extended.epilogue, step), inner=inner)
-            taken.add(node.fx)
+        while (following := _following(extended, taken, lowering)) is not None:
+            extended = following
+            taken.add(extended.output.fx)
         regions[extended.output.fx] = extended
     return replace(lowering, regions=dict(reversed(regions.items())))
 
@@ -90,12 +88,19 @@ def _gives_integers(region: Region) -> bool:
     return codes and scale is not None and not region.weight.grouped and bool((scale == 1).all()) and whole
 
 
-def _following(region: Region, taken: set[fx.Node]) -> tuple[Node, EpilogueStep] | None:
+def _following(region: Region, taken: set[fx.Node], lowering: Lowering) -> Region | None:
+    """The region with the one node that reads its output, or None; not every sparse kernel reads another value."""
     users = region.output.users
     if len(users) != 1 or region.output.is_output or region.output_dtype == "uint8" or users[0].fx in taken:
         return None
     step = _step(users[0], region)
-    return None if step is None else (users[0], step)
+    if step is None:
+        return None
+    inner = (*region.inner, region.output)
+    extended = replace(region, output=users[0], epilogue=(*region.epilogue, step), inner=inner)
+    sparse = region.weight.sparse is not None and region.anchor.op is ops.LINEAR
+    refused = sparse and isinstance(step, Add | Multiply) and first_kernel(extended, lowering.target)[0] is None
+    return None if refused else extended
 
 
 def _step(node: Node, region: Region) -> EpilogueStep | None:
@@ -127,10 +132,9 @@ def own_step(node: Node) -> EpilogueStep | None:
 
 
 def _joined(node: Node, region: Region) -> Add | Multiply | None:
-    """Another value of the same shape added or multiplied by; a sparse linear layer's output is not laid out for it."""
+    """Another value of the same shape added or multiplied by."""
     first, second = node.operand(0), node.operand(1)
-    sparse = region.weight.sparse is not None and region.anchor.op is ops.LINEAR
-    if first is None or second is None or first == second or node.fx.kwargs or sparse:
+    if first is None or second is None or first == second or node.fx.kwargs:
         return None
     other = second if first == region.output else first
     alike = [str(s) for s in other.value.shape] == [str(s) for s in region.output.shape]

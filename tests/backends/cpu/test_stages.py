@@ -201,6 +201,27 @@ def test_a_sparse_convolution_with_a_residual_is_one_kernel(codes):
     assert rows["b"].op.startswith("conv2d + add + relu")
 
 
+@pytest.mark.parametrize(("pattern", "rows", "kernel", "op"), [
+    ("", 40, "sparse_slabs", "linear + add + relu"), ("", 1, "sparse_dense", "linear"),
+    ("16x1", 40, "sparse_blocks", "linear"), ("2:4", 40, "sparse_n_of_m", "linear + add + relu"),
+])  # fmt: skip
+def test_a_sparse_layer_takes_in_a_residual_where_its_kernel_reads_another_value(pattern, rows, kernel, op):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(48, 48)
+
+        def forward(self, x):
+            return (x.sin() + self.a(x)).relu()
+
+    torch.manual_seed(0)
+    prune = PruneWeights(ratio=0.5 if pattern == "2:4" else 0.9, scope="layer", pattern=pattern)
+    x = torch.randn(rows, 48)
+    artifact = mcc.compile(Block(), (x,), passes=[prune], measure="never", tuning="model", target="cpu:avx2")
+    (row,) = artifact.report.layers
+    assert (row.kernel.split()[0], row.op) == (kernel, op)
+
+
 def test_a_depthwise_convolution_between_sparse_ones_is_not_transposed():
     model = nn.Sequential(
         nn.Conv2d(16, 32, 1), nn.ReLU6(), nn.Conv2d(32, 32, 3, 2, 1, groups=32), nn.ReLU6(), nn.Conv2d(32, 24, 1)
