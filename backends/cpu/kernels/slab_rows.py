@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Loop: TypeAlias = Callable[[Any, Callable[[Expression], None]], None]
 
-VECTORS, SHORT_VECTORS = 4, 8  # of rows of a tile, where a vector has more than four lanes, and where it has four
+VECTORS = {4: 8, 8: 4, 16: 4}  # of rows of a tile, by the lanes of each
 SERIAL_PRODUCTS = 1_200_000  # below about 30 us of work two threads cost more than they bring
 SERIAL_TILE = 4_000_000  # of one tile, which threads would read from each other's caches
 MANY_TILES = 8  # enough for threads to take whole ones
@@ -59,13 +59,13 @@ class SlabRows:
 
     def __init__(self, plan: PanelPlan, kept: int) -> None:
         self.plan, self.v, self.kept, self.rows = plan, plan.vectors, kept, product(plan.leading)
-        self.vectors, tiles = SHORT_VECTORS if self.v.lanes == VECTORS else VECTORS, 1
+        self.vectors, self.pieces, units = VECTORS[self.v.lanes], [], 1
         if isinstance(self.rows, int):
-            pieces = balanced(-(-self.rows // self.v.lanes), self.vectors)
-            self.vectors = max(size for _, _, size in pieces)
-            tiles = sum(number for _, number, _ in pieces)
+            self.pieces = balanced(-(-self.rows // self.v.lanes), self.vectors)
+            self.vectors = max(size for _, _, size in self.pieces)
+            units = sum(number for _, number, _ in self.pieces)
         height = self.vectors * self.v.lanes
-        wanted = -(-MANY_TILES // tiles) if height * kept >= SERIAL_TILE else 1
+        wanted = -(-MANY_TILES // units) if height * kept >= SERIAL_TILE else 1
         self.cuts = cut((plan.outputs, plan.inputs), kept, height, self.v.lanes, wanted)
         self.squares = -(-plan.inputs // self.v.lanes)
 
@@ -79,31 +79,53 @@ class SlabRows:
         self.x, self.arrays, lanes = x, arrays, self.v.lanes
         self.products = PartProducts(self.v, self.cuts, self.arrays)
         if isinstance(self.rows, int):
-            for first, number, vectors in balanced(-(-self.rows // lanes), self.vectors):
-                self._tiles(first * lanes, number, vectors * lanes)
+            self._share([(first * lanes, number, vectors * lanes) for first, number, vectors in self.pieces])
             return
         height = self.vectors * lanes
-        tiles = self.v.held_integer(tirx.floordiv(self.rows, height))
-        self._tiles(0, tiles, height)
-        left = self.v.held_integer(tirx.floordiv(self.rows - tiles * height + lanes - 1, lanes))
-        cover(left, self.vectors, lambda first, count: self._tiles(tiles * height + first * lanes, 1, count * lanes))
+        # a tile that lacks one vector at most is whole: to cut it into narrower ones takes as long
+        tiles = self.v.held_integer(tirx.floordiv(self.rows + 2 * lanes - 1, height))
+        self._share([(0, tiles, height)])
+        left = self.v.held_integer(tirx.max(tirx.floordiv(self.rows - tiles * height + lanes - 1, lanes), 0))
 
-    def _tiles(self, row: Expression, tiles: Expression, height: int) -> None:
-        """Tiles of as many rows each, from a row on."""
-        parts, work = self.cuts.parts, height * self.kept
+        def narrower(first: Expression, vectors: int) -> None:
+            self._share([(tiles * height + first * lanes, 1, vectors * lanes)])
 
-        def alone(t: Expression) -> None:
-            room = self._room(1, 1, height)
-            serial(self.squares, lambda s: self._transpose_in(row + t * height, s, room))
-            serial(parts, lambda p: self._part(row + t * height, p, room))
+        cover(left, self.vectors // 2, narrower)
 
-        few = tiles <= max(SERIAL_PRODUCTS // max(work, 1), int(work < SERIAL_TILE))
-        whole = parts == 1 or tiles >= MANY_TILES
+    def _share(self, pieces: list[tuple[Expression, Expression, int]]) -> None:
+        """Share tiles among threads, where they are worth it: (the first row, how many tiles, rows of each)."""
+        parts, units = self.cuts.parts, sum((number for _, number, _ in pieces[1:]), pieces[0][1])
+        work = self.kept * max(height for _, _, height in pieces)
+
+        def unit(t: Expression) -> None:
+            (row, number, height), *others = pieces
+            if not others:
+                self._alone(row + t * height, height)
+                return
+            ((second, _, lower),) = others
+            branch(
+                t < number,
+                lambda: self._alone(row + t * height, height),
+                lambda: self._alone(second + (t - number) * lower, lower),
+            )
+
+        def shared() -> None:
+            for row, tiles, height in pieces:
+                self._shared(row, tiles, height)
+
+        most_serial = max(SERIAL_PRODUCTS // max(work, 1), 1 if work < SERIAL_TILE else 0)
+        whole = parts == 1 or units >= MANY_TILES
         branch(
-            few,
-            lambda: serial(tiles, alone),
-            lambda: branch(whole, lambda: parallel(tiles, alone), lambda: self._shared(row, tiles, height)),
+            units <= most_serial,
+            lambda: serial(units, unit),
+            lambda: branch(whole, lambda: parallel(units, unit), shared),
         )
+
+    def _alone(self, row: Expression, height: int) -> None:
+        """A tile of rows by one thread."""
+        room = self._room(1, 1, height)
+        serial(self.squares, lambda s: self._transpose_in(row, s, room))
+        serial(self.cuts.parts, lambda p: self._part(row, p, room))
 
     def _shared(self, row: Expression, tiles: Expression, height: int) -> None:
         """Threads share few tiles: first all transpose them, then each multiplies parts."""
@@ -189,7 +211,7 @@ class SlabRows:
             register.set(turned)
 
         def write(first: Expression, rows: list[Register]) -> None:
-            self.plan.finish(self.arrays, first, number * v.lanes, rows, width.used_lanes(0, v.lanes))
+            self.plan.finish(self.arrays, T.cast(first, "int64"), number * v.lanes, rows, width.used_lanes(0, v.lanes))
 
         def some() -> None:
             for place, register in zip(places, registers, strict=True):

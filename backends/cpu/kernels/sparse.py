@@ -1,8 +1,9 @@
-"""Sparse layers: y = epilogue(x W^T + b) with an unstructured sparse W, any number of rows at run time.
+"""Sparse layers: y = epilogue(x W^T + b) with an unstructured sparse W, best at one row, any number at run time.
 
 W is packed as SELL-16: outputs sorted by their number of non-zeros, in groups of 16; step s of a group holds the s-th
 non-zero of each of its outputs, zeros where an output has fewer. One row of x: lanes are the 16 outputs, x gathered by
-column. Many rows: lanes are rows of x, transposed tile by tile, so that one stored value meets a whole vector.
+column. Many rows: lanes are rows of x, transposed tile by tile, so that one stored value meets a whole vector; layers
+with blocks do so too, others are faster by slab_rows.py.
 Monakov, Lokhmotov, Avetisyan: Automatically tuning sparse matrix-vector multiplication for GPU architectures. HiPEAC
 2010.
 

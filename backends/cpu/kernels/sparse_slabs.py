@@ -41,7 +41,7 @@ class SparseSlabs:
     anchor: ClassVar[ops.Op] = ops.LINEAR
 
     def refuses(self, region: Region, target: Target) -> str | None:
-        """Takes linear of more than a few rows with such a weight, whose codes sum exactly."""
+        """Takes linear of more than one row with such a weight, whose codes sum exactly."""
         sparse = region.weight.sparse
         if isinstance(sparse, SparseArrays) and sparse.block != (1, 1):
             return "the weight is stored in blocks"
