@@ -57,16 +57,16 @@ class Cuts:
 
 @dataclass(frozen=True)
 class Elements:
-    """The stored elements of a weight, output by output and in these input by input.
+    """The stored elements of a weight, output after output, in any order of these, and in each input by input.
 
     Attributes:
         values: [elements], of the weight's dtype.
-        outputs, inputs: int64 [elements], where they stand.
+        outputs, inputs: integers [elements], where they stand.
     """
 
     values: NDArray[Any]
-    outputs: NDArray[np.int64]
-    inputs: NDArray[np.int64]
+    outputs: NDArray[Any]
+    inputs: NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -114,16 +114,19 @@ def elements_of_pairs(pairs: Mapping[str, NDArray[Any]], inputs: int, *, apart: 
     """The elements of a weight, [outputs, inputs], in steps through pairs of blocks; see kernels/block_pairs.py."""
     weight = pairs["weight"].reshape(-1, BLOCK)
     places = pairs["places"].view(np.uint8).reshape(-1, BLOCK, TOGETHER).swapaxes(1, 2).reshape(-1, BLOCK)
-    begins = pairs["blocks"][:, None] >> np.array(BLOCK_SHIFTS) & (1 << BLOCK_BITS) - 1
-    low, high = np.stack([begins[:, :2], begins[:, 1:]], 1).reshape(-1, 2).T
-    steps = np.diff(pairs["first_steps"]) * TOGETHER
-    step, lane = np.nonzero(weight)
-    place = places[step, lane].astype(np.int64)
-    within, block = place % BLOCK, np.where(place < BLOCK, low[step], high[step])
-    column = within * (inputs // BLOCK) + block // BLOCK if apart else block + within
-    output = pairs["outputs"].astype(np.int64).reshape(-1, BLOCK)[np.repeat(np.arange(len(steps)), steps)[step], lane]
-    along = np.argsort(output * inputs + column)
-    return Elements(weight[step, lane][along], output[along], column[along])
+    begins = (pairs["blocks"][:, None] >> np.array(BLOCK_SHIFTS) & (1 << BLOCK_BITS) - 1).astype(np.int32)
+    blocks = np.stack([begins[:, :2], begins[:, 1:]], 1).reshape(-1, 2)
+    found = []
+    steps = pairs["first_steps"].astype(np.int64) * TOGETHER
+    for outputs, first, end in zip(pairs["outputs"].reshape(-1, BLOCK), steps, steps[1:], strict=False):
+        lane, step = np.nonzero(weight[first:end].T)
+        step += first
+        second, within = np.divmod(places[step, lane], BLOCK)
+        block = blocks[step, second]
+        column = within * np.int32(inputs // BLOCK) + block // BLOCK if apart else block + within
+        along = np.argsort(lane * inputs + column)
+        found.append((weight[step, lane][along], outputs[lane], column[along]))
+    return Elements(*map(np.concatenate, zip(*found, strict=True)))
 
 
 def pack_slabs(elements: Elements, cuts: Cuts) -> dict[str, NDArray[Any]]:
@@ -137,8 +140,11 @@ def pack_slabs(elements: Elements, cuts: Cuts) -> dict[str, NDArray[Any]]:
         of its part it is; slab_begins: int32 [parts * slabs], of their elements.
     """
     slab, column = np.divmod(elements.inputs, cuts.slab)
-    runs = np.bincount(elements.outputs * cuts.slabs + slab, minlength=cuts.outputs * cuts.slabs)
-    starts, counts = (a.reshape(cuts.outputs, cuts.slabs) for a in (np.cumsum(runs) - runs, runs))
+    run = elements.outputs.astype(np.int64) * cuts.slabs + slab
+    lengths = np.bincount(run, minlength=cuts.outputs * cuts.slabs)
+    heads, found = np.flatnonzero(np.diff(run, prepend=-1)), np.zeros(lengths.size, np.int64)
+    found[run[heads]] = heads
+    starts, counts = (a.reshape(cuts.outputs, cuts.slabs) for a in (found, lengths))
     parts = [slice(first, first + cuts.part) for first in range(0, cuts.outputs, cuts.part)]
     orders = [np.argsort(counts[part].T, axis=1, kind="stable") for part in parts]
 
@@ -150,10 +156,9 @@ def pack_slabs(elements: Elements, cuts: Cuts) -> dict[str, NDArray[Any]]:
     begins = np.cumsum(taken) - taken
     along = np.repeat(ordered(starts) - begins, taken) + np.arange(len(slab))
     firsts = np.cumsum([0, *(order.shape[1] for order in orders for _ in range(cuts.slabs))])[:-1]
-    none = not len(along)  # an all-zero layer: kernels take no empty arrays
-    values, columns = (
-        (np.zeros(1, np.int64), np.zeros(1, np.int64)) if none else (elements.values[along], column[along])
-    )
+    values, columns = elements.values[along], column[along]
+    if not len(along):  # an all-zero layer: kernels take no empty arrays
+        values, columns = (np.zeros(1, np.int64) for _ in range(2))
     return {
         "slab_values": values.astype(elements.values.dtype), "slab_columns": columns.astype(_numbering(cuts.slab)),
         "slab_counts": taken.astype(_numbering(cuts.slab + 1)),

@@ -1,7 +1,7 @@
 """All rows of a linear layer by a sparse weight in slabs of inputs.
 
-Lanes are rows of x. Tiles of them are transposed, a few at a time; then threads take parts of outputs of each, see
-slab_products.py. Where the number of rows is known at run time only, those beyond whole tiles make narrower ones.
+Lanes are rows of x, transposed tile by tile; see slab_products.py. Threads take tiles or, of few large ones, parts of
+outputs. Where the number of rows is known at run time only, those beyond whole tiles make narrower ones.
 """
 
 from __future__ import annotations
@@ -18,12 +18,9 @@ from mcc.backends.cpu.kernels.tiles import PanelWidth, balanced, cover
 from mcc.backends.cpu.microkernel import Expression, Register, branch, parallel, product, serial
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from typing import Any, TypeAlias
+    from collections.abc import Mapping
 
     from mcc.backends.cpu.kernels.panels import PanelPlan
-
-    Loop: TypeAlias = Callable[[Any, Callable[[Expression], None]], None]
 
 VECTORS = {4: 8, 8: 4, 16: 4}  # of rows of a tile, by the lanes of each
 SERIAL_PRODUCTS = 1_200_000  # below about 30 us of work two threads cost more than they bring
