@@ -174,9 +174,9 @@ def test_a_layer_too_dense_for_the_sparse_form_is_stored_dense_and_says_so():
 
 
 def test_a_layer_whose_dense_kernel_is_faster_is_stored_dense_and_says_so():
-    _, declined = encode(compressed(nn.Linear(40, 24), torch.randn(64, 40), PruneWeights(ratio=0.5)), prefer_dense)
+    _, declined = encode(compressed(nn.Linear(40, 24), torch.randn(64, 40), PruneWeights(ratio=0.4)), prefer_dense)
     assert declined[0].reason == (
-        "stored dense: at density 0.50 the dense kernel is faster (sparse gains below 0.35 for 64 rows)"
+        "stored dense: at density 0.60 the dense kernel is faster (sparse gains below 0.5 for 64 rows)"
     )
 
 
