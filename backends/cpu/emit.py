@@ -351,13 +351,13 @@ class _Writer:
         packed = (self._read[n] for n in self.packed[region.output.fx])
         operands = [*(self._value(node) for node in _read_by(region)), *packed]
         output = relax.TensorType(self.sizes.shape(region.output.value), region.output_dtype)
-        read = {n: self.weights[n] for n in self.packed[region.output.fx]}
-        stored = sum(map(stored_bytes, without_derived(read, self.derived).values()))
+        made = choice.lowered.derived
+        held = without_derived(choice.lowered.packed, () if made is None else (made,))
         self._row(
             region.anchor,
             region.text,
             f"{choice.kernel.name} {choice.tile}",
-            (region.weight.text, stored),
+            (region.weight.text, sum(map(stored_bytes, held.values()))),
             choice.reason,
         )
         return emitter(relax.call_tir(function, operands, output))

@@ -10,7 +10,7 @@ slab_rows.py.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -108,9 +108,7 @@ class _Body:
         self.rows, self.derived = product(plan.leading), None
         if not isinstance(self.rows, int):
             self.many = SlabRows(plan, int(np.count_nonzero(weight)))
-            cuts = self.many.cuts
-            numbers = cuts.outputs, cuts.inputs, cuts.part, cuts.slab
-            self.derived = DerivedSlabs(PAIR_ARRAYS, SLAB_ARRAYS, numbers, steps.apart)
+            self.derived = DerivedSlabs(PAIR_ARRAYS, SLAB_ARRAYS, astuple(self.many.cuts), steps.apart)
             self.packed |= self.derived.made(self.packed)
         self.packed |= plan.channel_arrays()
         self.few = self.rows * steps.weight.size < SERIAL_MACS
