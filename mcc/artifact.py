@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mcc.errors import ArtifactError
-from mcc.slabs import DerivedSlabs
+from mcc.slabs import Cuts, DerivedSlabs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 ALIGNMENT = 64
 DIRECT, DIRECT_ALONE = "checked_call", "checked_call_alone"
 """The library's function that runs a small call without TVM's virtual machine, where it has one; the second name says
@@ -373,6 +373,11 @@ def _read_members(mapped: mmap.mmap) -> dict[str, memoryview]:
     return {member: view[p.start : p.stop] for member, p in payloads.items()}
 
 
+def _read_derived(data: Mapping[str, Any]) -> DerivedSlabs:
+    cuts = Cuts(**{**data["cuts"], "block": tuple(data["cuts"]["block"])})
+    return DerivedSlabs(data["form"], tuple(data["read"]), tuple(data["slabs"]), cuts)
+
+
 def _read_workspace(data: Any) -> Workspace:
     """A workspace whose places lie inside it.
 
@@ -409,9 +414,7 @@ def _read_contents(name: str, members: dict[str, memoryview]) -> Contents:
         for key in ("inputs", "outputs")
     }
     tuples = {key: tuple(data[key]) for key in ("features", "weights")}
-    derived = tuple(
-        DerivedSlabs(tuple(d["pairs"]), tuple(d["slabs"]), tuple(d["cuts"]), d["apart"]) for d in data["derived"]
-    )
+    derived = tuple(map(_read_derived, data["derived"]))
     placed = {"workspace": _read_workspace(data["workspace"]), "derived": derived}
     manifest = Manifest(**{**data, **specs, **tuples, **placed})
     weights = _without_bitmaps(read_safetensors(members[WEIGHTS]))

@@ -11,6 +11,7 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 
 from mcc.backends.cpu.epilogue import channel_vectors
+from mcc.backends.cpu.integer_sums import float_start
 from mcc.backends.cpu.kernels.ahead import NextPanel
 from mcc.backends.cpu.kernels.region_function import region_function
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, leading_dims, panel_widths, row_blocks
@@ -161,8 +162,15 @@ class PanelPlan:
 
     def channel_arrays(self) -> dict[str, NDArray[Any]]:
         """Bias, and scale where there is one, of every output of all panels."""
+        return self._padded(channel_vectors(self.region))
+
+    def float_starts(self) -> dict[str, NDArray[Any]]:
+        """See `float_start`: of every output of all panels."""
+        return self._padded(float_start(self.region))
+
+    def _padded(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         beyond = self.padded_outputs - self.outputs
-        return {key: np.pad(array, (0, beyond)) for key, array in channel_vectors(self.region).items()}
+        return {key: np.pad(array, (0, beyond)) for key, array in arrays.items()}
 
     def finish(
         self,
@@ -188,6 +196,23 @@ class PanelPlan:
             total = register.get()
             value = total + bias if scale is None else v.fma(total, scale, bias)
             self.store(first + i, column, value, used)
+
+    def finish_row(
+        self, arrays: Mapping[str, Expression], row: Expression, sums: Expression, begin: Expression
+    ) -> None:
+        """As `finish`, all outputs of a row whose sums stand in a buffer from `begin` on, begun with zero.
+
+        Panels are of one vector.
+        """
+        v = self.vectors
+
+        def vector(panel: Expression, width: PanelWidth) -> None:
+            ((register,),) = v.registers(1, 1, "float32")
+            total = v.load(sums, begin + panel * v.lanes)
+            register.set(total + v.load(arrays["start"], panel * v.lanes) if "start" in arrays else total)
+            self.finish(arrays, row, panel * v.lanes, [register], width.used_lanes(0, v.lanes))
+
+        serial(self.panels, lambda p: self.in_panel(p, vector))
 
     def store(self, row: Expression, column: Expression, value: Expression, used: int) -> None:
         """Finish an output vector and write its first `used` lanes."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mcc.backends.cpu.kernels.panels import PanelPlan
+    from mcc.backends.kernel import SparseArrays
 
 VECTORS = {4: 8, 8: 4, 16: 4}  # of rows of a tile, by the lanes of each
 SERIAL_PRODUCTS = 1_200_000  # below about 30 us of work two threads cost more than they bring
@@ -45,25 +46,30 @@ class _Room:
     sums_begin: Expression
     height: int
 
+    def of(self, height: int) -> _Room:
+        """Of a tile that is no higher."""
+        return replace(self, height=height)
+
 
 class SlabRows:
     """The loops of one layer, of panels that are a vector wide.
 
     Args:
         plan: of the layer.
-        kept: elements of its weight.
+        weight: what is stored.
     """
 
-    def __init__(self, plan: PanelPlan, kept: int) -> None:
-        self.plan, self.v, self.kept, self.rows = plan, plan.vectors, kept, product(plan.leading)
+    def __init__(self, plan: PanelPlan, weight: SparseArrays) -> None:
+        self.plan, self.v, self.kept, self.rows = plan, plan.vectors, weight.values.size, product(plan.leading)
         self.vectors, self.pieces, units = VECTORS[self.v.lanes], [], 1
         if isinstance(self.rows, int):
             self.pieces = balanced(-(-self.rows // self.v.lanes), self.vectors)
             self.vectors = max(size for _, _, size in self.pieces)
             units = sum(number for _, number, _ in self.pieces)
         height = self.vectors * self.v.lanes
-        wanted = -(-MANY_TILES // units) if height * kept >= SERIAL_TILE else 1
-        self.cuts = cut((plan.outputs, plan.inputs), kept, height, self.v.lanes, wanted)
+        wanted = -(-MANY_TILES // units) if height * self.kept >= SERIAL_TILE else 1
+        self.cuts = cut(weight, (plan.outputs, plan.inputs), height, self.v.lanes, wanted)
+        self.part = self.cuts.part * weight.block[0]
         self.squares = -(-plan.inputs // self.v.lanes)
 
     def emit(self, x: Expression, arrays: Mapping[str, Expression]) -> None:
@@ -75,6 +81,8 @@ class SlabRows:
         """
         self.x, self.arrays, lanes = x, arrays, self.v.lanes
         self.products = PartProducts(self.v, self.cuts, self.arrays)
+        # of the highest tiles, once: every buffer costs even the calls that use none
+        self.room = self._room(1, 1, self.vectors * lanes)
         if isinstance(self.rows, int):
             self._share([(first * lanes, number, vectors * lanes) for first, number, vectors in self.pieces])
             return
@@ -94,17 +102,20 @@ class SlabRows:
         parts, units = self.cuts.parts, sum((number for _, number, _ in pieces[1:]), pieces[0][1])
         work = self.kept * max(height for _, _, height in pieces)
 
-        def unit(t: Expression) -> None:
+        def unit(t: Expression, room: _Room) -> None:
             (row, number, height), *others = pieces
             if not others:
-                self._alone(row + t * height, height)
+                self._alone(row + t * height, room.of(height))
                 return
             ((second, _, lower),) = others
             branch(
                 t < number,
-                lambda: self._alone(row + t * height, height),
-                lambda: self._alone(second + (t - number) * lower, lower),
+                lambda: self._alone(row + t * height, room.of(height)),
+                lambda: self._alone(second + (t - number) * lower, room.of(lower)),
             )
+
+        def of_a_thread(t: Expression) -> None:
+            unit(t, self._room(1, 1, max(height for _, _, height in pieces)))
 
         def shared() -> None:
             for row, tiles, height in pieces:
@@ -114,13 +125,12 @@ class SlabRows:
         whole = parts == 1 or units >= MANY_TILES
         branch(
             units <= most_serial,
-            lambda: serial(units, unit),
-            lambda: branch(whole, lambda: parallel(units, unit), shared),
+            lambda: serial(units, lambda t: unit(t, self.room)),
+            lambda: branch(whole, lambda: parallel(units, of_a_thread), shared),
         )
 
-    def _alone(self, row: Expression, height: int) -> None:
+    def _alone(self, row: Expression, room: _Room) -> None:
         """A tile of rows by one thread."""
-        room = self._room(1, 1, height)
         serial(self.squares, lambda s: self._transpose_in(row, s, room))
         serial(self.cuts.parts, lambda p: self._part(row, p, room))
 
@@ -141,13 +151,13 @@ class SlabRows:
         parallel(tiles * parts, multiply)
 
     def _room(self, tiles: int, parts: int, height: int) -> _Room:
-        sizes = tiles * self.plan.inputs * height, parts * self.cuts.part * height
+        sizes = tiles * self.plan.inputs * height, parts * self.part * height
         source, sums = (B.alloc_buffer((size,), "float32", layout=None) for size in sizes)
         return _Room(source, sums, 0, 0, height)
 
     def _in(self, room: _Room, tile: Expression, part: Expression) -> _Room:
         """A room's tile and part of all tiles' parts."""
-        begins = tile * (self.plan.inputs * room.height), part * (self.cuts.part * room.height)
+        begins = tile * (self.plan.inputs * room.height), part * (self.part * room.height)
         return replace(room, source_begin=begins[0], sums_begin=begins[1])
 
     def _transpose_in(self, row: Expression, square: Expression, room: _Room) -> None:
@@ -168,8 +178,8 @@ class SlabRows:
     def _part(self, row: Expression, part: Expression, room: _Room) -> None:
         """A part's outputs of a tile of rows from `row` on."""
         v, plan, height = self.v, self.plan, room.height
-        column = B.Bind(part * self.cuts.part)
-        outputs = B.Bind(tirx.min(self.cuts.part, plan.padded_outputs - column))
+        column = B.Bind(part * self.part)
+        outputs = B.Bind(tirx.min(self.part, plan.padded_outputs - column))
 
         def begin(n: Expression) -> None:
             start = B.Bind(v.splat(self.arrays["start"][column + n] if "start" in self.arrays else T.float32(0)))

@@ -10,7 +10,7 @@ slab_rows.py.
 from __future__ import annotations
 
 import operator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,7 +24,7 @@ from mcc.backends.cpu.kernels.block_pairs import pack_pairs
 from mcc.backends.cpu.kernels.dense import dense_reference
 from mcc.backends.cpu.kernels.panels import SERIAL_MACS, PanelPlan
 from mcc.backends.cpu.kernels.slab_rows import SlabRows
-from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, balanced, cover, leading_dims, parse_tile
+from mcc.backends.cpu.kernels.tiles import TileShape, balanced, cover, leading_dims, parse_tile
 from mcc.backends.cpu.microkernel import Expression, Register, Vectors, branch, flat, lane, parallel, product, serial
 from mcc.backends.kernel import Lowered, Region, SparseArrays
 from mcc.slabs import (
@@ -107,8 +107,10 @@ class _Body:
         self.apart, self.blocks = steps.apart, -(-plan.inputs // BLOCK)
         self.rows, self.derived = product(plan.leading), None
         if not isinstance(self.rows, int):
-            self.many = SlabRows(plan, int(np.count_nonzero(weight)))
-            self.derived = DerivedSlabs(PAIR_ARRAYS, SLAB_ARRAYS, astuple(self.many.cuts), steps.apart)
+            assert isinstance(plan.region.weight.sparse, SparseArrays)
+            self.many = SlabRows(plan, plan.region.weight.sparse)
+            form = "pairs apart" if steps.apart else "pairs"
+            self.derived = DerivedSlabs(form, PAIR_ARRAYS, SLAB_ARRAYS, self.many.cuts)
             self.packed |= self.derived.made(self.packed)
         self.packed |= plan.channel_arrays()
         self.few = self.rows * steps.weight.size < SERIAL_MACS
@@ -226,12 +228,4 @@ class _Body:
                 sums[row].set(v.fma(chosen, weight, sums[row].get()))
 
     def _finish(self, row: Expression) -> None:
-        """Write a row of outputs."""
-        v, plan = self.v, self.plan
-
-        def vector(panel: Expression, width: PanelWidth) -> None:
-            ((register,),) = v.registers(1, 1, "float32")
-            register.set(v.load(self.room, self.sums + row * plan.padded_outputs + panel * BLOCK))
-            plan.finish(self.arrays, row, panel * BLOCK, [register], width.used_lanes(0, BLOCK))
-
-        serial(plan.panels, lambda p: plan.in_panel(p, vector))
+        self.plan.finish_row(self.arrays, row, self.room, self.sums + row * self.plan.padded_outputs)

@@ -12,7 +12,7 @@ from mcc import ops
 from mcc.backends.cpu.kernels.block_pairs import BlockPairs, pack_pairs
 from mcc.backends.cpu.kernels.sparse_rows import SparseRows
 from mcc.backends.kernel import SparseArrays, StoredWeight
-from mcc.slabs import BLOCK, BLOCK_BITS, BLOCK_SHIFTS, PAIR_ARRAYS, TOGETHER, elements_of_pairs
+from mcc.slabs import BLOCK, BLOCK_BITS, BLOCK_SHIFTS, PAIR_ARRAYS, TOGETHER, Cuts, elements_of_pairs
 from mcc.target import missing_features, parse_target
 
 TARGET = parse_target("cpu:avx512vnni")
@@ -46,7 +46,8 @@ def sparse(outputs: int, inputs: int, density: float, seed: int, dtype: str = "f
 
 def assert_elements_are(weight: np.ndarray, steps: BlockPairs) -> None:
     """Read back for slabs: each output's stand together, input by input."""
-    found = elements_of_pairs({key: getattr(steps, key) for key in PAIR_ARRAYS}, weight.shape[1], apart=steps.apart)
+    arrays = {key: getattr(steps, key) for key in PAIR_ARRAYS}
+    found = elements_of_pairs(arrays, Cuts(*weight.shape, 16, 16), apart=steps.apart)
     assert np.count_nonzero(np.diff(found.outputs, prepend=-1)) == np.count_nonzero(weight.any(1))
     along = np.argsort(found.outputs, kind="stable")
     outputs, inputs = np.nonzero(weight)

@@ -28,6 +28,7 @@ from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8, pack_panels
 from mcc.backends.cpu.kernels.depthwise import Depthwise
 from mcc.backends.cpu.kernels.low_bit import LowBitDense
 from mcc.backends.cpu.kernels.sparse import SparseDense, pack_groups
+from mcc.backends.cpu.kernels.sparse_slabs import SparseSlabs
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, panel_widths, parse_tile
 from mcc.backends.cpu.microkernel import Parameter, Vectors, compiled_kernel, kernel_function
 from mcc.backends.kernel import Activation, Add, QuantizedInput, Relu, Requantize, SparseArrays, apply_epilogue
@@ -142,11 +143,14 @@ def test_groups_are_joined_until_they_fill_a_vector():
 
 def test_kernels_say_why_they_refuse():
     target = TARGETS[0]
-    added = make_region(ops.LINEAR, (4, 8), make_weight((8, 8), "float32", 1, density=0.5), (Add(Value()),))
-    assert SparseDense().refuses(added, target) == "its epilogue reads another value"
     sparse = make_region(ops.LINEAR, (4, 8), make_weight((8, 8), "float32", 1, density=0.5))
+    assert SparseDense().refuses(sparse, target) == "it has several rows"
+    slender = make_region(ops.LINEAR, (Symbolic(), 7), make_weight((8, 7), "float32", 1, density=0.5))
+    assert SparseDense().refuses(slender, target) == "its inputs do not fill a vector"
+    single = make_region(ops.LINEAR, (1, 8), make_weight((8, 8), "float32", 1, density=0.5))
+    assert SparseSlabs().refuses(single, target) == "it may have a single row, or none: that is transposed for nothing"
     assert DenseFloat().refuses(sparse, target) == "the weight is sparse"
-    dense = make_region(ops.LINEAR, (4, 8), make_weight((8, 8), "float32", 1))
+    dense = make_region(ops.LINEAR, (1, 8), make_weight((8, 8), "float32", 1))
     assert SparseDense().refuses(dense, target) == "the weight is dense"
     assert DenseInt8().refuses(dense, target) == "weight and activations are not both int8 with stored scales"
     grouped = make_region(ops.LINEAR, (4, 64), make_grouped_weight((8, 64), 4, 2, 1))
@@ -156,7 +160,7 @@ def test_kernels_say_why_they_refuse():
     assert LowBitDense().refuses(ragged, target) == "groups of 12 are no multiple of 8"
     wide = make_weight((1, 60_000), "int8", 1, density=1.0)
     wide.sparse.values[:] = 127
-    codes = make_region(ops.LINEAR, (4, 60_000), wide, (), QuantizedInput(0.1, 0))
+    codes = make_region(ops.LINEAR, (1, 60_000), wide, (), QuantizedInput(0.1, 0))
     assert SparseDense().refuses(codes, target) == "its integer sums may reach 1943100000, float32 is exact to 16777216"
 
 

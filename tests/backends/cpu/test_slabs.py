@@ -18,17 +18,22 @@ import mcc
 from mcc.artifact import WEIGHTS, Contents, Manifest, read_artifact, read_safetensors, write_artifact
 from mcc.backends.cpu.kernels.block_pairs import pack_pairs
 from mcc.backends.cpu.kernels.slab_products import FEWEST_OUTPUTS, MOST_OUTPUTS, SLAB_BYTES, cut
+from mcc.backends.cpu.kernels.sparse import pack_groups
+from mcc.backends.cpu.kernels.sparse_blocks import pack_blocks
+from mcc.backends.kernel import SparseArrays
 from mcc.errors import ArtifactError
 from mcc.passes.prune_weights import PruneWeights
 from mcc.slabs import PAIR_ARRAYS, SLAB_ARRAYS, Cuts, DerivedSlabs, Elements, pack_slabs
+from mcc.sparse_formats import BLOCKS
 from mcc.target import missing_features, parse_target
 
-WIDE = parse_target("cpu:avx512vnni")
+NARROW, WIDE = parse_target("cpu:avx2"), parse_target("cpu:avx512vnni")
 
 
 def unpacked(packed, cuts):
     """The dense weight that arrays of `pack_slabs` stand for, read as the kernel reads them."""
-    dense = np.zeros((cuts.outputs, cuts.inputs), packed["slab_values"].dtype)
+    values = packed["slab_values"].reshape(-1, *cuts.block)
+    dense = np.zeros((cuts.outputs, cuts.inputs, *cuts.block), values.dtype)
     number = 0
     for part in range(cuts.parts):
         outputs = min(cuts.part, cuts.outputs - part * cuts.part)
@@ -38,10 +43,10 @@ def unpacked(packed, cuts):
                 *(packed[key][number : number + outputs] for key in ("slab_counts", "slab_order")), strict=True
             ):
                 columns = slab * cuts.slab + packed["slab_columns"][at : at + count].astype(int)
-                dense[part * cuts.part + output, columns] = packed["slab_values"][at : at + count]
+                dense[part * cuts.part + output, columns] = values[at : at + count]
                 at += count
             number += outputs
-    return dense
+    return dense.swapaxes(1, 2).reshape(cuts.outputs * cuts.block[0], -1)
 
 
 def elements(weight):
@@ -76,7 +81,8 @@ def test_outputs_with_equally_many_elements_stand_together():
 )  # fmt: skip
 def test_slabs_stay_in_the_nearest_cache_unless_outputs_have_few_elements_in_them(outputs, inputs, kept, rows, wanted):
     kept = min(kept, outputs * inputs)
-    cuts = cut((outputs, inputs), kept, rows, 16, wanted)
+    stored = SparseArrays(np.empty(kept, np.int8), np.empty(0), np.empty(0))
+    cuts = cut(stored, (outputs, inputs), rows, 16, wanted)
     assert cuts.parts * cuts.part >= outputs > (cuts.parts - 1) * cuts.part
     assert cuts.slabs * cuts.slab >= inputs > (cuts.slabs - 1) * cuts.slab
     assert cuts.part <= MOST_OUTPUTS
@@ -88,23 +94,40 @@ def test_slabs_stay_in_the_nearest_cache_unless_outputs_have_few_elements_in_the
     assert held <= 2 * SLAB_BYTES or each <= 16
 
 
+@given(
+    rows=st.integers(1, 5), columns=st.integers(1, 9), block=st.sampled_from([(1, 1), *BLOCKS]),
+    density=st.sampled_from([0.0, 0.1, 1.0]), dtype=st.sampled_from(["float32", "int8"]),
+)  # fmt: skip
+def test_slabs_of_what_kernels_for_one_row_read_hold_the_weight(rows, columns, block, density, dtype):
+    shape = rows * 7 * block[0], columns * block[1]
+    weight = make_weight(shape, dtype, 3, density=density, block=block)
+    form, arrays = ("blocks", pack_blocks(weight.sparse)) if block != (1, 1) else ("groups", pack_groups(weight.sparse))
+    cuts = Cuts(rows * 7, columns, 8, 5, block)
+    slabs = DerivedSlabs(form, tuple(arrays), SLAB_ARRAYS, cuts).made(arrays)
+    np.testing.assert_array_equal(unpacked(slabs, cuts), weight.decoded())
+    assert slabs["slab_values"].dtype == dtype
+
+
 SETTINGS = {"measure": "never", "tuning": "model", "verify": False}
+TARGETS = {"pairs": WIDE, "pairs apart": WIDE, "groups": NARROW, "blocks": NARROW}
 
 
-@pytest.mark.skipif(bool(missing_features(WIDE)), reason="this CPU permutes no two registers")
-@pytest.mark.parametrize("neighbours", [False, True], ids=["runs", "apart"])
-def test_an_artifact_for_any_number_of_rows_stores_pairs_and_makes_slabs_when_it_is_loaded(tmp_path, neighbours):
+@pytest.mark.parametrize("form", TARGETS)
+def test_an_artifact_for_any_number_of_rows_stores_one_form_and_makes_slabs_when_it_is_loaded(tmp_path, form):
+    if missing_features(TARGETS[form]):
+        pytest.skip("this CPU permutes no two registers")
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(512, 70), nn.ReLU(), nn.Linear(70, 33)), torch.randn(200, 512)
-    if neighbours:  # every output reads a window of its own
+    model, x = nn.Sequential(nn.Linear(512, 80), nn.ReLU(), nn.Linear(80, 32)), torch.randn(200, 512)
+    if form == "pairs apart":  # every output reads a window of its own
         with torch.no_grad():
-            model[0].weight *= (torch.arange(512) // 64 == torch.arange(70)[:, None] % 8) * 10 + 0.01
-    passes = [PruneWeights(ratio=0.9, scope="layer")]
-    made = mcc.compile(model, (x,), passes=passes, dynamic_shapes=({0: "batch"},), target=str(WIDE), **SETTINGS)
+            model[0].weight *= (torch.arange(512) // 64 == torch.arange(80)[:, None] % 8) * 10 + 0.01
+    passes = [PruneWeights(ratio=0.9, scope="layer", pattern="16x1" if form == "blocks" else "")]
+    batch = {"dynamic_shapes": ({0: "batch"},), "target": str(TARGETS[form])}
+    made = mcc.compile(model, (x,), passes=passes, **batch, **SETTINGS)
     made.save(tmp_path / "a.mcc")
     held, contents = read_safetensors(memoryview(member(tmp_path / "a.mcc"))), read_artifact(tmp_path / "a.mcc")
     derived = contents.manifest.derived
-    assert [d.apart for d in derived] == [neighbours, False]
+    assert [d.form for d in derived] == [form, form.removesuffix(" apart")]
     of_slabs = {name for d in derived for name in d.slabs}
     assert len(of_slabs) == 2 * len(SLAB_ARRAYS)
     assert not of_slabs & set(held)
@@ -112,7 +135,7 @@ def test_an_artifact_for_any_number_of_rows_stores_pairs_and_makes_slabs_when_it
     stored = sum(array.nbytes for name, array in held.items() if not name.endswith("~shape"))
     assert made.report.passes[-1].size.stored_bytes == stored == sum(row.stored_bytes for row in made.report.layers)
     loaded = mcc.load(tmp_path / "a.mcc")
-    for rows in (0, 1, 12, 13, 64, 200):
+    for rows in (0, 1, 2, 12, 13, 64, 200):
         torch.testing.assert_close(loaded(x[:rows]), made(x[:rows]), rtol=0, atol=0)
         torch.testing.assert_close(loaded(x[:rows]), loaded(x)[:rows], rtol=1e-5, atol=1e-6)
 
@@ -123,14 +146,15 @@ def member(path):
 
 
 @pytest.mark.parametrize(("changed", "message"), [
-    ({"cuts": (0, 64, 16, 64)}, "make no slabs by"), ({"cuts": (17, 64, 16, 64)}, "make no slabs by"),
-    ({"cuts": (16, 1 << 20, 16, 64)}, "make no slabs by"), ({"cuts": (16, 64, 16, 1.5)}, "make no slabs by"),
-    ({"pairs": ("a", "b", "c", "d", "none")}, "'none'"),
+    ({"cuts": Cuts(0, 64, 16, 64)}, "make no slabs by"), ({"cuts": Cuts(17, 64, 16, 64)}, "make no slabs by"),
+    ({"cuts": Cuts(16, 1 << 20, 16, 64)}, "make no slabs by"), ({"cuts": Cuts(16, 64, 16, 1.5)}, "make no slabs by"),
+    ({"cuts": Cuts(16, 64, 16, 64, (0, 1))}, "make no slabs by"), ({"form": "heaps"}, "'heaps'"),
+    ({"read": ("a", "b", "c", "d", "none")}, "'none'"),
 ])  # fmt: skip
 def test_slabs_that_cannot_be_made_are_refused(tmp_path, changed, message):
     steps = pack_pairs(np.eye(16, 64, dtype=np.float32))
     weights = {name: getattr(steps, key) for name, key in zip("abcde", PAIR_ARRAYS, strict=True)}
-    derived = DerivedSlabs(tuple("abcde"), tuple("vwxyz"), (16, 64, 16, 64), apart=False)
+    derived = DerivedSlabs("pairs", tuple("abcde"), tuple("vwxyz"), Cuts(16, 64, 16, 64))
 
     def write(derived):
         path, empty = tmp_path / "a.mcc", Manifest((), (), None, "cpu:avx2", (), "", tuple("abcde"), {}, {})
