@@ -35,19 +35,19 @@ def store_computed_weights(graph: Graph) -> Graph:
         for top in [operand for operand in map(layer.operand, layer.op.weights) if operand is not None]:
             if top.is_parameter or weight_expression(top) is not None:
                 continue
-            spelled = _spelled(top.fx)
-            name = made.get(spelled) or _store(graph, layer, top)
+            expression = spelled(top.fx)
+            name = made.get(expression) or _store(graph, layer, top)
             if name is not None:
-                made[spelled] = name
+                made[expression] = name
                 layer.fx.replace_input_with(top.fx, graph.read(name, layer).fx)
     return graph.clean().repropagate() if made or edited else graph
 
 
-def _spelled(node: fx.Node) -> str:
+def spelled(node: fx.Node) -> str:
     """The expression that a node stands for: a layer that is called twice computes its weight twice."""
     if node.op != "call_function":
         return str(node.target)
-    return f"{node.target}({fx.node.map_arg((node.args, node.kwargs), _spelled)})"
+    return f"{node.target}({fx.node.map_arg((node.args, node.kwargs), spelled)})"
 
 
 def _store(graph: Graph, layer: Node, top: Node) -> str | None:

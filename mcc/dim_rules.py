@@ -267,7 +267,7 @@ def _counted(ties: Ties, node: Node) -> Dims:
 
 def _recurrent(ties: Ties, node: Node) -> tuple[Dims, ...]:
     """Projected [a, b, gates hidden], states [batch, hidden], weight [hidden, gates hidden], bias."""
-    count = 2 if node.op is ops.OPS["mcc.lstm"] else 1
+    count = 2 if node.op is ops.LSTM else 1
     projected, weight = ties.of(node.operand(0)), ties.of(node.operand(count + 1))
     hidden = weight[0]
     gates, inner = regrouped([weight[1]], [size(weight[1]) // size(hidden), size(hidden)], place(node))

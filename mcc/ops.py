@@ -245,6 +245,7 @@ ROUND_BFLOAT16, DECODE_BFLOAT16 = OPS["mcc.round_bfloat16"], OPS["mcc.decode_bfl
 DEQUANTIZE, UNPACK = OPS["mcc.dequantize"], OPS["mcc.unpack"]
 DECODE_SPARSE, DECODE_N_OF_M = OPS["mcc.decode_sparse"], OPS["mcc.decode_n_of_m"]
 WITHOUT_ZEROS = (DECODE_SPARSE, DECODE_N_OF_M)
+RECURRENT = LSTM, GRU = OPS["mcc.lstm"], OPS["mcc.gru"]
 # over weights that cannot be changed under them
 FIXED = (DEQUANTIZE, *WITHOUT_ZEROS, FAKE_CODEBOOK, DECODE_CODEBOOK, DECODE_BFLOAT16)
 

@@ -278,7 +278,7 @@ def _filled(node: Node, ties: Ties, found: dict[fx.Node, Zeros]) -> Zeros:
 
 def _recurrent(node: Node, ties: Ties, found: dict[fx.Node, Zeros]) -> Zeros:
     """Gates of zero halve a state that starts at zero."""
-    count = 2 if node.op is ops.OPS["mcc.lstm"] else 1
+    count = 2 if node.op is ops.LSTM else 1
     hidden = _axes([ties.of(node.operand(count + 1))[0]])
     made = hidden & _operand_zeros(node, 0, found) & _operand_zeros(node, count + 1, found)
     return _with_bias(made & _operand_zeros(node, count, found), node, count + 2, found)

@@ -26,7 +26,6 @@ from mcc.backends.cpu.kernels.tiles import leading_dims
 from mcc.backends.cpu.lookups import lookups
 from mcc.backends.cpu.microkernel import Parameter, flat, kernel_function, product
 from mcc.backends.cpu.unweighted import (
-    RECURRENT,
     Unweighted,
     enlarged_before_cats,
     norms,
@@ -288,7 +287,7 @@ class _Writer:
             assert source is not None
             item = self._value(source.fx)[node.fx.args[1]]
             # FuseOps loses items of what a kernel gives several of, where what it fuses reads more than one
-            return self._copied(emitter, item) if source.op in RECURRENT else item
+            return self._copied(emitter, item) if source.op in ops.RECURRENT else item
         if node.fx in self.lookups:
             return self._lookup(emitter, node)
         assert node.op is not None

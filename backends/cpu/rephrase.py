@@ -13,6 +13,7 @@ from torch import fx
 
 from mcc import ops
 from mcc.backends.cpu.attention_patterns import gather_attention
+from mcc.backends.cpu.recurrent_panels import lay_out_recurrences
 from mcc.backends.cpu.restored_weights import restored_weight, stored_root
 from mcc.backends.cpu.split_layers import split_layers
 from mcc.backends.cpu.volumes import convolve_images
@@ -36,6 +37,7 @@ def rephrase(lowering: Lowering) -> Lowering:
     _fill_alone(graph)
     split_layers(graph)
     gather_attention(graph, lowering.target)
+    lay_out_recurrences(graph, lowering.target)
     volumes = [node for node in graph.nodes if node.op is ops.CONV3D]
     for node in volumes:
         convolve_images(graph, node)

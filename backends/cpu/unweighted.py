@@ -17,7 +17,7 @@ from mcc.backends.cpu.kernels.matmul import matmul_function, matmul_shape
 from mcc.backends.cpu.kernels.norm import NormShape, norm_function
 from mcc.backends.cpu.kernels.pool import FEWEST_CHANNELS, WIDEST_WINDOW, PoolShape, pool_function
 from mcc.backends.cpu.kernels.quantize import quantize_function
-from mcc.backends.cpu.kernels.recurrent import NARROWEST, RecurrentShape, recurrent_function
+from mcc.backends.cpu.kernels.recurrent import NARROWEST, PANEL_DIMS, RecurrentShape, recurrent_function
 from mcc.backends.cpu.kernels.softmax import SoftmaxShape, softmax_function
 from mcc.backends.cpu.kernels.transpose import takes_transpose, transpose_function
 from mcc.backends.cpu.permutes import order_of
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from mcc.graph import Graph
     from mcc.target import Target
 
-RECURRENT = (OPS["mcc.lstm"], OPS["mcc.gru"])
 NORMS = (OPS["layer_norm"], OPS["rms_norm"])
 GROUP_NORM = OPS["mcc.group_norm_nhwc"]
 SOFTMAXES = (OPS["softmax.int"], OPS["log_softmax.int"])
@@ -217,7 +216,7 @@ class Unweighted:
             return self._attending.call(emitter, node)
         if node.op is OPS["cat"] and takes_cat(node):
             return self._cat(emitter, node)
-        if node.op in RECURRENT:
+        if node.op in ops.RECURRENT:
             return self._recurrent(emitter, node)
         if (norm := self._norms.get(node.fx)) is not None:
             return self._group_norm(emitter, norm) if norm.node.op is GROUP_NORM else self._norm(emitter, norm)
@@ -289,7 +288,7 @@ class Unweighted:
 
     def _recurrent(self, emitter: Emitter, node: Node) -> Any:
         assert node.op is not None
-        states = 2 if node.op is OPS["mcc.lstm"] else 1
+        states = 2 if node.op is ops.LSTM else 1
         operands = [node.operand(i) for i in range(states + 3)]
         read = [self._value(n.fx) for n in operands if n is not None]
         hidden = known_dims(read[1])[1]
@@ -298,9 +297,10 @@ class Unweighted:
                 f"{node.op} of {hidden} units of {read[0].ty.dtype}", node=located_text(node),
                 remedy=f"use float32, and {NARROWEST} units or more",
             )  # fmt: skip
-        dims = known_dims(read[0])
+        dims, weight = known_dims(read[0]), known_dims(read[1 + states])
+        units = int(weight[-1]) if len(weight) == PANEL_DIMS else None
         shape = RecurrentShape(
-            (dims[0], dims[1], int(dims[2])), dims[2] // hidden, hidden, operands[-1] is not None,
+            (dims[0], dims[1], int(dims[2])), dims[2] // hidden, hidden, units, operands[-1] is not None,
             node.argument(states + 3), node.argument(states + 4),
         )  # fmt: skip
         function = emitter.builder.add_func(recurrent_function(shape, self.target), node.op.name.removeprefix("mcc."))

@@ -2,11 +2,13 @@
 
 Lanes are hidden units: a tile holds the sums of every gate for a few rows of the batch and a vector or two of units,
 and finishes with the new state of those units. The last vector of units overlaps the one before it, so new states go to
-memory of their own until all of a step are known.
+memory of their own until all of a step are known. A stored weight stands in panels, one for each such tile: see
+recurrent_panels.py.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from mcc.backends.cpu.kernels.tiles import leading_dims, row_blocks
 from mcc.backends.cpu.microkernel import (
     Expression,
     Parameter,
+    Register,
     Vectors,
     branch,
     flat,
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 FEWEST_MACS = 200_000  # of a step for two threads: about 7 us of one, whose weights come from the second cache
 ROW_BLOCK = 32
 NARROWEST = 4  # lanes of the narrowest vectors
+MOST_ROWS = 3  # of a tile
+PANEL_DIMS = 4  # of a weight in panels: panels, hidden, gates, units
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class RecurrentShape:
         dims: of the projected inputs.
         gates: 4 for LSTM, 3 for GRU.
         hidden: units.
+        units: of a panel of the weight; None where it is not in panels.
         bias: whether the recurrence has one.
         reverse: whether it runs from the last step to the first.
         batch_first: [batch, steps, …] instead of [steps, batch, …].
@@ -52,9 +58,23 @@ class RecurrentShape:
     dims: tuple[Any, Any, int]
     gates: int
     hidden: int
+    units: int | None
     bias: bool
     reverse: bool
     batch_first: bool
+
+
+def panel_units(target: Target, hidden: int, rows: int) -> int:
+    """Units of a tile, for so many rows of a batch: alone, one needs the sums of two vectors in flight."""
+    lanes = _lanes(target, hidden)
+    return lanes * (2 if hidden >= 2 * lanes and (target.vector_registers == 32 or rows == 1) else 1)
+
+
+def _lanes(target: Target, hidden: int) -> int:
+    lanes = target.vector_lanes
+    while lanes > hidden:
+        lanes //= 2
+    return lanes
 
 
 def recurrent_function(shape: RecurrentShape, target: Target) -> tirx.PrimFunc:
@@ -66,7 +86,7 @@ def recurrent_function(shape: RecurrentShape, target: Target) -> tirx.PrimFunc:
     parameters = [
         Parameter("P", (*outer, shape.gates * h), "float32"),
         *(Parameter(name, (batch, h), "float32") for name in states),
-        Parameter("W", (h, shape.gates * h), "float32"),
+        Parameter("W", body.weight_dims, "float32"),
         *([Parameter("B", (shape.gates * h,), "float32")] if shape.bias else []),
         Parameter("Y", (*outer, h), "float32"),
         *(Parameter(f"{name}N", (batch, h), "float32") for name in states),
@@ -81,21 +101,27 @@ class _Recurrence:
 
     def __init__(self, shape: RecurrentShape, target: Target) -> None:
         self.shape = shape
-        lanes = target.vector_lanes
-        while lanes > shape.hidden:
-            lanes //= 2
+        lanes = _lanes(target, shape.hidden)
         self.v = Vectors(target, lanes)
         first, second, _ = leading_dims(shape.dims)
         self.batch, self.steps = (first, second) if shape.batch_first else (second, first)
-        self.vectors = 2 if target.vector_registers == 32 and shape.hidden >= 2 * lanes else 1
-        self.tile_rows = 3
+        self.width = shape.units or panel_units(target, shape.hidden, MOST_ROWS)
+        self.blocks, self.vectors = -(-shape.hidden // self.width), self.width // lanes
+        sums = target.vector_registers - self.vectors - 1  # registers, beside the weights and a state
+        self.tile_rows = min(MOST_ROWS, max(1, sums // (shape.gates * self.vectors)))
+
+    @property
+    def weight_dims(self) -> tuple[int, ...]:
+        """Of the weight as the kernel reads it."""
+        h, gates = self.shape.hidden, self.shape.gates
+        return (h, gates * h) if self.shape.units is None else (self.blocks, h, gates, self.width)
 
     def emit(self, projected: Expression, *rest: Expression) -> None:
         """Emit the whole kernel."""
         s, n = self.shape, self.batch * self.shape.hidden
         read = list(rest)
         initial = [flat(read.pop(0), n) for _ in range(self.states)]
-        self.weight = flat(read.pop(0), s.hidden * s.gates * s.hidden)
+        self.weight = flat(read.pop(0), math.prod(self.weight_dims))
         self.bias = read.pop(0) if s.bias else None
         outer = self.steps * self.batch
         self.projected, self.sequence = flat(projected, outer * s.gates * s.hidden), flat(read.pop(0), outer * s.hidden)
@@ -113,17 +139,14 @@ class _Recurrence:
         serial(size - done, lambda i: B.buffer_store(target, source[done + i], [done + i]))
 
     def _step(self, t: Expression) -> None:
-        s, v = self.shape, self.v
-        width = self.vectors * v.lanes
-        blocks = -(-s.hidden // width)
+        s, blocks = self.shape, self.blocks
         rows = -(-self.batch // ROW_BLOCK) if isinstance(self.batch, int) else tirx.floordiv(
             self.batch + ROW_BLOCK - 1, ROW_BLOCK
         )  # fmt: skip
 
         def block(i: Expression) -> None:
             b, r = tirx.floormod(i, blocks), tirx.floordiv(i, blocks)
-            first = B.Bind(tirx.min(b * width, s.hidden - width))
-            row_blocks(self.batch, r, ROW_BLOCK, self.tile_rows, lambda row, count: self._tile(t, row, count, first))
+            row_blocks(self.batch, r, ROW_BLOCK, self.tile_rows, lambda row, count: self._tile(t, row, count, b))
 
         enough = self.batch * (s.hidden * s.hidden * s.gates) >= FEWEST_MACS
         branch(enough, lambda: parallel(rows * blocks, block), lambda: serial(rows * blocks, block))
@@ -133,9 +156,14 @@ class _Recurrence:
     def _row(self, t: Expression, row: Expression) -> Expression:
         return row * self.steps + t if self.shape.batch_first else t * self.batch + row
 
-    def _tile(self, t: Expression, row: Expression, count: int, first: Expression) -> None:
-        """New states of `count` rows from `row` and of the units from `first`."""
+    def _tile(self, t: Expression, row: Expression, count: int, block: Expression) -> None:
+        """New states of `count` rows from `row` and of a block of units."""
         s, v = self.shape, self.v
+        first = B.Bind(tirx.min(block * self.width, s.hidden - self.width))
+        if s.units is None:
+            begin, of_gate = first, s.hidden
+        else:
+            begin, of_gate = B.Bind(block * (s.hidden * s.gates * self.width)), self.width
         sums = [v.registers(s.gates, self.vectors, "float32") for _ in range(count)]
         for gates in sums:
             for gate, registers in enumerate(gates):
@@ -144,12 +172,17 @@ class _Recurrence:
                     register.set(v.constant(0.0) if self.bias is None else v.load(self.bias, at))
         with B.serial(0, s.hidden) as k:
             for gate in range(s.gates):
-                at = B.Bind(k * (s.gates * s.hidden) + gate * s.hidden + first)
+                at = B.Bind(begin + k * (s.gates * of_gate) + gate * of_gate)
                 weights = [B.Bind(v.load(self.weight, at + j * v.lanes)) for j in range(self.vectors)]
                 for i, gates in enumerate(sums):
                     state = v.splat(self.last[0][(row + i) * s.hidden + k])
                     for register, weight in zip(gates[gate], weights, strict=True):
                         register.set(v.fma(state, weight, register.get()))
+        self._finish(t, row, first, sums)
+
+    def _finish(self, t: Expression, row: Expression, first: Expression, sums: list[list[list[Register]]]) -> None:
+        """Write the new states of rows from `row` and of units from `first`, from the sums of each row and gate."""
+        s, v = self.shape, self.v
         for i, gates in enumerate(sums):
             place = B.Bind(self._row(t, row + i))
             for j in range(self.vectors):
