@@ -75,6 +75,8 @@ class WeightExpression:
         """Elements stored as non-zero; of packed codes those that stand for something else than zero."""
         if self.packed is not None and self.quantizer is not None:
             codes = unpack(self.root.tensor, *self.packed.fx.args[1:])
+            if self.sparse is not None:  # zeros are code 0
+                return int(torch.count_nonzero(codes))
             if (table := _table(self.quantizer)) is not None:
                 return int(torch.count_nonzero(entries_of(codes, table)))
             zero_point = self.quantizer.operand(2)
@@ -101,13 +103,14 @@ class WeightExpression:
         element = self.root.tensor.element_size()
         size = self.elements * (BFLOAT16_BYTES if self.rounds and self.mask is None else element)
         if self.quantizer is not None and self.quantizer.op in (ops.FAKE_QUANTIZE, ops.FAKE_CODEBOOK):
-            element, table = 1, _table(self.quantizer)
+            table = _table(self.quantizer)
             codes = self.elements // (1 if table is None else table.shape[1])
             size = packed_bytes(codes, code_bits(self.quantizer))
         if self.packed is not None:
             size = self.root.tensor.numel()
         if self.mask is not None and (self.quantizer is None or self.quantizer.op is not ops.FAKE_CODEBOOK):
-            size = min(size, smallest_form(self.mask, element).stored_bytes)
+            bits = 8 * element if self.quantizer is None else code_bits(self.quantizer)
+            size = min(size, smallest_form(self.mask, bits).stored_bytes)
         if self.sparse is not None:
             operands = (self.sparse.operand(i) for i in range(3))
             stored = [o.operand(0) if o is not None and o.op is ops.UNPACK else o for o in operands]

@@ -15,7 +15,7 @@ from mcc.formats import pack, packed_bytes, quantize
 from mcc.graph import Graph, Node, identifier
 from mcc.report import Declined
 from mcc.rewrite import Rewriter
-from mcc.sparse_formats import Form, encode_n_of_m, encode_sparse, smallest_form
+from mcc.sparse_formats import Form, encode_n_of_m, encode_sparse, form_among, smallest_form
 
 _TOPS = (ops.MUL, ops.FAKE_QUANTIZE, ops.FAKE_CODEBOOK, ops.ROUND_BFLOAT16)
 GROUPED = 2  # dims of scales that belong to groups of inputs
@@ -71,10 +71,10 @@ def _encode_weight(node: Node, prefer_dense: SparseVerdict) -> str | None:
     rewriter = Rewriter(node.graph, node)
     name = str(expression.root.fx.target)
     stored = _stored_values(expression)
-    form = None if expression.mask is None else smallest_form(expression.mask, stored.element_size())
+    form = _sparse_form(expression, stored)
     reason = None if form is None else _dense_reason(node, expression, stored, form, prefer_dense)
     if expression.mask is not None and form is not None and reason is None:
-        made = _read_without_zeros(rewriter, name, stored, expression.mask, form)
+        made = _read_without_zeros(rewriter, name, stored, expression, form)
         made.rename(f"{identifier(name)}_sparse")
     elif expression.quantizer is not None:
         made = _read_codes(rewriter, name, stored, expression.quantizer)
@@ -91,10 +91,34 @@ def _encode_weight(node: Node, prefer_dense: SparseVerdict) -> str | None:
     return reason
 
 
-def _read_without_zeros(rewriter: Rewriter, name: str, stored: Tensor, mask: Tensor, form: Form) -> Node:
+def _sparse_form(expression: WeightExpression, stored: Tensor) -> Form | None:
+    """How a masked weight is best stored without its zeros; of what shares scales in groups, N of M where it can be."""
+    if expression.mask is None:
+        return None
+    bits = 8 * stored.element_size()
+    if expression.quantizer is not None and expression.quantizer.op is not ops.FAKE_CODEBOOK:
+        bits = code_bits(expression.quantizer)
+    among = form_among(expression.mask, bits) if _in_groups(expression) else None
+    return among or smallest_form(expression.mask, bits)
+
+
+def _in_groups(expression: WeightExpression) -> bool:
+    """Whether groups of a row's inputs have scales of their own."""
+    scale = None if expression.quantizer is None else expression.quantizer.operand(1)
+    return scale is not None and len(scale.shape) == GROUPED
+
+
+def _read_without_zeros(
+    rewriter: Rewriter, name: str, stored: Tensor, expression: WeightExpression, form: Form
+) -> Node:
+    mask, quantizer = expression.mask, expression.quantizer
+    assert mask is not None
     if form.among:
         chosen = encode_n_of_m(stored, mask)
-        values = rewriter.read(f"{name}_values", chosen.values)
+        if quantizer is None or code_bits(quantizer) > WIDEST_PACKED:
+            values = rewriter.read(f"{name}_values", chosen.values)
+        else:
+            values = _read_codes(rewriter, f"{name}_values", chosen.values, quantizer)
         packed = rewriter.read(f"{name}_places", pack(chosen.places, chosen.bits, 0))
         places = rewriter.call(ops.UNPACK, packed, chosen.bits, 0, list(chosen.places.shape))
         places.rename(f"{identifier(name)}_in_groups")
@@ -140,11 +164,11 @@ def _dense_reason(
     if expression.quantizer is not None and expression.quantizer.op is ops.FAKE_CODEBOOK:
         return "stored dense: no sparse kernel reads codes of a table"
     if expression.quantizer is not None:
-        scale, zero_point = expression.quantizer.operand(1), expression.quantizer.operand(2)
+        zero_point = expression.quantizer.operand(2)
         if zero_point is not None and bool(zero_point.tensor.any()):
             return "stored dense: its zeros are not code 0"
-        if scale is not None and len(scale.shape) == GROUPED:
-            return "stored dense: no sparse kernel reads scales of groups"
+        if _in_groups(expression) and not form.among:
+            return "stored dense: of weights whose groups have scales, kernels read N of M alone"
         dense_bytes = packed_bytes(stored.numel(), code_bits(expression.quantizer))
     if form.stored_bytes >= dense_bytes:
         sizes = f"sparse takes {form.stored_bytes:,} bytes, dense {dense_bytes:,}"

@@ -201,13 +201,18 @@ class Form:
         return f"{self.kept}:{self.among}" if self.among else f"blocks of {self.rows}x{self.columns}"
 
 
-def smallest_form(mask: Tensor, element_size: int) -> Form:
-    """The form of fewest bytes for elements of `element_size` bytes, without encoding."""
+def smallest_form(mask: Tensor, bits: int) -> Form:
+    """The form of fewest bytes for elements of so many bits, without encoding; rows store none of fewer than 8."""
     block = mask_block(mask)
-    rows = Form(*block, 0, 0, _bytes_in_blocks(mask, block, element_size))
+    rows = Form(*block, 0, 0, _bytes_in_blocks(mask, block, -(-bits // 8)))
+    among = form_among(mask, bits)
+    return rows if among is None or rows.stored_bytes <= among.stored_bytes else among
+
+
+def form_among(mask: Tensor, bits: int) -> Form | None:
+    """N of M as a form for elements of so many bits, where the mask has a `mask_among`."""
     pattern = mask_among(mask)
     if pattern is None:
-        return rows
+        return None
     stored = mask.numel() // pattern[1] * pattern[0]
-    size = stored * element_size + packed_bytes(stored, place_bits(pattern[1]))
-    return rows if rows.stored_bytes <= size else Form(1, 1, *pattern, size)
+    return Form(1, 1, *pattern, packed_bytes(stored, bits) + packed_bytes(stored, place_bits(pattern[1])))

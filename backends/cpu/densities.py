@@ -13,6 +13,7 @@ from mcc.backends.cpu.kernels.sparse_rows import unpermuted
 from mcc.backends.kernel import SparseArrays
 from mcc.backends.relax.emitter import tuple_of
 from mcc.backends.tune import measures
+from mcc.cost import weight_expression
 from mcc.ops import extent
 from mcc.sparse_formats import Form
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mcc.target import Target
 
 SOME_ROWS, MANY_ROWS = 8, 32
+FEWEST_IN_GROUPS = 4  # rows for which dense codes of few bits are unpacked once
 TALL = 4  # outputs of a block that are worth more than as many weights
 _ONE_VALUE = ("pointwise", "compression")
 FEW_PIXELS = 16  # of an image, one vector
@@ -38,6 +40,8 @@ DENSEST = {
         "rows": 0.35,
         "many rows": 0.5,
         "blocks": 0.7,
+        "few rows in groups": 0.5,
+        "rows in groups": 0.3,
         "few pixels": 0.12,
         "pixels": 0.6,
         "windows": 0.3,
@@ -191,11 +195,21 @@ def _rows(node: Node, form: Form) -> tuple[str, str]:
     """What a linear layer is to `DENSEST`, and in words."""
     rows = math.prod(extent(s) for s in node.shape[:-1])
     kind = "few rows" if rows < SOME_ROWS else "rows" if rows < MANY_ROWS else "many rows"
+    weight = node.weight_operand
+    if form.among and weight is not None and _in_groups(weight):
+        return ("few rows in groups" if rows < FEWEST_IN_GROUPS else "rows in groups"), f"{rows} rows and {form}"
     if form.among:
         return "blocks", str(form)
     if form.rows < TALL:
         return kind, f"{rows} rows"
     return ("few rows of blocks" if kind == "few rows" else "blocks"), f"{rows} rows and {form}"
+
+
+def _in_groups(weight: Node) -> bool:
+    """Whether groups of a row's inputs have scales of their own."""
+    expression = weight_expression(weight)
+    scale = None if expression is None or expression.quantizer is None else expression.quantizer.operand(1)
+    return scale is not None and len(scale.shape) > 1
 
 
 def _refused_windows(node: Node) -> str | None:

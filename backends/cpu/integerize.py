@@ -156,8 +156,11 @@ def _stored_codes(inner: Node | None, shape: tuple[int, ...]) -> StoredWeight | 
         packed = places.operand(0)
         assert packed is not None
         unpacked = unpack(packed.tensor, *places.fx.args[1:]).numpy()
-        arrays = NofMArrays(kept.tensor.detach().numpy(), unpacked, inner.argument(2))
-        return StoredWeight(str(kept.fx.target).removesuffix("_values"), shape, None, arrays, None)
+        codes = _stored_codes(kept, ())  # or values
+        assert codes is not None
+        assert codes.dense is not None
+        arrays = NofMArrays(codes.dense, unpacked, inner.argument(2))
+        return StoredWeight(codes.name.removesuffix("_values"), shape, None, arrays, None, bits=codes.bits)
     if inner.op is ops.UNPACK:
         packed = inner.operand(0)
         assert packed is not None

@@ -248,6 +248,12 @@ def _n_of_m(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, 
     assert dense.dense is not None
     values = np.take_along_axis(dense.dense.reshape(outputs, groups, among), places.astype(np.int64), 2)
     weight = replace(dense, dense=None, sparse=NofMArrays(values, places, among))
+    if draw(st.booleans()):  # groups of inputs share scales
+        shared = draw(st.sampled_from([n for n in range(1, groups + 1) if groups % n == 0]))
+        codes = make_grouped_weight((outputs, groups * kept), draw(st.sampled_from([2, 3, 4, 8])), shared, 6)
+        assert codes.dense is not None
+        arrays = NofMArrays(codes.dense.reshape(values.shape), places, among)
+        weight = replace(codes, shape=weight.shape, dense=None, sparse=arrays)
     rows = Symbolic(draw(st.sampled_from([1, 64])))
     region = make_region(ops.LINEAR, (rows, groups * among), weight, draw(epilogues()), bias=draw(st.booleans()))
     return SparseNofM(), region, [(m, groups * among) for m in (*ROWS, 0)]
