@@ -106,11 +106,15 @@ class DerivedSlabs:
         form, cuts = FORMS[self.form], self.cuts
         arrays = dict(zip(form.arrays, (weights[name] for name in self.read), strict=True))
         outputs = form.outputs(arrays)
-        free = ((size, np.inf) for size in (cuts.part, cuts.slab, *cuts.block))
-        sizes = (cuts.outputs, outputs), (cuts.inputs, form.most_inputs), *free
-        if not all(type(size) is int and 0 < size <= most for size, most in sizes):
+        sizes = (cuts.outputs, outputs), (cuts.inputs, form.most_inputs), (cuts.slab, cuts.inputs)
+        free = ((size, np.inf) for size in (cuts.part, *cuts.block))
+        whole = len(cuts.block) == 2 and all(type(size) is int and 0 < size <= most for size, most in (*sizes, *free))
+        if not whole or (self.form != "blocks" and cuts.block != (1, 1)):
             raise ValueError(f"{self.form} of {outputs} outputs make no slabs by {cuts}")
-        slabs = pack_slabs(form.elements(arrays, cuts), cuts)
+        elements = form.elements(arrays, cuts)
+        if len(elements.inputs) and int(elements.inputs.max()) >= cuts.inputs:
+            raise ValueError(f"{self.form} with input {int(elements.inputs.max())} make no slabs by {cuts}")
+        slabs = pack_slabs(elements, cuts)
         return dict(zip(self.slabs, (slabs[key] for key in SLAB_ARRAYS), strict=True))
 
 

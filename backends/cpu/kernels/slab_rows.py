@@ -16,6 +16,7 @@ from tvm.script import tirx as T
 from mcc.backends.cpu.kernels.slab_products import PartProducts, cut
 from mcc.backends.cpu.kernels.tiles import PanelWidth, balanced, cover
 from mcc.backends.cpu.microkernel import Expression, Register, branch, parallel, product, serial
+from mcc.slabs import FORMS, SLAB_ARRAYS, DerivedSlabs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,14 +73,20 @@ class SlabRows:
         self.part = self.cuts.part * weight.block[0]
         self.squares = -(-plan.inputs // self.v.lanes)
 
-    def emit(self, x: Expression, arrays: Mapping[str, Expression]) -> None:
+    def beside(self, form: str) -> DerivedSlabs:
+        """How the slabs are made of another form of the weight, one of `mcc.slabs.FORMS`, that has its own names."""
+        return DerivedSlabs(form, FORMS[form].arrays, SLAB_ARRAYS, self.cuts)
+
+    def emit(self, x: Expression, arrays: Mapping[str, Expression], rows: Expression | None = None) -> None:
         """Emit all of it.
 
         Args:
             x: all rows, one behind the other; float32 or codes.
+            rows: how many of them, where that is not all.
             arrays: of the slabs and of the plan's channels; "start" where sums begin with something.
         """
         self.x, self.arrays, lanes = x, arrays, self.v.lanes
+        self.rows = self.rows if rows is None else rows
         self.products = PartProducts(self.v, self.cuts, self.arrays)
         # of the highest tiles, once: every buffer costs even the calls that use none
         self.room = self._room(1, 1, self.vectors * lanes)

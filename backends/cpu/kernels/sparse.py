@@ -1,8 +1,8 @@
-"""Sparse layers of one row, or of any number: y = epilogue(x W^T + b) with an unstructured sparse W.
+"""Sparse layers of a single row, or of any number: y = epilogue(x W^T + b) with an unstructured sparse W.
 
 W is packed as SELL-16: outputs sorted by their number of non-zeros, in groups of 16; step s of a group holds the s-th
 non-zero of each of its outputs, zeros where an output has fewer. Lanes are the 16 outputs, x is gathered by column.
-Several rows read slabs, which are made when an artifact is loaded: see slab_rows.py.
+Several rows read slabs: see few_rows.py.
 Monakov, Lokhmotov, Avetisyan: Automatically tuning sparse matrix-vector multiplication for GPU architectures. HiPEAC
 2010.
 
@@ -11,7 +11,6 @@ Integer codes go through the same loops: products of 8-bit codes sum exactly in 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,25 +20,21 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc import ops
-from mcc.backends.cpu.integer_sums import float_sums_inexact
 from mcc.backends.cpu.kernels.dense import dense_reference
+from mcc.backends.cpu.kernels.few_rows import ONE_VECTOR, FewRows, several_rows, sparse_refusal
 from mcc.backends.cpu.kernels.panels import PanelPlan
-from mcc.backends.cpu.kernels.slab_rows import SlabRows
-from mcc.backends.cpu.kernels.tiles import TileShape, leading_dims, parse_tile
-from mcc.backends.cpu.microkernel import Expression, Vectors, branch, lane, parallel, product, serial
+from mcc.backends.cpu.kernels.tiles import parse_tile
+from mcc.backends.cpu.microkernel import Expression, Vectors, lane
 from mcc.backends.kernel import Lowered, Region, SparseArrays
-from mcc.slabs import GROUP, GROUP_ARRAYS, SLAB_ARRAYS, DerivedSlabs
+from mcc.slabs import GROUP
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
     from mcc.backends.cpu.microkernel import Register
     from mcc.target import Target
-
-ONE_VECTOR = str(TileShape(1, 1))  # of outputs are what panels hold
-SERIAL_WEIGHTS = 150_000  # of a row: below about 30 us of work two threads cost more than they bring
 
 
 @dataclass(frozen=True)
@@ -63,37 +58,11 @@ class SparseDense:
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text."""
         plan = PanelPlan(region, Vectors(target), parse_tile(tile))
-        return _Body(plan, ("groups", GROUP_ARRAYS)).lowered(self.name)
+        return _Body(plan, "groups").lowered(self.name)
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """As for a dense layer."""
         return dense_reference(region, source, operands)
-
-
-def sparse_refusal(region: Region) -> str | None:
-    """Why no sparse kernel for linear layers takes a region, or None."""
-    if not isinstance(region.weight.sparse, SparseArrays):
-        return "the weight is dense" if region.weight.sparse is None else "of neighbouring weights a few are stored"
-    if region.weight.grouped:
-        return "groups of the weight's inputs have scales of their own"
-    if region.activation is not None:
-        if region.weight.scale is None or region.activation.per_token:
-            return "activations are quantized per token, or the weight is not quantized"
-        return float_sums_inexact(region)
-    return None
-
-
-def narrow(region: Region, target: Target) -> str | None:
-    """Why rows are not transposed, or None."""
-    return "its inputs do not fill a vector" if region.weight.shape[1] < target.vector_lanes else None
-
-
-def several_rows(region: Region, target: Target) -> str | None:
-    """Why a kernel for one row, or any number by slabs, does not take a region, or None."""
-    rows = product(leading_dims(region.source.shape[:-1]))
-    if isinstance(rows, int):
-        return "it has several rows" if rows > 1 else None
-    return narrow(region, target)
 
 
 def pack_groups(weight: SparseArrays) -> dict[str, NDArray[Any]]:
@@ -129,72 +98,7 @@ def pack_groups(weight: SparseArrays) -> dict[str, NDArray[Any]]:
     }  # fmt: skip
 
 
-class OneRow(ABC):
-    """A kernel that reads one row by itself, and several, where their number is known at run time only, by slabs.
-
-    Args:
-        plan: of the layer, of panels of one vector.
-        form: of the weight for one row, with the names of its arrays; see `mcc.slabs.FORMS`.
-    """
-
-    def __init__(self, plan: PanelPlan, form: tuple[str, tuple[str, ...]]) -> None:
-        weight = plan.region.weight.sparse
-        assert isinstance(weight, SparseArrays)
-        self.plan, self.v, self.rows, self.derived = plan, plan.vectors, product(plan.leading), None
-        self.few, self.packed = weight.values.size < SERIAL_WEIGHTS, self.pack(weight)
-        if not isinstance(self.rows, int):
-            self.several = SlabRows(plan, weight)
-            self.derived = DerivedSlabs(*form, SLAB_ARRAYS, self.several.cuts)
-            self.packed |= self.derived.made(self.packed)
-        self.packed |= plan.float_starts() | plan.channel_arrays()
-
-    @abstractmethod
-    def pack(self, weight: SparseArrays) -> dict[str, NDArray[Any]]:
-        """The weight's arrays as the loops over one row read them."""
-
-    @abstractmethod
-    def multiply(self) -> None:
-        """Write the sums of all outputs' products with `self.source` to `self.sums`."""
-
-    def lowered(self, name: str) -> Lowered:
-        """The kernel, of that name."""
-        return Lowered(self.plan.function(name, self.packed, self._emit), self.packed, derived=self.derived)
-
-    def _emit(self, x: Expression, *arrays: Expression) -> None:
-        self.arrays = dict(zip(self.packed, arrays, strict=True))
-        if isinstance(self.rows, int):
-            serial(self.rows, lambda _: self._one_row(x))
-        else:
-            branch(self.rows == 1, lambda: self._one_row(x), lambda: self.several.emit(x, self.arrays))
-
-    def _one_row(self, x: Expression) -> None:
-        self.source = self._floats(x) if x.dtype == "uint8" else x
-        self.sums = B.alloc_buffer((-(-self.plan.outputs // GROUP) * GROUP,), "float32", layout=None)
-        self.multiply()
-        self.plan.finish_row(self.arrays, 0, self.sums, 0)
-
-    def _floats(self, codes: Expression) -> Expression:
-        """A row of codes as float32."""
-        v, inputs = self.v, self.plan.inputs
-        room = B.alloc_buffer((-(-inputs // v.lanes) * v.lanes,), "float32", layout=None)
-        whole = inputs // v.lanes
-        serial(whole, lambda k: v.store(room, k * v.lanes, v.to_float(v.load(codes, k * v.lanes))))
-        for k in range(whole * v.lanes, inputs):
-            B.buffer_store(room, T.cast(codes[k], "float32"), [k])
-        return room
-
-    def shared(self, extent: Expression, body: Callable[[Expression], None]) -> None:
-        """A loop that threads share where that pays."""
-        (serial if self.few else parallel)(extent, body)
-
-    def products_added(self, at: Expression, x: Expression, sums: Register) -> None:
-        """Add the products of 16 stored weights, from `at` on, and the inputs they have."""
-        w = tirx.BufferLoad(self.arrays["values"], [T.ramp(at, 1, GROUP)])
-        w = w if self.arrays["values"].dtype == "float32" else T.cast(w, f"float32x{GROUP}")
-        sums.set(tirx.call_llvm_pure_intrin(f"float32x{GROUP}", f"llvm.fma.v{GROUP}f32", w, x, sums.get()))
-
-
-class _Body(OneRow):
+class _Body(FewRows):
     def pack(self, weight: SparseArrays) -> dict[str, NDArray[Any]]:
         return pack_groups(weight)
 
@@ -214,7 +118,7 @@ class _Body(OneRow):
             register.set(T.broadcast(T.float32(0), GROUP))
 
         def step(at: Expression, register: Register) -> None:
-            x = tirx.Shuffle([self.source[c] for c in self._columns(at)], list(range(GROUP)))
+            x = tirx.Shuffle([self.source[self.start + c] for c in self._columns(at)], list(range(GROUP)))
             self.products_added(at * GROUP, x, register)
 
         first = B.Bind(arrays["group_starts"][g])

@@ -1,7 +1,7 @@
-"""Linear layers whose weight is sparse by blocks of outputs by inputs, such as 16x1 and 4x4: one row, or any number.
+"""Linear layers whose weight is sparse by blocks of outputs by inputs, such as 16x1 and 4x4: few rows, or any number.
 
 Lanes are the weights of a block, or of a few narrow ones side by side, each times the input it has; outputs are sums of
-lanes. Several rows read slabs: see sparse.py. Gray, Radford, Kingma: GPU kernels for block-sparse weights. 2017.
+lanes. Several rows read slabs: see few_rows.py. Gray, Radford, Kingma: GPU kernels for block-sparse weights. 2017.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.kernels.dense import dense_reference
+from mcc.backends.cpu.kernels.few_rows import ONE_VECTOR, FewRows, several_rows, sparse_refusal
 from mcc.backends.cpu.kernels.panels import PanelPlan
-from mcc.backends.cpu.kernels.sparse import ONE_VECTOR, OneRow, several_rows, sparse_refusal
 from mcc.backends.cpu.kernels.tiles import parse_tile
 from mcc.backends.cpu.microkernel import Expression, Vectors
 from mcc.backends.kernel import Lowered, Region, SparseArrays
-from mcc.slabs import BLOCK_ARRAYS, GROUP
+from mcc.slabs import GROUP
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +56,7 @@ class SparseBlocks:
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text."""
         plan = PanelPlan(region, Vectors(target), parse_tile(tile))
-        return _Body(plan, ("blocks", BLOCK_ARRAYS)).lowered(self.name)
+        return _Body(plan, "blocks").lowered(self.name)
 
     def reference(self, region: Region, source: NDArray[Any], operands: Sequence[NDArray[Any]] = ()) -> NDArray[Any]:
         """As for a dense layer."""
@@ -86,7 +86,7 @@ def pack_blocks(weight: SparseArrays) -> dict[str, NDArray[Any]]:
     return {"values": values.reshape(-1), "columns": columns, "starts": starts.astype(np.int32)}
 
 
-class _Body(OneRow):
+class _Body(FewRows):
     def pack(self, weight: SparseArrays) -> dict[str, NDArray[Any]]:
         (self.height, self.block_width), self.at_once = weight.block, at_once(weight.block)
         return pack_blocks(weight)
@@ -117,7 +117,7 @@ class _Body(OneRow):
         wide, size = self.block_width, self.height * self.block_width
         loaded = []
         for j in range(self.at_once):
-            k = B.Bind(T.cast(self.arrays["columns"][at + j], "int64") * wide)
+            k = B.Bind(self.start + T.cast(self.arrays["columns"][at + j], "int64") * wide)
             loaded.append(self.source[k] if wide == 1 else self.v.load(self.source, k, wide))
         lanes = [i // size % self.at_once * wide + i % wide for i in range(GROUP)]
         x = B.Bind(T.broadcast(loaded[0], GROUP) if lanes == [0] * GROUP else _chosen(loaded, wide, lanes))
@@ -127,7 +127,7 @@ class _Body(OneRow):
     def _write(self, n: Expression, total: Expression) -> None:
         """Add up the lanes of one output, of blocks side by side and of a block's width, and write the sums."""
         lanes = GROUP
-        while lanes > max(self.height * self.block_width, 1) and lanes > 1:
+        while lanes > self.height * self.block_width:
             lanes //= 2
             total = B.Bind(_lanes(total, range(lanes)) + _lanes(total, range(lanes, 2 * lanes)))
         width = min(self.block_width, lanes)

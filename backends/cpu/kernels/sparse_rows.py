@@ -34,9 +34,7 @@ from mcc.slabs import (
     MOST_INPUTS,
     PAIR_ARRAYS,
     PLACE_BITS,
-    SLAB_ARRAYS,
     TOGETHER,
-    DerivedSlabs,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -109,8 +107,7 @@ class _Body:
         if not isinstance(self.rows, int):
             assert isinstance(plan.region.weight.sparse, SparseArrays)
             self.many = SlabRows(plan, plan.region.weight.sparse)
-            form = "pairs apart" if steps.apart else "pairs"
-            self.derived = DerivedSlabs(form, PAIR_ARRAYS, SLAB_ARRAYS, self.many.cuts)
+            self.derived = self.many.beside("pairs apart" if steps.apart else "pairs")
             self.packed |= self.derived.made(self.packed)
         self.packed |= plan.channel_arrays()
         self.few = self.rows * steps.weight.size < SERIAL_MACS

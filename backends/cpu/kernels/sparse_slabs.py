@@ -12,11 +12,11 @@ import numpy as np
 
 from mcc import ops
 from mcc.backends.cpu.kernels.dense import dense_reference
+from mcc.backends.cpu.kernels.few_rows import ONE_VECTOR, narrow, several_rows, sparse_refusal
 from mcc.backends.cpu.kernels.panels import PanelPlan
 from mcc.backends.cpu.kernels.slab_rows import SlabRows
-from mcc.backends.cpu.kernels.sparse import ONE_VECTOR, narrow, sparse_refusal
-from mcc.backends.cpu.kernels.tiles import leading_dims, parse_tile
-from mcc.backends.cpu.microkernel import Expression, Vectors, product
+from mcc.backends.cpu.kernels.tiles import parse_tile
+from mcc.backends.cpu.microkernel import Expression, Vectors
 from mcc.backends.kernel import Lowered, Region, SparseArrays
 from mcc.slabs import Elements, pack_slabs
 
@@ -36,11 +36,11 @@ class SparseSlabs:
     anchor: ClassVar[ops.Op] = ops.LINEAR
 
     def refuses(self, region: Region, target: Target) -> str | None:
-        """Takes linear of more rows than one, a known number, with such a weight, whose codes sum exactly."""
-        rows = product(leading_dims(region.source.shape[:-1]))
-        if not isinstance(rows, int) or rows <= 1:
-            return "it may have a single row, or none: that is transposed for nothing"
-        return sparse_refusal(region) or narrow(region, target)
+        """Takes linear of several rows at all times, with such a weight, whose codes sum exactly."""
+        reason = sparse_refusal(region) or narrow(region, target)
+        if reason is None and several_rows(region, target) is None:
+            return "it may have few rows, which are transposed for nothing"
+        return reason
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """Panels of a vector of outputs: tiles of rows are what registers hold."""

@@ -180,18 +180,23 @@ def _sparse(draw: Any, target: Target, *, blocks: bool) -> tuple[Kernel, Region,
     block = draw(st.sampled_from(BLOCKS)) if blocks else (1, 1)
     outputs, inputs = (size * draw(st.integers(1, 70 // size)) for size in block)
     alone = inputs < target.vector_lanes or draw(st.booleans())
+    known = draw(st.sampled_from([1, 2, 3])) if blocks else 1
     form, density = draw(st.sampled_from(FORMATS)), draw(st.sampled_from([0.0, 0.05, 0.3, 1.0]))
     weight = make_weight((outputs, inputs), "float32" if form == "float32" else "int8", 3, density=density, block=block)
     activation = QuantizedInput(0.02, draw(zero_points)) if form == "codes" else None
     region = make_region(
         ops.LINEAR,
-        (1 if alone else Symbolic(), inputs),
+        (known if alone else Symbolic(), inputs),
         weight,
         draw(epilogues()),
         activation,
         bias=draw(st.booleans()),
     )
-    return SparseBlocks() if blocks else SparseDense(), region, [(m, inputs) for m in ([1] if alone else (*ROWS, 0))]
+    return (
+        SparseBlocks() if blocks else SparseDense(),
+        region,
+        [(m, inputs) for m in ([known] if alone else (*ROWS, 0))],
+    )
 
 
 @st.composite
@@ -233,9 +238,11 @@ def _sparse_slabs(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple
     density, form = draw(st.sampled_from([0.0, 0.02, 0.1, 0.4, 1.0])), draw(st.sampled_from(FORMATS))
     weight = make_weight((outputs, inputs), "float32" if form == "float32" else "int8", 3, density=density, block=block)
     activation = QuantizedInput(0.02, draw(zero_points)) if form == "codes" else None
-    rows = draw(st.sampled_from([(2,), (3,), (16,), (1, 33), (64,), (5, 20), (321,), (3, 171)]))
+    fewest = [] if block != (1, 1) else [(2,), (3,), (1, 5)]
+    rows = draw(st.sampled_from([*fewest, (7,), (16,), (1, 33), (64,), (5, 20), (321,), (3, 171), (Symbolic(), 7)]))
     region = make_region(ops.LINEAR, (*rows, inputs), weight, draw(epilogues()), activation, bias=draw(st.booleans()))
-    return SparseSlabs(), region, [(*rows, inputs)]
+    known = all(isinstance(size, int) for size in rows)
+    return SparseSlabs(), region, [(*rows, inputs)] if known else [(m, *rows[1:], inputs) for m in (0, 1, 2, 5, 19)]
 
 
 @st.composite

@@ -148,7 +148,7 @@ def test_kernels_say_why_they_refuse():
     slender = make_region(ops.LINEAR, (Symbolic(), 7), make_weight((8, 7), "float32", 1, density=0.5))
     assert SparseDense().refuses(slender, target) == "its inputs do not fill a vector"
     single = make_region(ops.LINEAR, (1, 8), make_weight((8, 8), "float32", 1, density=0.5))
-    assert SparseSlabs().refuses(single, target) == "it may have a single row, or none: that is transposed for nothing"
+    assert SparseSlabs().refuses(single, target) == "it may have few rows, which are transposed for nothing"
     assert DenseFloat().refuses(sparse, target) == "the weight is sparse"
     dense = make_region(ops.LINEAR, (1, 8), make_weight((8, 8), "float32", 1))
     assert SparseDense().refuses(dense, target) == "the weight is dense"

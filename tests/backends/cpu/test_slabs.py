@@ -102,7 +102,7 @@ def test_slabs_of_what_kernels_for_one_row_read_hold_the_weight(rows, columns, b
     shape = rows * 7 * block[0], columns * block[1]
     weight = make_weight(shape, dtype, 3, density=density, block=block)
     form, arrays = ("blocks", pack_blocks(weight.sparse)) if block != (1, 1) else ("groups", pack_groups(weight.sparse))
-    cuts = Cuts(rows * 7, columns, 8, 5, block)
+    cuts = Cuts(rows * 7, columns, 8, min(5, columns), block)
     slabs = DerivedSlabs(form, tuple(arrays), SLAB_ARRAYS, cuts).made(arrays)
     np.testing.assert_array_equal(unpacked(slabs, cuts), weight.decoded())
     assert slabs["slab_values"].dtype == dtype
@@ -148,7 +148,10 @@ def member(path):
 @pytest.mark.parametrize(("changed", "message"), [
     ({"cuts": Cuts(0, 64, 16, 64)}, "make no slabs by"), ({"cuts": Cuts(17, 64, 16, 64)}, "make no slabs by"),
     ({"cuts": Cuts(16, 1 << 20, 16, 64)}, "make no slabs by"), ({"cuts": Cuts(16, 64, 16, 1.5)}, "make no slabs by"),
-    ({"cuts": Cuts(16, 64, 16, 64, (0, 1))}, "make no slabs by"), ({"form": "heaps"}, "'heaps'"),
+    ({"cuts": Cuts(16, 64, 16, 64, (0, 1))}, "make no slabs by"),
+    ({"cuts": Cuts(16, 64, 16, 64, (1, 1, 1))}, "make no slabs by"),
+    ({"cuts": Cuts(16, 64, 16, 64, (4, 4))}, "make no slabs by"), ({"cuts": Cuts(16, 9, 16, 9)}, "with input 15"),
+    ({"form": "heaps"}, "'heaps'"),
     ({"read": ("a", "b", "c", "d", "none")}, "'none'"),
 ])  # fmt: skip
 def test_slabs_that_cannot_be_made_are_refused(tmp_path, changed, message):
