@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 ONE_VECTOR = str(TileShape(1, 1))  # of outputs are what panels hold
 SERIAL_WEIGHTS = 150_000  # of a row: below some 30 us of work two threads cost more than they bring
-# of blocks, that are faster one by one than in a tile of a vector of rows (measured on a Zen 3, 16 lanes before slabs)
-FEW_OF_BLOCKS, FEW_OF_NARROW_VECTORS = 6, 3
+# rows that blocks read faster one by one than in a tile (measured on a Zen 3; of 16 lanes before they read slabs)
+FEW_OF_BLOCKS, FEW_OF_CHEAP_TILES = 6, 3
 WIDE_LANES = 16
 
 
@@ -59,8 +59,9 @@ def rows_alone(region: Region, target: Target) -> int:
     sparse = region.weight.sparse
     if not isinstance(sparse, SparseArrays) or sparse.block == (1, 1):
         return 1
-    slow = target.vector_lanes == WIDE_LANES or region.weight.dtype == "int8"  # to transpose for, or to widen
-    return FEW_OF_BLOCKS if slow else FEW_OF_NARROW_VECTORS
+    # a tile has a vector of rows at least, and widens each code for it
+    costly = target.vector_lanes == WIDE_LANES or region.weight.dtype == "int8"
+    return FEW_OF_BLOCKS if costly else FEW_OF_CHEAP_TILES
 
 
 def several_rows(region: Region, target: Target) -> str | None:
