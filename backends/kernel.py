@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mcc.graph import Node
     from mcc.ops import Op
-    from mcc.slabs import DerivedSlabs
+    from mcc.slabs import Derived
     from mcc.target import Target
 
 
@@ -382,7 +382,7 @@ class Lowered:
     function: Any
     packed: Mapping[str, NDArray[Any]]
     element: Callable[[Mapping[str, Any], Any, Any], Any] | None = None
-    derived: DerivedSlabs | None = None
+    derived: Derived | None = None
 
 
 class Kernel(Protocol):

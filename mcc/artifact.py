@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mcc.errors import ArtifactError
-from mcc.slabs import Cuts, DerivedSlabs
+from mcc.slabs import Cuts, Derived
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -131,7 +131,7 @@ class Manifest:
     tiles: Mapping[str, str]
     sorts: bool = False
     workspace: Workspace = Workspace()
-    derived: tuple[DerivedSlabs, ...] = ()
+    derived: tuple[Derived, ...] = ()
     format_version: int = FORMAT_VERSION
 
 
@@ -166,9 +166,9 @@ def stored_bytes(array: NDArray[Any]) -> int:
     return min(array.nbytes, _bitmap_bytes(array)) if _wants_bitmap(array) else array.nbytes
 
 
-def without_derived(weights: Mapping[str, NDArray[Any]], derived: Iterable[DerivedSlabs]) -> dict[str, NDArray[Any]]:
+def without_derived(weights: Mapping[str, NDArray[Any]], derived: Iterable[Derived]) -> dict[str, NDArray[Any]]:
     """Those weights that a file holds."""
-    made = {name for d in derived for name in d.slabs}
+    made = {name for d in derived for name in d.makes}
     return {name: array for name, array in weights.items() if name not in made}
 
 
@@ -373,9 +373,9 @@ def _read_members(mapped: mmap.mmap) -> dict[str, memoryview]:
     return {member: view[p.start : p.stop] for member, p in payloads.items()}
 
 
-def _read_derived(data: Mapping[str, Any]) -> DerivedSlabs:
+def _read_derived(data: Mapping[str, Any]) -> Derived:
     cuts = Cuts(**{**data["cuts"], "block": tuple(data["cuts"]["block"])})
-    return DerivedSlabs(data["form"], tuple(data["read"]), tuple(data["slabs"]), cuts)
+    return Derived(data["source"], tuple(data["read"]), data["form"], tuple(data["makes"]), cuts)
 
 
 def _read_workspace(data: Any) -> Workspace:

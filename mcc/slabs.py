@@ -1,15 +1,16 @@
-"""Sparse weights in parts of outputs by slabs of inputs, and how to come by them from what kernels for few rows read.
+"""Sparse weights in parts of outputs by slabs of inputs, and the forms that stand beside them.
 
 A kernel for many rows reads slabs; one for few rows reads steps through pairs of blocks, groups of outputs, or blocks
-of weights. An artifact for any number of rows has two forms of a weight: its file holds the one for few rows alone,
-slabs are made when it is loaded. So this file is part of what deployed programs load: it imports numpy alone.
+of weights. An artifact for any number of rows has two forms of a weight, of which its file holds one: slabs, which are
+the smallest, or pairs, which take long to find. The other is made when it is loaded, so this file is part of what
+deployed programs load: it imports numpy alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,9 +30,12 @@ MOST_INPUTS = 1 << BLOCK_BITS
 GROUP = 16
 """Outputs whose elements lie side by side."""
 PAIR_ARRAYS = ("weight", "places", "blocks", "first_steps", "outputs")
-GROUP_ARRAYS = ("values", "columns", "group_starts", "outputs")
-BLOCK_ARRAYS = ("values", "columns", "starts")
 SLAB_ARRAYS = ("slab_values", "slab_columns", "slab_counts", "slab_order", "slab_begins")
+ARRAYS = {
+    "pairs": PAIR_ARRAYS, "pairs apart": PAIR_ARRAYS, "slabs": SLAB_ARRAYS,
+    "groups": ("values", "columns", "group_starts", "outputs"), "blocks": ("values", "columns", "starts"),
+}  # fmt: skip
+"""Of each form; of pairs, inputs of a block lie side by side or, apart, as far from each other as there are blocks."""
 
 
 @dataclass(frozen=True)
@@ -77,25 +81,32 @@ class Elements:
 
 
 @dataclass(frozen=True)
-class DerivedSlabs:
-    """Slabs that are made from another form of their weight.
+class Derived:
+    """A form of a sparse weight that is made of another one.
 
     Attributes:
-        form: the other, a key of FORMS.
-        read: names of its arrays, as they follow each other there.
-        slabs: names of the arrays that are made, as those of SLAB_ARRAYS.
+        source: the other.
+        read: names of its arrays, as they follow each other in ARRAYS.
+        form: that is made, slabs, groups or blocks.
+        makes: names of its arrays.
         cuts: of the weight.
     """
 
-    form: str
+    source: str
     read: tuple[str, ...]
-    slabs: tuple[str, ...]
+    form: str
+    makes: tuple[str, ...]
     cuts: Cuts
 
-    def named(self, names: Mapping[str, str]) -> DerivedSlabs:
+    @classmethod
+    def of(cls, source: str, form: str, cuts: Cuts) -> Derived:
+        """Of arrays that have the names they have in ARRAYS."""
+        return cls(source, ARRAYS[source], form, ARRAYS[form], cuts)
+
+    def named(self, names: Mapping[str, str]) -> Derived:
         """The same of arrays that have other names."""
-        read, slabs = (tuple(names[n] for n in own) for own in (self.read, self.slabs))
-        return replace(self, read=read, slabs=slabs)
+        read, makes = (tuple(names[n] for n in own) for own in (self.read, self.makes))
+        return replace(self, read=read, makes=makes)
 
     def made(self, weights: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The arrays, by name.
@@ -103,24 +114,23 @@ class DerivedSlabs:
         Raises:
             ValueError, KeyError, TypeError, IndexError: there is no such form, or the arrays are none of such a weight.
         """
-        form, cuts = FORMS[self.form], self.cuts
-        arrays = dict(zip(form.arrays, (weights[name] for name in self.read), strict=True))
-        outputs = form.outputs(arrays)
-        sizes = (cuts.outputs, outputs), (cuts.inputs, form.most_inputs), (cuts.slab, cuts.inputs)
-        free = ((size, np.inf) for size in (cuts.part, *cuts.block))
-        whole = len(cuts.block) == 2 and all(type(size) is int and 0 < size <= most for size, most in (*sizes, *free))
-        if not whole or (self.form != "blocks" and cuts.block != (1, 1)):
-            raise ValueError(f"{self.form} of {outputs} outputs make no slabs by {cuts}")
-        elements = form.elements(arrays, cuts)
-        if len(elements.inputs) and int(elements.inputs.max()) >= cuts.inputs:
-            raise ValueError(f"{self.form} with input {int(elements.inputs.max())} make no slabs by {cuts}")
-        slabs = pack_slabs(elements, cuts)
-        return dict(zip(self.slabs, (slabs[key] for key in SLAB_ARRAYS), strict=True))
+        source, cuts = dict(zip(ARRAYS[self.source], (weights[n] for n in self.read), strict=True)), self.cuts
+        sizes = cuts.outputs, cuts.inputs, cuts.part, cuts.slab, *cuts.block
+        if len(cuts.block) != 2 or not all(type(size) is int and size > 0 for size in sizes) or cuts.slab > cuts.inputs:
+            raise ValueError(f"no weight has {cuts}")
+        elements = _READ[self.source](source, cuts)
+        for found, most in ((elements.outputs, cuts.outputs), (elements.inputs, cuts.inputs)):
+            if len(found) and int(found.max()) >= most:
+                raise ValueError(f"{self.source} have an element {int(found.max())} of {most}")
+        made = PACKED[self.form](elements, cuts)
+        return dict(zip(self.makes, (made[key] for key in ARRAYS[self.form]), strict=True))
 
 
 def elements_of_pairs(pairs: Mapping[str, NDArray[Any]], cuts: Cuts, *, apart: bool) -> Elements:
     """The elements of a weight in steps through pairs of blocks; see kernels/block_pairs.py."""
     weight, inputs = pairs["weight"].reshape(-1, BLOCK), cuts.inputs
+    if cuts.block != (1, 1) or inputs > MOST_INPUTS or cuts.outputs > pairs["outputs"].size:
+        raise ValueError(f"pairs of {pairs['outputs'].size} outputs are none of {cuts}")
     places = pairs["places"].view(np.uint8).reshape(-1, BLOCK, TOGETHER).swapaxes(1, 2).reshape(-1, BLOCK)
     begins = (pairs["blocks"][:, None] >> np.array(BLOCK_SHIFTS) & (1 << BLOCK_BITS) - 1).astype(np.int32)
     blocks = np.stack([begins[:, :2], begins[:, 1:]], 1).reshape(-1, 2)
@@ -137,45 +147,18 @@ def elements_of_pairs(pairs: Mapping[str, NDArray[Any]], cuts: Cuts, *, apart: b
     return Elements(*map(np.concatenate, zip(*found, strict=True)))
 
 
-def elements_of_groups(groups: Mapping[str, NDArray[Any]], cuts: Cuts) -> Elements:
-    """The elements of a weight in groups of outputs; see kernels/sparse.py."""
-    del cuts
-    values, columns = (groups[key].reshape(-1, GROUP) for key in ("values", "columns"))
-    found = []
-    starts = groups["group_starts"]
-    for outputs, first, end in zip(groups["outputs"].reshape(-1, GROUP), starts, starts[1:], strict=False):
-        lane, step = np.nonzero(values[first:end].T)
-        found.append((values[first:end][step, lane], outputs[lane], columns[first:end][step, lane]))
-    return Elements(*map(np.concatenate, zip(*found, strict=True)))
-
-
-def elements_of_blocks(blocks: Mapping[str, NDArray[Any]], cuts: Cuts) -> Elements:
-    """The blocks of a weight in rows of these, some filled up with blocks of zeros; see kernels/sparse_blocks.py."""
-    values, counts = blocks["values"].reshape(-1, *cuts.block), np.diff(blocks["starts"])
-    kept = np.flatnonzero(values[: counts.sum()].any((1, 2)))
-    return Elements(values[kept], np.repeat(np.arange(len(counts)), counts)[kept], blocks["columns"][kept])
-
-
-class _Form(NamedTuple):
-    """A form of a sparse weight that slabs are made from: its arrays, most inputs, number of outputs, and elements."""
-
-    arrays: tuple[str, ...]
-    most_inputs: int
-    outputs: Callable[[Mapping[str, NDArray[Any]]], int]
-    elements: Callable[[Mapping[str, NDArray[Any]], Cuts], Elements]
-
-
-def _ordered(arrays: Mapping[str, NDArray[Any]]) -> int:
-    return arrays["outputs"].size
-
-
-FORMS = {
-    "pairs": _Form(PAIR_ARRAYS, MOST_INPUTS, _ordered, partial(elements_of_pairs, apart=False)),
-    "pairs apart": _Form(PAIR_ARRAYS, MOST_INPUTS, _ordered, partial(elements_of_pairs, apart=True)),
-    "groups": _Form(GROUP_ARRAYS, 1 << 31, _ordered, elements_of_groups),
-    "blocks": _Form(BLOCK_ARRAYS, 1 << 31, lambda arrays: arrays["starts"].size - 1, elements_of_blocks),
-}
-"""Of pairs, inputs of a block lie side by side or, apart, as far from each other as there are blocks."""
+def elements_of_slabs(slabs: Mapping[str, NDArray[Any]], cuts: Cuts) -> Elements:
+    """The elements of a weight that `pack_slabs` packed."""
+    counts = slabs["slab_counts"]
+    if counts.size != cuts.outputs * cuts.slabs:
+        raise ValueError(f"{counts.size} runs of elements are none of {cuts}")
+    number = np.arange(cuts.outputs * cuts.slabs)
+    part, of_part = np.divmod(number, cuts.part * cuts.slabs)
+    slab = of_part // np.minimum(cuts.outputs - part * cuts.part, cuts.part)
+    outputs = np.repeat(part * cuts.part + slabs["slab_order"], counts)
+    inputs = slabs["slab_columns"][: len(outputs)] + np.repeat(slab * cuts.slab, counts)
+    along = np.argsort(outputs.astype(_numbering(cuts.outputs)), kind="stable")  # of 16 bits it takes a tenth as long
+    return Elements(slabs["slab_values"].reshape(-1, *cuts.block)[along], outputs[along], inputs[along])
 
 
 def pack_slabs(elements: Elements, cuts: Cuts) -> dict[str, NDArray[Any]]:
@@ -216,6 +199,67 @@ def pack_slabs(elements: Elements, cuts: Cuts) -> dict[str, NDArray[Any]]:
     }  # fmt: skip
 
 
+def pack_groups(elements: Elements, cuts: Cuts) -> dict[str, NDArray[Any]]:
+    """A weight's elements in groups of outputs that have alike many, those with most first (SELL).
+
+    Returns:
+        values: [steps, GROUP], of the weight's dtype: step s of a group has the s-th element of each of its outputs,
+        zero where an output has fewer; columns: [steps, GROUP] uint16 or int32; group_starts: int32 [groups + 1], in
+        steps; outputs: int32 [groups * GROUP], which output each lane is, beyond the end of all outputs in some lanes.
+    """
+    counts = np.bincount(elements.outputs, minlength=-(-cuts.outputs // GROUP) * GROUP)
+    order = np.argsort(-counts, kind="stable").astype(np.int32)
+    starts = np.cumsum([0, *counts[order[::GROUP]]]).astype(np.int32)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    group, lane = np.divmod(rank[elements.outputs], GROUP)
+    places = (starts[group] + _before(elements.outputs)) * GROUP + lane
+    values, columns = _spread(elements, cuts, places, max(1, int(starts[-1])) * GROUP)
+    return {"values": values, "columns": columns, "group_starts": starts, "outputs": order}
+
+
+def at_once(block: tuple[int, int]) -> int:
+    """Blocks whose weights a step of one row reads."""
+    return max(1, GROUP // (block[0] * block[1]))
+
+
+def pack_blocks(elements: Elements, cuts: Cuts) -> dict[str, NDArray[Any]]:
+    """A weight's blocks row of blocks by row of blocks, in whole steps: filled up with blocks of zeros.
+
+    Returns:
+        values: [blocks, height, width], of the weight's dtype; columns: [blocks] uint16 or int32; starts: int32 [rows
+        of blocks + 1], in blocks.
+    """
+    together = at_once(cuts.block)
+    counts = np.bincount(elements.outputs, minlength=cuts.outputs)
+    starts = np.cumsum([0, *(-(-counts // together) * together)]).astype(np.int32)
+    places = starts[elements.outputs] + _before(elements.outputs)
+    values, columns = _spread(elements, cuts, places, max(together, int(starts[-1])))
+    return {"values": values, "columns": columns, "starts": starts}
+
+
+def _before(outputs: NDArray[Any]) -> NDArray[np.int64]:
+    """How many elements of its output stand before each element."""
+    heads = np.flatnonzero(np.diff(outputs.astype(np.int64), prepend=-1))
+    return np.arange(len(outputs)) - np.repeat(heads, np.diff(heads, append=len(outputs)))
+
+
+def _spread(elements: Elements, cuts: Cuts, places: NDArray[Any], size: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Values and columns at places of arrays for so many elements, zeros elsewhere."""
+    values = np.zeros((size, *cuts.block), elements.values.dtype)
+    columns: NDArray[Any] = np.zeros(size, np.uint16 if cuts.inputs <= 1 << 16 else np.int32)
+    values[places], columns[places] = elements.values.reshape(-1, *cuts.block), elements.inputs
+    return values.reshape(-1), columns
+
+
 def _numbering(count: int) -> Any:
     """The type of the least unsigned integers that number so many things, or int32."""
     return np.min_scalar_type(max(count - 1, 1)) if count <= 1 << 16 else np.int32
+
+
+_READ: dict[str, Callable[[Mapping[str, NDArray[Any]], Cuts], Elements]] = {
+    "pairs": partial(elements_of_pairs, apart=False), "pairs apart": partial(elements_of_pairs, apart=True),
+    "slabs": elements_of_slabs,
+}  # fmt: skip
+PACKED = {"slabs": pack_slabs, "groups": pack_groups, "blocks": pack_blocks}
+"""What packs elements in each form that can be made of another."""

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from mcc.backends.cpu.lowering import Choice, Lowering
     from mcc.backends.kernel import Region
     from mcc.graph import Graph, Node
-    from mcc.slabs import DerivedSlabs
+    from mcc.slabs import Derived
 
 _SORTS = (ops.OPS["sort"], ops.OPS["topk"])
 _IGNORED_OPTIONS = ("device", "layout", "pin_memory", "non_blocking", "copy", "memory_format")
@@ -127,7 +127,7 @@ class _Writer:
         self.graph: Graph = lowering.graph
         self.sizes = Sizes()
         self.weights: dict[str, NDArray[Any]] = {}
-        self.derived: dict[DerivedSlabs, None] = {}
+        self.derived: dict[Derived, None] = {}
         self.layers: list[LayerRow] = []
         self.values: dict[fx.Node, Any] = {}
         self.constants: dict[fx.Node, Any] = {}

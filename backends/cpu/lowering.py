@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mcc.backends.tune import Tuner
     from mcc.graph import Graph
     from mcc.report import LayerRow
-    from mcc.slabs import DerivedSlabs
+    from mcc.slabs import Derived
     from mcc.target import Target
 
 
@@ -70,7 +70,7 @@ class Lowering:
     choices: Mapping[fx.Node, Choice] = field(default_factory=dict)
     module: Any = None
     weights: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
-    derived: tuple[DerivedSlabs, ...] = ()
+    derived: tuple[Derived, ...] = ()
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
     layers: tuple[LayerRow, ...] = ()

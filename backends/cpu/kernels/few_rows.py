@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
 from mcc.backends.cpu.integer_sums import float_sums_inexact
-from mcc.backends.cpu.kernels.slab_rows import SlabRows
+from mcc.backends.cpu.kernels.slab_rows import SlabRows, elements_of
 from mcc.backends.cpu.kernels.tiles import TileShape
 from mcc.backends.cpu.microkernel import Expression, branch, parallel, product, serial
 from mcc.backends.kernel import Lowered, Region, SparseArrays
-from mcc.slabs import GROUP
+from mcc.slabs import GROUP, PACKED, Derived, pack_slabs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from numpy.typing import NDArray
 
     from mcc.backends.cpu.kernels.panels import PanelPlan
     from mcc.backends.cpu.microkernel import Register
@@ -77,24 +75,22 @@ class FewRows(ABC):
 
     Args:
         plan: of the layer, of panels of one vector.
-        form: of the weight for few rows, one of `mcc.slabs.FORMS`.
+        form: of the weight for few rows, one of `mcc.slabs.PACKED`.
     """
 
     def __init__(self, plan: PanelPlan, form: str) -> None:
         weight = plan.region.weight.sparse
         assert isinstance(weight, SparseArrays)
         self.plan, self.v, self.rows, self.derived = plan, plan.vectors, product(plan.leading), None
-        self.small, self.packed = weight.values.size < SERIAL_WEIGHTS, self.pack(weight)
-        self.most = rows_alone(plan.region, plan.vectors.target)
-        if not isinstance(self.rows, int):
-            self.several = SlabRows(plan, weight)
-            self.derived = self.several.beside(form)
+        self.small, self.most = weight.values.size < SERIAL_WEIGHTS, rows_alone(plan.region, plan.vectors.target)
+        self.block, self.several = weight.block, SlabRows(plan, weight)
+        if isinstance(self.rows, int):
+            self.packed = PACKED[form](elements_of(weight), self.several.cuts)
+        else:
+            self.packed = pack_slabs(elements_of(weight), self.several.cuts)
+            self.derived = Derived.of("slabs", form, self.several.cuts)
             self.packed |= self.derived.made(self.packed)
         self.packed |= plan.float_starts() | plan.channel_arrays()
-
-    @abstractmethod
-    def pack(self, weight: SparseArrays) -> dict[str, NDArray[Any]]:
-        """The weight's arrays as the loops over a row read them, those of the form."""
 
     @abstractmethod
     def multiply(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
@@ -16,7 +17,7 @@ from tvm.script import tirx as T
 from mcc.backends.cpu.kernels.slab_products import PartProducts, cut
 from mcc.backends.cpu.kernels.tiles import PanelWidth, balanced, cover
 from mcc.backends.cpu.microkernel import Expression, Register, branch, parallel, product, serial
-from mcc.slabs import FORMS, SLAB_ARRAYS, DerivedSlabs
+from mcc.slabs import Elements
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,6 +53,12 @@ class _Room:
         return replace(self, height=height)
 
 
+def elements_of(weight: SparseArrays) -> Elements:
+    """What is stored of a weight, element by element, which are blocks where it has such."""
+    outputs = np.repeat(np.arange(len(weight.row_pointers) - 1), np.diff(weight.row_pointers))
+    return Elements(weight.values.reshape(-1, *weight.block), outputs, weight.columns)
+
+
 class SlabRows:
     """The loops of one layer, of panels that are a vector wide.
 
@@ -72,10 +79,6 @@ class SlabRows:
         self.cuts = cut(weight, (plan.outputs, plan.inputs), height, self.v.lanes, wanted)
         self.part = self.cuts.part * weight.block[0]
         self.squares = -(-plan.inputs // self.v.lanes)
-
-    def beside(self, form: str) -> DerivedSlabs:
-        """How the slabs are made of another form of the weight, one of `mcc.slabs.FORMS`, that has its own names."""
-        return DerivedSlabs(form, FORMS[form].arrays, SLAB_ARRAYS, self.cuts)
 
     def emit(self, x: Expression, arrays: Mapping[str, Expression], rows: Expression | None = None) -> None:
         """Emit all of it.

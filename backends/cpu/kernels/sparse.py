@@ -1,7 +1,6 @@
 """Sparse layers of a single row, or of any number: y = epilogue(x W^T + b) with an unstructured sparse W.
 
-W is packed as SELL-16: outputs sorted by their number of non-zeros, in groups of 16; step s of a group holds the s-th
-non-zero of each of its outputs, zeros where an output has fewer. Lanes are the 16 outputs, x is gathered by column.
+W is packed as SELL-16, `mcc.slabs.pack_groups`: lanes are the 16 outputs of a group, x is gathered by column.
 Several rows read slabs: see few_rows.py.
 Monakov, Lokhmotov, Avetisyan: Automatically tuning sparse matrix-vector multiplication for GPU architectures. HiPEAC
 2010.
@@ -14,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
@@ -65,43 +63,7 @@ class SparseDense:
         return dense_reference(region, source, operands)
 
 
-def pack_groups(weight: SparseArrays) -> dict[str, NDArray[Any]]:
-    """SELL-16 arrays.
-
-    Returns:
-        values: [steps, 16] float32 or int8; columns: [steps, 16] uint16 or int32; group_starts: int32 [groups + 1], in
-        steps; outputs: int32 [groups * 16], which output each lane is, beyond the end of all outputs in some lanes.
-    """
-    counts = np.diff(weight.row_pointers)
-    counts = np.pad(counts, (0, -len(counts) % GROUP))
-    order = np.argsort(-counts, kind="stable").astype(np.int32)
-    starts = [0]
-    values, columns = [], []
-    for first in range(0, len(order), GROUP):
-        lanes = order[first : first + GROUP]
-        steps = int(counts[lanes].max(initial=0))
-        group_values = np.zeros((steps, GROUP), weight.values.dtype)
-        group_columns = np.zeros((steps, GROUP), weight.columns.dtype)
-        for i, output in enumerate(lanes):
-            if counts[output]:
-                kept = slice(weight.row_pointers[output], weight.row_pointers[output + 1])
-                group_values[: counts[output], i] = weight.values[kept]
-                group_columns[: counts[output], i] = weight.columns[kept]
-        values.append(group_values)
-        columns.append(group_columns)
-        starts.append(starts[-1] + steps)
-    if starts[-1] == 0:  # an all-zero layer: kernels take no empty arrays
-        values, columns = [np.zeros((1, GROUP), weight.values.dtype)], [np.zeros((1, GROUP), weight.columns.dtype)]
-    return {
-        "values": np.concatenate(values).reshape(-1), "columns": np.concatenate(columns).reshape(-1),
-        "group_starts": np.array(starts, np.int32), "outputs": order,
-    }  # fmt: skip
-
-
 class _Body(FewRows):
-    def pack(self, weight: SparseArrays) -> dict[str, NDArray[Any]]:
-        return pack_groups(weight)
-
     def multiply(self) -> None:
         columns = self.arrays["columns"]
         self.words = None

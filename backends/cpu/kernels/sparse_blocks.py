@@ -6,11 +6,9 @@ lanes. Several rows read slabs: see few_rows.py. Gray, Radford, Kingma: GPU kern
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
@@ -22,7 +20,7 @@ from mcc.backends.cpu.kernels.panels import PanelPlan
 from mcc.backends.cpu.kernels.tiles import parse_tile
 from mcc.backends.cpu.microkernel import Expression, Vectors
 from mcc.backends.kernel import Lowered, Region, SparseArrays
-from mcc.slabs import GROUP
+from mcc.slabs import GROUP, at_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,36 +61,10 @@ class SparseBlocks:
         return dense_reference(region, source, operands)
 
 
-def at_once(block: tuple[int, int]) -> int:
-    """Blocks whose weights lie side by side in one step."""
-    return max(1, GROUP // math.prod(block))
-
-
-def pack_blocks(weight: SparseArrays) -> dict[str, NDArray[Any]]:
-    """Blocks in whole steps of 16 weights at least: narrow ones are filled up with zeros.
-
-    Returns:
-        values: [blocks, height, width]; columns: [blocks]; starts: int32 [rows of blocks + 1], in blocks.
-    """
-    counts, together = np.diff(weight.row_pointers), at_once(weight.block)
-    filled = -(-counts // together) * together
-    starts = np.concatenate([[0], filled.cumsum()])
-    rows = np.repeat(np.arange(len(counts)), counts)
-    places = np.arange(len(rows)) + (starts[:-1] - weight.row_pointers[:-1])[rows]
-    blocks = max(int(starts[-1]), together)  # kernels take no empty arrays
-    values = np.zeros((blocks, *weight.block), weight.values.dtype)
-    columns = np.zeros(blocks, weight.columns.dtype)
-    values[places], columns[places] = weight.values.reshape(-1, *weight.block), weight.columns
-    return {"values": values.reshape(-1), "columns": columns, "starts": starts.astype(np.int32)}
-
-
 class _Body(FewRows):
-    def pack(self, weight: SparseArrays) -> dict[str, NDArray[Any]]:
-        (self.height, self.block_width), self.at_once = weight.block, at_once(weight.block)
-        return pack_blocks(weight)
-
     def multiply(self) -> None:
         """Lanes are the weights of a step."""
+        (self.height, self.block_width), self.at_once = self.block, at_once(self.block)
         vectors = max(1, self.height * self.block_width // GROUP)
 
         def row_of_blocks(g: Expression) -> None:

@@ -35,6 +35,7 @@ from mcc.slabs import (
     PAIR_ARRAYS,
     PLACE_BITS,
     TOGETHER,
+    Derived,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class _Body:
         if not isinstance(self.rows, int):
             assert isinstance(plan.region.weight.sparse, SparseArrays)
             self.many = SlabRows(plan, plan.region.weight.sparse)
-            self.derived = self.many.beside("pairs apart" if steps.apart else "pairs")
+            self.derived = Derived.of("pairs apart" if steps.apart else "pairs", "slabs", self.many.cuts)
             self.packed |= self.derived.made(self.packed)
         self.packed |= plan.channel_arrays()
         self.few = self.rows * steps.weight.size < SERIAL_MACS

@@ -8,17 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from mcc import ops
 from mcc.backends.cpu.kernels.dense import dense_reference
 from mcc.backends.cpu.kernels.few_rows import ONE_VECTOR, narrow, several_rows, sparse_refusal
 from mcc.backends.cpu.kernels.panels import PanelPlan
-from mcc.backends.cpu.kernels.slab_rows import SlabRows
+from mcc.backends.cpu.kernels.slab_rows import SlabRows, elements_of
 from mcc.backends.cpu.kernels.tiles import parse_tile
 from mcc.backends.cpu.microkernel import Expression, Vectors
 from mcc.backends.kernel import Lowered, Region, SparseArrays
-from mcc.slabs import Elements, pack_slabs
+from mcc.slabs import pack_slabs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,9 +51,7 @@ class SparseSlabs:
         assert isinstance(weight, SparseArrays)
         plan = PanelPlan(region, Vectors(target), parse_tile(tile))
         rows = SlabRows(plan, weight)
-        outputs = np.repeat(np.arange(rows.cuts.outputs), np.diff(weight.row_pointers))
-        elements = Elements(weight.values.reshape(-1, *weight.block), outputs, weight.columns)
-        packed = pack_slabs(elements, rows.cuts) | plan.float_starts() | plan.channel_arrays()
+        packed = pack_slabs(elements_of(weight), rows.cuts) | plan.float_starts() | plan.channel_arrays()
 
         def emit(x: Expression, *arrays: Expression) -> None:
             rows.emit(x, dict(zip(packed, arrays, strict=True)))

@@ -27,11 +27,11 @@ from mcc.backends.cpu.kernels.conv_shape import ConvShape
 from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8, pack_panels
 from mcc.backends.cpu.kernels.depthwise import Depthwise
 from mcc.backends.cpu.kernels.low_bit import LowBitDense
-from mcc.backends.cpu.kernels.sparse import SparseDense, pack_groups
+from mcc.backends.cpu.kernels.sparse import SparseDense
 from mcc.backends.cpu.kernels.sparse_slabs import SparseSlabs
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, panel_widths, parse_tile
 from mcc.backends.cpu.microkernel import Parameter, Vectors, compiled_kernel, kernel_function
-from mcc.backends.kernel import Activation, Add, QuantizedInput, Relu, Requantize, SparseArrays, apply_epilogue
+from mcc.backends.kernel import Activation, Add, QuantizedInput, Relu, Requantize, apply_epilogue
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
@@ -184,19 +184,6 @@ def test_pairs_fit_exactly_when_16_bits_hold_their_sum(pairs):
     weight = np.array([[w for pair in pairs for w in pair]], np.int8)
     sums = [max(0, a) * 255 + max(0, b) * 255 for a, b in pairs] + [min(0, a) * 255 + min(0, b) * 255 for a, b in pairs]
     assert pairs_fit(weight) == (max(sums) <= 32767 and min(sums) >= -32768)
-
-
-def test_groups_take_outputs_by_number_of_non_zeros():
-    weight = make_weight((20, 9), "float32", 5, density=0.4).sparse
-    packed = pack_groups(weight)
-    counts = np.diff(weight.row_pointers)
-    assert list(counts[packed["outputs"][:20]]) == sorted(counts, reverse=True)
-    assert packed["group_starts"].tolist() == [0, counts.max(), counts.max() + np.sort(counts)[3]]
-
-
-def test_an_empty_layer_packs_to_something_a_kernel_can_take():
-    empty = SparseArrays(np.zeros(0, np.float32), np.zeros(0, np.uint16), np.zeros(4, np.int32))
-    assert pack_groups(empty)["values"].size == 16
 
 
 @given(st.integers(1, 99), st.integers(1, 9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zipfile
 from dataclasses import replace
 
@@ -18,12 +19,11 @@ import mcc
 from mcc.artifact import WEIGHTS, Contents, Manifest, read_artifact, read_safetensors, write_artifact
 from mcc.backends.cpu.kernels.block_pairs import pack_pairs
 from mcc.backends.cpu.kernels.slab_products import FEWEST_OUTPUTS, MOST_OUTPUTS, SLAB_BYTES, cut
-from mcc.backends.cpu.kernels.sparse import pack_groups
-from mcc.backends.cpu.kernels.sparse_blocks import pack_blocks
+from mcc.backends.cpu.kernels.slab_rows import elements_of
 from mcc.backends.kernel import SparseArrays
 from mcc.errors import ArtifactError
 from mcc.passes.prune_weights import PruneWeights
-from mcc.slabs import PAIR_ARRAYS, SLAB_ARRAYS, Cuts, DerivedSlabs, Elements, pack_slabs
+from mcc.slabs import ARRAYS, PACKED, PAIR_ARRAYS, Cuts, Derived, Elements, at_once, pack_slabs
 from mcc.sparse_formats import BLOCKS
 from mcc.target import missing_features, parse_target
 
@@ -98,14 +98,51 @@ def test_slabs_stay_in_the_nearest_cache_unless_outputs_have_few_elements_in_the
     rows=st.integers(1, 5), columns=st.integers(1, 9), block=st.sampled_from([(1, 1), *BLOCKS]),
     density=st.sampled_from([0.0, 0.1, 1.0]), dtype=st.sampled_from(["float32", "int8"]),
 )  # fmt: skip
-def test_slabs_of_what_kernels_for_one_row_read_hold_the_weight(rows, columns, block, density, dtype):
+def test_what_kernels_for_few_rows_read_is_made_of_slabs_as_of_the_weight(rows, columns, block, density, dtype):
     shape = rows * 7 * block[0], columns * block[1]
     weight = make_weight(shape, dtype, 3, density=density, block=block)
-    form, arrays = ("blocks", pack_blocks(weight.sparse)) if block != (1, 1) else ("groups", pack_groups(weight.sparse))
-    cuts = Cuts(rows * 7, columns, 8, min(5, columns), block)
-    slabs = DerivedSlabs(form, tuple(arrays), SLAB_ARRAYS, cuts).made(arrays)
-    np.testing.assert_array_equal(unpacked(slabs, cuts), weight.decoded())
-    assert slabs["slab_values"].dtype == dtype
+    form, cuts = "groups" if block == (1, 1) else "blocks", Cuts(rows * 7, columns, 8, min(5, columns), block)
+    stored = elements_of(weight.sparse)
+    expected = PACKED[form](stored, cuts)
+    made = Derived.of("slabs", form, cuts).made(pack_slabs(stored, cuts))
+    assert made.keys() == expected.keys() == set(ARRAYS[form])
+    for key, array in expected.items():
+        np.testing.assert_array_equal(made[key], array)
+        assert made[key].dtype == array.dtype
+
+
+@given(
+    outputs=st.integers(1, 70), inputs=st.integers(1, 90), density=st.sampled_from([0.0, 0.05, 0.4, 1.0]),
+    dtype=st.sampled_from(["float32", "int8"]),
+)  # fmt: skip
+def test_groups_take_outputs_by_number_of_elements_and_hold_every_weight_once(outputs, inputs, density, dtype):
+    weight = make_weight((outputs, inputs), dtype, 5, density=density)
+    packed = PACKED["groups"](elements_of(weight.sparse), Cuts(outputs, inputs, outputs, inputs))
+    values, columns, lanes = (packed[key].reshape(-1, 16) for key in ("values", "columns", "outputs"))
+    counts = np.pad(np.diff(weight.sparse.row_pointers), (0, -outputs % 16))
+    assert list(counts[packed["outputs"]]) == sorted(counts, reverse=True)
+    found = np.zeros((len(counts), inputs))
+    for group, (first, end) in enumerate(itertools.pairwise(packed["group_starts"])):
+        assert end - first == counts[lanes[group]].max()
+        np.add.at(found, (np.broadcast_to(lanes[group], (end - first, 16)), columns[first:end]), values[first:end])
+    np.testing.assert_array_equal(found[:outputs], weight.decoded())
+    assert len(values) == max(1, packed["group_starts"][-1])
+
+
+@given(
+    rows=st.integers(1, 9), columns=st.integers(1, 9), block=st.sampled_from(BLOCKS),
+    density=st.sampled_from([0.0, 0.3, 1.0]),
+)  # fmt: skip
+def test_rows_of_blocks_are_filled_up_to_whole_steps(rows, columns, block, density):
+    (high, wide), shape = block, (rows * block[0], columns * block[1])
+    weight = make_weight(shape, "float32", 3, density=density, block=block)
+    packed = PACKED["blocks"](elements_of(weight.sparse), Cuts(rows, columns, rows, columns, block))
+    values, found = packed["values"].reshape(-1, high, wide), np.zeros((rows, columns, high, wide), np.float32)
+    for row, (first, end) in enumerate(itertools.pairwise(packed["starts"])):
+        assert (end - first) % at_once(block) == 0
+        np.add.at(found[row], packed["columns"][first:end], values[first:end])
+    np.testing.assert_array_equal(found.swapaxes(1, 2).reshape(shape), weight.decoded())
+    assert len(values) >= at_once(block)
 
 
 SETTINGS = {"measure": "never", "tuning": "model", "verify": False}
@@ -127,11 +164,13 @@ def test_an_artifact_for_any_number_of_rows_stores_one_form_and_makes_slabs_when
     made.save(tmp_path / "a.mcc")
     held, contents = read_safetensors(memoryview(member(tmp_path / "a.mcc"))), read_artifact(tmp_path / "a.mcc")
     derived = contents.manifest.derived
-    assert [d.form for d in derived] == [form, form.removesuffix(" apart")]
-    of_slabs = {name for d in derived for name in d.slabs}
-    assert len(of_slabs) == 2 * len(SLAB_ARRAYS)
-    assert not of_slabs & set(held)
-    assert of_slabs < set(contents.manifest.weights)
+    pairs = form.startswith("pairs")
+    expected = [(form, "slabs"), ("pairs", "slabs")] if pairs else [("slabs", form)] * 2
+    assert [(d.source, d.form) for d in derived] == expected
+    made_names = {name for d in derived for name in d.makes}
+    assert len(made_names) == 2 * len(ARRAYS[derived[0].form])
+    assert not made_names & set(held)
+    assert made_names < set(contents.manifest.weights)
     stored = sum(array.nbytes for name, array in held.items() if not name.endswith("~shape"))
     assert made.report.passes[-1].size.stored_bytes == stored == sum(row.stored_bytes for row in made.report.layers)
     loaded = mcc.load(tmp_path / "a.mcc")
@@ -146,18 +185,18 @@ def member(path):
 
 
 @pytest.mark.parametrize(("changed", "message"), [
-    ({"cuts": Cuts(0, 64, 16, 64)}, "make no slabs by"), ({"cuts": Cuts(17, 64, 16, 64)}, "make no slabs by"),
-    ({"cuts": Cuts(16, 1 << 20, 16, 64)}, "make no slabs by"), ({"cuts": Cuts(16, 64, 16, 1.5)}, "make no slabs by"),
-    ({"cuts": Cuts(16, 64, 16, 64, (0, 1))}, "make no slabs by"),
-    ({"cuts": Cuts(16, 64, 16, 64, (1, 1, 1))}, "make no slabs by"),
-    ({"cuts": Cuts(16, 64, 16, 64, (4, 4))}, "make no slabs by"), ({"cuts": Cuts(16, 9, 16, 9)}, "with input 15"),
+    ({"cuts": Cuts(0, 64, 16, 64)}, "no weight has"), ({"cuts": Cuts(17, 64, 16, 64)}, "are none of"),
+    ({"cuts": Cuts(16, 1 << 20, 16, 64)}, "are none of"), ({"cuts": Cuts(16, 64, 16, 1.5)}, "no weight has"),
+    ({"cuts": Cuts(16, 64, 16, 64, (0, 1))}, "no weight has"), ({"cuts": Cuts(16, 9, 16, 9)}, "an element 15 of 9"),
+    ({"cuts": Cuts(16, 64, 16, 64, (1, 1, 1))}, "no weight has"), ({"cuts": Cuts(16, 64, 16, 64, (4, 4))}, "are none of"),
+    ({"source": "slabs"}, "runs of elements are none of"), ({"source": "heaps"}, "'heaps'"),
     ({"form": "heaps"}, "'heaps'"),
     ({"read": ("a", "b", "c", "d", "none")}, "'none'"),
 ])  # fmt: skip
 def test_slabs_that_cannot_be_made_are_refused(tmp_path, changed, message):
     steps = pack_pairs(np.eye(16, 64, dtype=np.float32))
     weights = {name: getattr(steps, key) for name, key in zip("abcde", PAIR_ARRAYS, strict=True)}
-    derived = DerivedSlabs("pairs", tuple("abcde"), tuple("vwxyz"), Cuts(16, 64, 16, 64))
+    derived = Derived("pairs", tuple("abcde"), "slabs", tuple("vwxyz"), Cuts(16, 64, 16, 64))
 
     def write(derived):
         path, empty = tmp_path / "a.mcc", Manifest((), (), None, "cpu:avx2", (), "", tuple("abcde"), {}, {})
