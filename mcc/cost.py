@@ -85,6 +85,12 @@ class WeightExpression:
         return int(torch.count_nonzero(self.values))
 
     @property
+    def grouped(self) -> bool:
+        """Whether groups of a row's inputs have scales of their own."""
+        scale = None if self.quantizer is None else self.quantizer.operand(1)
+        return scale is not None and len(scale.shape) > 1
+
+    @property
     def rounds(self) -> bool:
         """Whether the stored tensor is float32 that stands for bfloat16."""
         return self.rounded is not None and self.rounded.op is ops.ROUND_BFLOAT16

@@ -18,7 +18,6 @@ from mcc.rewrite import Rewriter
 from mcc.sparse_formats import Form, encode_n_of_m, encode_sparse, form_among, smallest_form
 
 _TOPS = (ops.MUL, ops.FAKE_QUANTIZE, ops.FAKE_CODEBOOK, ops.ROUND_BFLOAT16)
-GROUPED = 2  # dims of scales that belong to groups of inputs
 SparseVerdict = Callable[[Node, float, Form], str | None]
 """Given an op, its weight's density and form: why the backend would rather have the weight dense, or None if not."""
 
@@ -98,14 +97,8 @@ def _sparse_form(expression: WeightExpression, stored: Tensor) -> Form | None:
     bits = 8 * stored.element_size()
     if expression.quantizer is not None and expression.quantizer.op is not ops.FAKE_CODEBOOK:
         bits = code_bits(expression.quantizer)
-    among = form_among(expression.mask, bits) if _in_groups(expression) else None
+    among = form_among(expression.mask, bits) if expression.grouped else None
     return among or smallest_form(expression.mask, bits)
-
-
-def _in_groups(expression: WeightExpression) -> bool:
-    """Whether groups of a row's inputs have scales of their own."""
-    scale = None if expression.quantizer is None else expression.quantizer.operand(1)
-    return scale is not None and len(scale.shape) == GROUPED
 
 
 def _read_without_zeros(
@@ -167,7 +160,7 @@ def _dense_reason(
         zero_point = expression.quantizer.operand(2)
         if zero_point is not None and bool(zero_point.tensor.any()):
             return "stored dense: its zeros are not code 0"
-        if _in_groups(expression) and not form.among:
+        if expression.grouped and not form.among:
             return "stored dense: of weights whose groups have scales, kernels read N of M alone"
         dense_bytes = packed_bytes(stored.numel(), code_bits(expression.quantizer))
     if form.stored_bytes >= dense_bytes:

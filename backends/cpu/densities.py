@@ -195,21 +195,14 @@ def _rows(node: Node, form: Form) -> tuple[str, str]:
     """What a linear layer is to `DENSEST`, and in words."""
     rows = math.prod(extent(s) for s in node.shape[:-1])
     kind = "few rows" if rows < SOME_ROWS else "rows" if rows < MANY_ROWS else "many rows"
-    weight = node.weight_operand
-    if form.among and weight is not None and _in_groups(weight):
+    weight = weight_expression(node.weight_operand)
+    if form.among and weight is not None and weight.grouped:
         return ("few rows in groups" if rows < FEWEST_IN_GROUPS else "rows in groups"), f"{rows} rows and {form}"
     if form.among:
         return "blocks", str(form)
     if form.rows < TALL:
         return kind, f"{rows} rows"
     return ("few rows of blocks" if kind == "few rows" else "blocks"), f"{rows} rows and {form}"
-
-
-def _in_groups(weight: Node) -> bool:
-    """Whether groups of a row's inputs have scales of their own."""
-    expression = weight_expression(weight)
-    scale = None if expression is None or expression.quantizer is None else expression.quantizer.operand(1)
-    return scale is not None and len(scale.shape) > 1
 
 
 def _refused_windows(node: Node) -> str | None:

@@ -1,6 +1,7 @@
 """Sparse linear layers of few rows, read one by one, or of any number: several are read by slabs then.
 
-An artifact for any number of rows has two forms of such a weight; slabs are made when it is loaded: see mcc/slabs.py.
+An artifact for any number of rows has two forms of such a weight; that for few rows is made of slabs when it is loaded:
+see mcc/slabs.py.
 """
 
 from __future__ import annotations

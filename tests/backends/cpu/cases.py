@@ -94,7 +94,7 @@ def cases(draw: Any, family: str, target: Target) -> Case:
 
 
 @st.composite
-def epilogues(draw: Any, *, operands: bool = True) -> tuple[Any, ...]:
+def epilogues(draw: Any) -> tuple[Any, ...]:
     """Up to three steps in any order, then perhaps a requantize."""
     step = st.one_of(
         st.just(Relu()),
@@ -102,10 +102,9 @@ def epilogues(draw: Any, *, operands: bool = True) -> tuple[Any, ...]:
         st.builds(Activation, st.sampled_from(ACTIVATIONS)),
         st.builds(Scale, st.sampled_from([-0.5, 1.702])),
     )
-    if operands:
-        codes = st.builds(QuantizedInput, st.just(0.03), st.integers(0, 255))
-        kinds = st.sampled_from([Add, Multiply])
-        step = st.one_of(step, st.builds(lambda kind, c: kind(OTHER, c), kinds, st.one_of(st.none(), codes)))
+    codes = st.builds(QuantizedInput, st.just(0.03), st.integers(0, 255))
+    kinds = st.sampled_from([Add, Multiply])
+    step = st.one_of(step, st.builds(lambda kind, c: kind(OTHER, c), kinds, st.one_of(st.none(), codes)))
     steps = draw(st.lists(step, max_size=3))
     if draw(st.booleans()):
         low, high = draw(st.sampled_from([(0, 255), (0, 255), (3, 200), (0, 127)]))
