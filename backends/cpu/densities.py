@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mcc import ops
 from mcc.backends.cpu.integerize import permutes_codes, quantized_source
-from mcc.backends.cpu.kernels.byte_windows import BLOCKS, WINDOW
+from mcc.backends.cpu.kernels.byte_windows import BLOCKS, LARGE, SMALL, SMALL_OF_WORDS, steps_of
 from mcc.backends.cpu.kernels.pixel_tiles import MOST_PLANES
 from mcc.backends.cpu.kernels.sparse_rows import unpermuted
 from mcc.backends.kernel import SparseArrays
@@ -30,7 +30,8 @@ _ONE_VALUE = ("pointwise", "compression")
 FEW_PIXELS = 16  # of an image, one vector
 FEWEST_INPUTS = 4  # of an output: with fewer there is too little to leave out
 UNSURE = 1.5  # times a limit, or a limit by it: between, kernels are timed where they can be
-# the density below which a sparse kernel overtakes the dense one, whose integer form has instructions of its own
+# the density below which a sparse kernel overtakes the dense one, whose integer form has instructions of its own;
+# "parts" is reckoned from "permuted", by how full steps are: no such CPU has been timed
 DENSEST = {
     "float": {
         "few rows": 0.2,
@@ -80,6 +81,28 @@ DENSEST = {
         "windows": 0.33,
         "windows of blocks": 0.4,
     },
+    "words": {
+        "few rows": 0.25,
+        "few rows of blocks": 0.25,
+        "rows": 0.3,
+        "many rows": 0.3,
+        "blocks": 0.33,
+        "few pixels": 0.25,
+        "pixels": 0.3,
+        "windows": 0.3,
+        "windows of blocks": 0.33,
+    },
+    "parts": {
+        "few rows": 0.2,
+        "few rows of blocks": 0.3,
+        "rows": 0.2,
+        "many rows": 0.2,
+        "blocks": 0.3,
+        "few pixels": 0.2,
+        "pixels": 0.2,
+        "windows": 0.2,
+        "windows of blocks": 0.3,
+    },
     "tiles": {
         "few rows": 0.05,
         "few rows of blocks": 0.15,
@@ -92,14 +115,15 @@ DENSEST = {
         "windows of blocks": 0.01,
     },
 }
+PERMUTED = {LARGE: "permuted", SMALL: "parts", SMALL_OF_WORDS: "words"}  # in steps of these
 
 
 def prefer_dense(node: Node, density: float, form: Form, target: Target, tuning: Tuning = "model") -> str | None:
     """Why a weight of this density had better be read dense for this op, or None if a sparse kernel gains by it.
 
-    Measured on AVX2, AVX-512, AMX and, where bytes are permuted, a Zen 4: see `DENSEST` and tests/bench/sparse.py. A
-    weight read dense is still stored without its zeros. Where kernels are timed, linear layers not far beyond a limit
-    count as gaining: `select` will time both.
+    Measured on AVX2, AVX-512 and AMX: see `DENSEST` and tests/bench/sparse.py; where bytes are permuted on a Zen 4 and,
+    16 at a time, on a Zen 3. A weight read dense is still stored without its zeros. Where kernels are timed, linear
+    layers not far beyond a limit count as gaining: `select` will time both.
     """
     if node.op is ops.EMBEDDING and form.among:
         return f"no embedding reads rows of {form}"
@@ -112,7 +136,7 @@ def prefer_dense(node: Node, density: float, form: Form, target: Target, tuning:
     codes = _gives_codes(source)
     if codes and form.among:
         return f"no kernel multiplies codes by weights of {form}"
-    permuted = codes and target.permutes_bytes and _permuted(node, form)
+    permuted = codes and _permuted(node, form, target)
     if codes and not permuted and (reason := _no_integers(node, source, form, target)):
         return reason
     limit, what = _limit(node, form, target, codes=codes)
@@ -138,8 +162,8 @@ def _limit(node: Node, form: Form, target: Target, *, codes: bool) -> tuple[floa
     source = node.operand(0)
     assert source is not None
     if codes:
-        permuted = target.permutes_bytes and _permuted(node, form)
-        precision = "permuted" if permuted else "dot4" if target.exact_dot4 else "int8"
+        steps = steps_of(target) if _permuted(node, form, target) else None
+        precision = PERMUTED[steps] if steps else "dot4" if target.exact_dot4 else "int8"
         return DENSEST["tiles" if target.tiles else precision][kind], what
     if kind == "few rows" and unpermuted(int(source.shape[-1]), source.shape[:-1], target) is None:
         alone = all(isinstance(size, int) and size == 1 for size in source.shape[:-1])
@@ -154,13 +178,14 @@ def _gives_codes(source: Node) -> bool:
     return source.op is ops.FAKE_QUANTIZE_PER_TOKEN or quantized_source(source)[0] is not None
 
 
-def _permuted(node: Node, form: Form) -> bool:
+def _permuted(node: Node, form: Form, target: Target) -> bool:
     """Whether a layer's codes can be permuted as bytes."""
+    steps = steps_of(target)
     weight = node.weight_operand
     assert weight is not None
-    if (form.rows, form.columns) not in BLOCKS:
+    if (form.rows, form.columns) not in BLOCKS or steps is None:
         return False
-    return permutes_codes(node) if node.op is ops.CONV2D else int(weight.shape[1]) >= WINDOW
+    return permutes_codes(node, target) if node.op is ops.CONV2D else int(weight.shape[1]) >= steps.window
 
 
 def _no_integers(node: Node, source: Node, form: Form, target: Target) -> str | None:
@@ -169,9 +194,11 @@ def _no_integers(node: Node, source: Node, form: Form, target: Target) -> str | 
         return "no sparse kernel quantizes the rows it reads"
     if node.op is not ops.CONV2D:
         return None
+    if not all(isinstance(size, int) for size in source.shape[1:]):
+        return "its height or width varies, and codes of such images lie with channels last"
     if (beside := _single_channels_beside(node)) is not None:
         return f"{beside.layer} beside it has single channels, and codes of those lie with channels last"
-    if target.permutes_bytes and (form.rows, form.columns) in BLOCKS:
+    if steps_of(target) is not None and (form.rows, form.columns) in BLOCKS:
         return "few of its codes lie side by side, and those of other layers lie with channels last"
     return None
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from mcc import ops
 from mcc.backends.cpu.integer_sums import codes_sum_exactly
-from mcc.backends.cpu.kernels.byte_windows import WINDOW, stored_apart
+from mcc.backends.cpu.kernels.byte_windows import steps_of, stored_apart
 from mcc.backends.cpu.kernels.sparse_codes_conv import codes_of_a_run
 from mcc.backends.cpu.tokens import refusal as attention_refusal
 from mcc.backends.kernel import (
@@ -87,12 +87,13 @@ def reads_sparse(node: Node, target: Target) -> bool:
         return False
     if weight.dtype != "int8" or quantized_source(source)[0] is None:
         return True
-    permuted = target.permutes_bytes and stored_apart(weight.sparse) and permutes_codes(node)
+    permuted = stored_apart(weight.sparse) and permutes_codes(node, target)
     return codes_sum_exactly(weight) and not permuted
 
 
-def permutes_codes(node: Node) -> bool:
+def permutes_codes(node: Node, target: Target) -> bool:
     """Whether a convolution reads enough codes side by side for them to be permuted as bytes."""
+    steps = steps_of(target)
     weight, source = node.weight_operand, node.operand(0)
     assert weight is not None
     assert source is not None
@@ -100,7 +101,8 @@ def permutes_codes(node: Node) -> bool:
     fixed = all(isinstance(s, int) for s in source.shape[1:])
     down, across = tuple_of(node.argument(5, 1), 2)
     alone = int(node.argument(6, 1)) == 1
-    return fixed and alone and codes_of_a_run(inputs, (rows, columns), (down, across)) >= WINDOW
+    side_by_side = codes_of_a_run(inputs, (rows, columns), (down, across))
+    return fixed and alone and steps is not None and side_by_side >= steps.window
 
 
 def depthwise(node: Node) -> bool:

@@ -407,7 +407,7 @@ class Vectors:
         if bounded:
             return accumulator + self._pairs_of_bytes(unsigned, signed)
         (a0, a1), (b0, b1) = self._even_odd_unsigned(unsigned), self._even_odd_signed(signed)
-        return accumulator + self._pairs_of_words(a0, b0) + self._pairs_of_words(a1, b1)
+        return accumulator + self.pairs_of_words(a0, b0) + self.pairs_of_words(a1, b1)
 
     def dot2(self, accumulator: Expression, a: Expression, b: Expression) -> Expression:
         """Add two products of bfloat16 to each float32 lane; pairs as int32 words, see kernels/bfloat16.py."""
@@ -443,9 +443,10 @@ class Vectors:
         name = _PAIRS_OF_BYTES[n]
         a, b = (T.reinterpret(f"int8x{4 * n}", v) for v in (unsigned, signed))
         words = tirx.call_llvm_pure_intrin(f"int16x{2 * n}", name, a, b)
-        return self._pairs_of_words(words, T.broadcast(T.int16(1), 2 * n))
+        return self.pairs_of_words(words, T.broadcast(T.int16(1), 2 * n))
 
-    def _pairs_of_words(self, a: Expression, b: Expression) -> Expression:
+    def pairs_of_words(self, a: Expression, b: Expression) -> Expression:
+        """The sums of the two products of neighbouring words, in int32 lanes."""
         n = self.lanes
         name = _PAIRS_OF_WORDS[n]
         return tirx.call_llvm_pure_intrin(f"int32x{n}", name, a, b)

@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.integer_sums import sums_overflow
-from mcc.backends.cpu.kernels.byte_windows import QUAD, STEPS, WINDOW, add_windows, refusal
+from mcc.backends.cpu.kernels.byte_windows import add_windows, refusal, steps_of
 from mcc.backends.cpu.kernels.dense import IntegerBody, dense_reference
 from mcc.backends.cpu.kernels.dense_per_token import PerTokenBody, per_token_reference
 from mcc.backends.cpu.kernels.panels import PanelPlan
@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 
     from mcc.target import Target
 
-TILES = tuple(str(TileShape(rows, 1)) for rows in (12, 8, 16))
+WORD = 4  # codes of a row that stand together
+TILES = {
+    registers: tuple(str(TileShape(rows, 1)) for rows in sizes)
+    for registers, sizes in ((32, (12, 8, 16)), (16, (12, 8, 6)))
+}
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ class SparseCodes:
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """Rows that share what they are permuted by."""
-        del region, target
-        return TILES
+        del region
+        return TILES[target.vector_registers]
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text."""
@@ -75,8 +79,8 @@ class SparsePerToken:
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """As for codes with one scale."""
-        del region, target
-        return TILES
+        del region
+        return TILES[target.vector_registers]
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text; all rows become codes first."""
@@ -89,8 +93,7 @@ class SparsePerToken:
 
 def _refusal(region: Region, target: Target) -> str | None:
     """Why no row's codes are permuted for a region, or None."""
-    few = f"it has fewer than {WINDOW} inputs" if region.weight.shape[1] < WINDOW else None
-    return refusal(region.weight, target) or few or sums_overflow(region)
+    return refusal(region.weight, target, region.weight.shape[1]) or sums_overflow(region)
 
 
 def _plan(region: Region, target: Target, tile: str) -> PanelPlan:
@@ -109,7 +112,9 @@ class _Windows(IntegerBody):
         super().__init__(plan, tiled=False)
         weight, lanes = plan.region.weight, plan.vectors.lanes
         rows = np.pad(weight.decoded(), ((0, plan.padded_outputs - plan.outputs), (0, 0)))
-        self.steps = STEPS.pack([(0, rows.reshape(-1, lanes, plan.inputs))], weight.sparse)
+        steps = steps_of(plan.vectors.target)
+        assert steps is not None
+        self.steps = steps.pack([(0, rows.reshape(-1, lanes, plan.inputs))], weight.sparse)
         plan.products = self.steps["weight"].size
 
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -147,6 +152,6 @@ class _PerTokenWindows(_Windows, PerTokenBody):
     def take(self, x: Expression, rows: Expression) -> None:
         """Make the codes of all rows."""
         PerTokenBody.take(self, x, rows)
-        self.pitch = self.groups * QUAD
+        self.pitch = self.groups * WORD
         if self.code_words is not None:
             self.codes = flat(self.code_words, rows * self.pitch, "uint8")

@@ -13,7 +13,7 @@ import tvm.tirx.script.builder.ir as B
 
 from mcc import ops
 from mcc.backends.cpu.integer_sums import sums_overflow
-from mcc.backends.cpu.kernels.byte_windows import STEPS, WINDOW, add_windows, refusal
+from mcc.backends.cpu.kernels.byte_windows import add_windows, refusal, steps_of
 from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv2d_loops import BYTES, Block, IntegerConvolution, Tile
 from mcc.backends.cpu.kernels.conv_shape import conv_shape
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
     from mcc.target import Target
 
-TILES = tuple(str(TileShape(pixels, 1)) for pixels in (12, 8, 14))
+TILES = {
+    registers: tuple(str(TileShape(pixels, 1)) for pixels in sizes)
+    for registers, sizes in ((32, (12, 8, 14)), (16, (12, 8, 6)))
+}
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,12 @@ class SparseCodesConv2d:
         if shape.varies or shape.groups > 1:
             return "its height or width varies, or it has groups"
         side_by_side = codes_of_a_run(shape.inputs, shape.kernel, shape.dilation)
-        few = f"fewer than {WINDOW} codes lie side by side" if side_by_side < WINDOW else None
-        return refusal(region.weight, target) or few or sums_overflow(region)
+        return refusal(region.weight, target, side_by_side) or sums_overflow(region)
 
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """Pixels that share what they are permuted by."""
-        del region, target
-        return TILES
+        del region
+        return TILES[target.vector_registers]
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text."""
@@ -81,8 +83,10 @@ class _Windows(IntegerConvolution):
 
     def pack_weight(self) -> dict[str, NDArray[Any]]:
         """The steps."""
+        steps = steps_of(self.v.target)
+        assert steps is not None
         ordered = self.plain_weight()[self._lanes()]  # [vector, lane, in, kernel row, kernel column]
-        return STEPS.pack(self._runs(ordered.transpose(3, 0, 1, 4, 2)), self.region.weight.sparse)
+        return steps.pack(self._runs(ordered.transpose(3, 0, 1, 4, 2)), self.region.weight.sparse)
 
     def _runs(self, weight: NDArray[Any]) -> list[tuple[int, NDArray[Any]]]:
         """The runs of codes that a pixel reads, of weights [kernel row, vector, lane, kernel column, in]."""
@@ -112,4 +116,5 @@ class _Windows(IntegerConvolution):
     def accumulate(self, tile: Tile) -> None:
         """See `Convolution`."""
         rows = [B.Bind(tile.corner + self.pixel_offset(pixel)) for pixel in tile.pixels]
-        add_windows(self.v, self.arrays, tile.vector, (tile.source, rows), [sums[0] for sums in tile.sums])
+        sums = [sums[0] for sums in tile.sums]
+        add_windows(self.v, self.arrays, tile.vector, (tile.source, rows), sums)

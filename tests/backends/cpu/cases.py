@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from regions import Symbolic, Value, make_grouped_weight, make_region, make_table_weight, make_weight
 
 from mcc import ops
-from mcc.backends.cpu.kernels.byte_windows import WINDOW
+from mcc.backends.cpu.kernels.byte_windows import steps_of
 from mcc.backends.cpu.kernels.conv2d import Conv2dFloat, Conv2dInt8
 from mcc.backends.cpu.kernels.dense import DenseFloat, DenseInt8
 from mcc.backends.cpu.kernels.dense_per_token import DensePerToken
@@ -200,12 +200,11 @@ def _sparse(draw: Any, target: Target, *, blocks: bool) -> tuple[Kernel, Region,
 
 @st.composite
 def _sparse_codes(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
-    del target
     block = draw(st.sampled_from([(1, 1), (16, 1)]))
     outputs = block[0] * draw(st.integers(1, 70 // block[0]))
-    inputs = draw(st.one_of(st.sampled_from([64, 128, 256]), st.integers(64, 300)))
-    density = draw(st.sampled_from([0.0, 0.02, 0.1, 0.4, 1.0]))
-    weight = make_weight((outputs, inputs), "int8", 3, density=density, block=block)
+    inputs = draw(st.one_of(st.sampled_from([64, 128, 256]), st.integers(_window(target), 300)))
+    density, limit = draw(st.sampled_from([0.0, 0.02, 0.1, 0.4, 1.0])), draw(st.sampled_from([63, 127]))
+    weight = make_weight((outputs, inputs), "int8", 3, limit, density=density, block=block)
     rows, steps, bias = draw(st.sampled_from([Symbolic(), 1, 3])), draw(epilogues()), draw(st.booleans())
     activation = draw(st.one_of(st.just(PER_TOKEN), zero_points.map(lambda z: QuantizedInput(0.02, z))))
     region = make_region(ops.LINEAR, (rows, inputs), weight, steps, activation, bias=bias)
@@ -312,16 +311,23 @@ def _conv2d(draw: Any, target: Target, family: str) -> tuple[Kernel, Region, lis
     return kernel, region, [(1, *larger, inputs), *((n, *image, inputs) for n in (1, 2, 5, 0))]
 
 
+def _window(target: Target) -> int:
+    """Codes of which those of a step are picked."""
+    steps = steps_of(target)
+    assert steps is not None
+    return steps.window
+
+
 @st.composite
 def _sparse_codes_conv2d(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
-    del target
     image = (draw(st.integers(1, 15)), draw(st.integers(1, 20)))
     size, stride, padding, dilation = draw(_windows(image))
-    fewest = -(-WINDOW // codes_of_a_run(1, size, (dilation[0], dilation[1])))
+    fewest = -(-_window(target) // codes_of_a_run(1, size, (dilation[0], dilation[1])))
     inputs = max(fewest, draw(st.one_of(st.sampled_from([64, 128]), st.integers(fewest, fewest + 70))))
     block = draw(st.sampled_from([(1, 1), (16, 1)]))
     outputs, density = block[0] * draw(st.integers(1, 70 // block[0])), draw(st.sampled_from([0.0, 0.02, 0.1, 0.4]))
-    weight = make_weight((outputs, inputs, *size), "int8", 4, density=density, block=block)
+    limit = draw(st.sampled_from([63, 127]))
+    weight = make_weight((outputs, inputs, *size), "int8", 4, limit, density=density, block=block)
     activation = QuantizedInput(0.02, draw(zero_points))
     region = make_region(
         ops.CONV2D_NHWC, (Symbolic(), *image, inputs), weight, draw(epilogues()), activation,

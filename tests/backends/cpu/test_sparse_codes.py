@@ -12,25 +12,29 @@ from torch import nn
 
 import mcc
 from mcc import Data, ops
-from mcc.backends.cpu.kernels.byte_windows import QUAD, STEPS, WINDOW
+from mcc.backends.cpu.kernels.byte_windows import LARGE, SMALL, SMALL_OF_WORDS
 from mcc.backends.cpu.kernels.sparse_codes import SparseCodes, SparsePerToken
 from mcc.backends.cpu.kernels.sparse_codes_conv import SparseCodesConv2d
 from mcc.backends.kernel import PER_TOKEN, QuantizedInput
 from mcc.passes import PruneWeights, Quantize
 from mcc.target import missing_features, parse_target
 
-TARGET = parse_target("cpu:avx512vbmi")
+TARGET, NARROW = parse_target("cpu:avx512vbmi"), parse_target("cpu:avx2")
 LANES = 16
+STEPS = st.sampled_from([LARGE, SMALL, SMALL_OF_WORDS])
 CODES_KERNEL = SparseCodes()
 CODES = QuantizedInput(0.1, 3)
 SINGLE, COLUMNS = (make_weight((16, 64), "int8", 0, density=0.1, block=b).sparse for b in ((1, 1), (16, 1)))
-RUNS_HERE = pytest.mark.skipif(bool(missing_features(TARGET)), reason="this CPU permutes no bytes")
+HERE = pytest.mark.parametrize("target", [
+    pytest.param(t, marks=pytest.mark.skipif(bool(missing_features(t)), reason=f"this CPU is no {t}"))
+    for t in map(parse_target, ("cpu:avx2", "cpu:avx512", "cpu:avx512vnni", "cpu:avx512vbmi"))
+])  # fmt: skip
 
 
-def dense(arrays, outputs, inputs):
+def dense(arrays, steps, outputs, inputs):
     """The weight that the steps multiply."""
     weight = np.zeros((-(-outputs // LANES) * LANES, inputs), np.int32)
-    weights, places = (arrays[key].reshape(-1, LANES, QUAD) for key in ("weight", "places"))
+    weights, places = (arrays[key].reshape(-1, LANES, steps.together) for key in ("weight", "places"))
     for vector, (begin, end) in enumerate(zip(arrays["first_steps"], arrays["first_steps"][1:], strict=False)):
         for step in range(begin, end):
             inputs_read = arrays["windows"][step] + places[step].astype(np.int64)
@@ -43,23 +47,24 @@ def by_vectors(weight):
     return [(0, np.pad(weight, ((0, -len(weight) % LANES), (0, 0))).reshape(-1, LANES, weight.shape[1]))]
 
 
-@given(st.integers(1, 40), st.integers(WINDOW, 300), st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]), st.integers(0, 99))
-def test_windows_hold_every_weight_once_and_stay_within_the_row(outputs, inputs, density, seed):
+@given(STEPS, st.integers(1, 40), st.integers(0, 236), st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]), st.integers(0, 99))
+def test_windows_hold_every_weight_once_and_stay_within_the_row(steps, outputs, more, density, seed):
+    inputs = steps.window + more
     weight = make_weight((outputs, inputs), "int8", seed, density=density).decoded()
-    arrays = STEPS.pack(by_vectors(weight), SINGLE)
-    np.testing.assert_array_equal(dense(arrays, outputs, inputs), weight)
-    assert arrays["places"].max() < WINDOW
+    arrays = steps.pack(by_vectors(weight), SINGLE)
+    np.testing.assert_array_equal(dense(arrays, steps, outputs, inputs), weight)
+    assert arrays["places"].max() < steps.window
     assert arrays["windows"].min() >= 0
-    assert arrays["windows"].max() <= inputs - WINDOW
+    assert arrays["windows"].max() <= inputs - steps.window
 
 
 def test_an_output_takes_its_next_four_weights_of_the_window_that_another_waits_for():
     """Two outputs: one with weights 0 to 4, one with weights 31 and 100; of 128 inputs."""
     weight = np.zeros((LANES, 128), np.int8)
     weight[0, :5], weight[1, [31, 100]] = range(1, 6), (6, 7)
-    arrays = STEPS.pack([(0, weight[None])], SINGLE)
+    arrays = LARGE.pack([(0, weight[None])], SINGLE)
     assert arrays["windows"].tolist() == [0, 0, 64]
-    weights, places = (arrays[key].reshape(3, LANES, QUAD)[:, :2].tolist() for key in ("weight", "places"))
+    weights, places = (arrays[key].reshape(3, LANES, 4)[:, :2].tolist() for key in ("weight", "places"))
     assert weights == [[[1, 2, 3, 4], [6, 0, 0, 0]], [[5, 0, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [7, 0, 0, 0]]]
     assert places == [[[0, 1, 2, 3], [31, 0, 0, 0]], [[4, 0, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [36, 0, 0, 0]]]
 
@@ -67,7 +72,7 @@ def test_an_output_takes_its_next_four_weights_of_the_window_that_another_waits_
 def test_runs_of_codes_begin_where_they_lie_from_the_first():
     """Two rows of an image, 1,000 codes apart; the second vector of outputs reads nothing of the first."""
     ones, nothing = np.ones((LANES, 64), np.int8), np.zeros((LANES, 64), np.int8)
-    arrays = STEPS.pack([(0, np.stack([ones, nothing])), (1000, np.stack([ones, ones]))], SINGLE)
+    arrays = LARGE.pack([(0, np.stack([ones, nothing])), (1000, np.stack([ones, ones]))], SINGLE)
     assert arrays["windows"].tolist() == [0] * 16 + [1000] * 16 + [1000] * 16
     assert arrays["first_steps"].tolist() == [0, 32, 48]
 
@@ -76,10 +81,10 @@ def test_columns_of_sixteen_store_the_places_of_all_lanes_once():
     """A zero within a column is a weight as any other."""
     weight = np.zeros((LANES, 128), np.int8)
     weight[:, [3, 40, 41, 42, 90]] = np.arange(80).reshape(LANES, 5)
-    arrays = STEPS.pack([(0, weight[None])], COLUMNS)
+    arrays = LARGE.pack([(0, weight[None])], COLUMNS)
     assert arrays["windows"].tolist() == [0, 64]
-    assert arrays["places"].reshape(-1, QUAD).tolist() == [[3, 40, 41, 42], [26, 0, 0, 0]]
-    assert arrays["weight"].reshape(-1, LANES, QUAD)[0].tolist() == weight[:, [3, 40, 41, 42]].tolist()
+    assert arrays["places"].reshape(-1, 4).tolist() == [[3, 40, 41, 42], [26, 0, 0, 0]]
+    assert arrays["weight"].reshape(-1, LANES, 4)[0].tolist() == weight[:, [3, 40, 41, 42]].tolist()
 
 
 def test_why_it_takes_no_other_layers():
@@ -88,8 +93,10 @@ def test_why_it_takes_no_other_layers():
         return kernel.refuses(make_region(ops.LINEAR, (4, inputs), weight, (), activation), target)
 
     assert refusal() is None
-    assert refusal(target=parse_target("cpu:avx512vnni")) == "cpu:avx512vnni permutes no bytes"
-    assert refusal(inputs=63) == "it has fewer than 64 inputs"
+    assert refusal(target=parse_target("cpu:neon")) == "cpu:neon permutes no bytes"
+    assert refusal(inputs=63) == "fewer than 64 codes lie side by side"
+    assert refusal(inputs=63, target=NARROW) is None
+    assert refusal(inputs=15, target=NARROW) == "fewer than 16 codes lie side by side"
     assert refusal(density=None) == "the weight is not stored by single elements or columns of 16"
     assert refusal(block=(4, 4)) == "the weight is not stored by single elements or columns of 16"
     assert refusal(activation=PER_TOKEN) == "the activations are not codes with one scale"
@@ -106,7 +113,9 @@ def compiled(model, x, target, ratio, activations="int8", **options):
 
 @pytest.mark.parametrize(("target", "ratio", "inputs", "kernel"), [
     ("cpu:avx512vbmi", 0.7, 256, "sparse_codes"), ("cpu:avx512vbmi", 0.5, 256, "dense_int8"),
-    ("cpu:avx512vbmi", 0.95, 48, "sparse_slabs"), ("cpu:avx512vnni", 0.7, 256, "dense_int8"),
+    ("cpu:avx512vbmi", 0.95, 48, "sparse_slabs"), ("cpu:avx512vnni", 0.82, 256, "sparse_codes"),
+    ("cpu:avx512vnni", 0.75, 256, "dense_int8"), ("cpu:avx2", 0.75, 256, "sparse_codes"),
+    ("cpu:avx2", 0.65, 256, "dense_int8"), ("cpu:avx2", 0.95, 14, "sparse_slabs"),
 ])  # fmt: skip
 def test_which_densities_are_read_by_windows(target, ratio, inputs, kernel):
     torch.manual_seed(0)
@@ -114,12 +123,12 @@ def test_which_densities_are_read_by_windows(target, ratio, inputs, kernel):
     assert [row.kernel.split()[0] for row in artifact.report.layers] == [kernel]
 
 
-@RUNS_HERE
+@HERE
 @pytest.mark.parametrize(("activations", "kernel"), [("int8", "sparse_codes"), ("dynamic", "sparse_per_token")])
-def test_a_pruned_and_quantized_network_gives_what_its_graph_gives(activations, kernel):
+def test_a_pruned_and_quantized_network_gives_what_its_graph_gives(target, activations, kernel):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(100, 70), nn.ReLU(), nn.Linear(70, 65), nn.GELU(), nn.Linear(65, 9)).eval()
-    artifact = compiled(model, torch.randn(21, 100), TARGET, 0.8, activations, dynamic_shapes=({0: "batch"},))
+    artifact = compiled(model, torch.randn(21, 100), target, 0.82, activations, dynamic_shapes=({0: "batch"},))
     assert [row.kernel.split()[0] for row in artifact.report.layers] == [kernel] * 3
     x = torch.randn(33, 100)
     for rows in (1, 2, 7, 33):
@@ -164,7 +173,8 @@ def test_which_convolutions_are_read_by_windows():
     few = "fewer than 64 codes lie side by side"
     assert [refusal_of_convolution(*c) for c in ((63, (1, 1)), (21, (3, 3)), (22, (1, 3)))] == [few] * 3
     assert refusal_of_convolution(22, (3, 3), dilation=(1, 2)) == few
-    assert refusal_of_convolution(64, (1, 1), parse_target("cpu:avx512vnni")) == "cpu:avx512vnni permutes no bytes"
+    assert refusal_of_convolution(64, (1, 1), parse_target("cpu:neon")) == "cpu:neon permutes no bytes"
+    assert refusal_of_convolution(3, (7, 7), NARROW) is None
     assert (
         refusal_of_convolution(64, (1, 1), block=(8, 1))
         == "the weight is not stored by single elements or columns of 16"
@@ -190,7 +200,7 @@ class Blocks(nn.Module):
 
 @pytest.mark.parametrize(("target", "kernels"), [
     ("cpu:avx512vbmi", ["conv2d_int8", "sparse_codes_conv2d", "depthwise_int8", *["sparse_codes_conv2d"] * 2]),
-    ("cpu:avx512vnni", ["conv2d_int8", "conv2d_int8", "depthwise_int8", "conv2d_int8", "sparse_conv2d"]),
+    ("cpu:avx2", ["conv2d_int8", "sparse_codes_conv2d", "depthwise_int8", *["sparse_codes_conv2d"] * 2]),
 ])  # fmt: skip
 def test_convolutions_of_codes_lie_with_channels_last_where_bytes_are_permuted(target, kernels):
     torch.manual_seed(0)
@@ -198,18 +208,17 @@ def test_convolutions_of_codes_lie_with_channels_last_where_bytes_are_permuted(t
     assert [row.kernel.split()[0] for row in artifact.report.layers] == kernels
 
 
-@RUNS_HERE
-def test_a_network_of_sparse_convolutions_gives_what_its_graph_gives():
+@HERE
+def test_a_network_of_sparse_convolutions_gives_what_its_graph_gives(target):
     torch.manual_seed(0)
-    artifact = compiled(Blocks(), torch.randn(2, 3, 17, 19), TARGET, 0.8, dynamic_shapes=({0: "batch"},))
+    artifact = compiled(Blocks(), torch.randn(2, 3, 17, 19), target, 0.82, dynamic_shapes=({0: "batch"},))
     x = torch.randn(7, 3, 17, 19)
     torch.testing.assert_close(artifact(x[:1]), artifact(x)[:1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("inputs", [64, 40])
 def test_codes_of_16_bits_are_judged_as_the_floats_they_are_read_as(inputs):
-    narrow = parse_target("cpu:avx2")  # which permutes no floats
-    artifact = compiled(nn.Linear(inputs, 64), torch.randn(7, inputs), narrow, 0.75, "int16", verify=False)
+    artifact = compiled(nn.Linear(inputs, 64), torch.randn(7, inputs), NARROW, 0.75, "int16", verify=False)
     reason = "at density 0.25 the dense kernel is faster (sparse gains below 0.2 for 7 rows)"
     assert [d.reason for row in artifact.report.passes for d in row.declined] == [f"stored dense: {reason}"]
 
@@ -218,6 +227,16 @@ def test_a_convolution_of_16_bits_keeps_its_sparse_kernel():
     x = torch.randn(1, 64, 14, 14)
     artifact = compiled(nn.Conv2d(64, 64, 3, padding=1), x, TARGET, 0.9, "int16", verify=False)
     assert [row.kernel.split()[0] for row in artifact.report.layers] == ["sparse_conv2d"]
+
+
+@pytest.mark.parametrize("target", ["cpu:avx2", "cpu:avx512vbmi"])
+def test_convolutions_of_any_size_read_codes_dense_and_say_why(target):
+    sizes = ({2: "height", 3: "width"},)
+    layer, x = nn.Conv2d(64, 32, 3, padding=1), torch.randn(1, 64, 14, 15)
+    report = compiled(layer, x, target, 0.9, verify=False, dynamic_shapes=sizes).report
+    assert [row.kernel.split()[0] for row in report.layers] == ["conv2d_int8"]
+    (declined,) = [d.reason for row in report.passes for d in row.declined]
+    assert declined == "stored dense: its height or width varies, and codes of such images lie with channels last"
 
 
 def test_a_convolution_of_few_channels_between_permuted_ones_is_dense_and_says_why():

@@ -129,9 +129,9 @@ def test_a_grouped_sparse_convolution_has_a_kernel_and_a_depthwise_one_is_stored
     ("cpu:avx512", [Quantize(activations=None)], "sparse_slabs"),
 ])  # fmt: skip
 def test_codes_are_read_sparse_at_lower_densities_than_floats(target, steps, kernel):
-    """At density 0.25: between the limits of integers and of floats."""
+    """At density 0.32: between the limits of integers and of floats."""
     model, x = nn.Sequential(nn.Linear(256, 256)), torch.randn(64, 256)
-    prune = PruneWeights(ratio=0.75, scope="layer")
+    prune = PruneWeights(ratio=0.68, scope="layer")
     artifact = mcc.compile(
         model, (x,), passes=[prune, *steps], data=Data(calibration=[x]), measure="never", tuning="model", verify=False,
         target=target,
@@ -197,8 +197,8 @@ def test_a_sparse_convolution_with_a_residual_is_one_kernel(codes):
         target="cpu:avx512",
     )  # fmt: skip
     rows = {row.layer: row for row in artifact.report.layers}
-    assert {row.kernel.split()[0] for row in rows.values()} == {"sparse_conv2d"}
-    assert rows["b"].op.startswith("conv2d + add + relu")
+    assert {row.kernel.split()[0] for row in rows.values()} == {"sparse_codes_conv2d" if codes else "sparse_conv2d"}
+    assert rows["b"].op.endswith("+ add + relu")
 
 
 @pytest.mark.parametrize(("pattern", "rows", "kernel"), [
@@ -247,8 +247,9 @@ def test_convolutions_better_read_dense_are_stored_dense(layer, shape, reason):
 def test_codes_beside_a_depthwise_convolution_stay_with_channels_last():
     model = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU6(), nn.Conv2d(32, 32, 3, 1, 1, groups=32), nn.Conv2d(32, 32, 1))
     x = torch.randn(4, 16, 13, 11)
+    prune = PruneWeights(ratio=0.95, scope="layer", include=("0", "3"), pattern="4x1")  # which no kernel permutes
     artifact = mcc.compile(
-        model.eval(), (x,), passes=[PruneWeights(ratio=0.95, scope="layer", include=("0", "3")), Quantize()],
+        model.eval(), (x,), passes=[prune, Quantize()],
         data=Data(calibration=[x]), measure="never", tuning="model", verify=False,
     )  # fmt: skip
     reasons = {d.layer: d.reason for row in artifact.report.passes for d in row.declined}
@@ -269,8 +270,9 @@ def test_layers_of_either_layout_read_the_same_codes():
             return self.sparse(x) + self.dense(x)
 
     x = torch.randn(4, 8, 13, 11)
+    prune = PruneWeights(ratio=0.95, scope="layer", include=("sparse",), pattern="4x1")
     artifact = mcc.compile(
-        Fork().eval(), (x,), passes=[PruneWeights(ratio=0.95, scope="layer", include=("sparse",)), Quantize()],
+        Fork().eval(), (x,), passes=[prune, Quantize()],
         data=Data(calibration=[x]), measure="never", tuning="model", target="cpu:avx512",
     )  # fmt: skip
     kernels = {row.layer: row.kernel.split()[0] for row in artifact.report.layers}
