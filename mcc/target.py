@@ -107,11 +107,11 @@ class Target:
 
     @property
     def picked_bytes(self) -> int:
-        """Of how many neighbouring bytes one instruction picks each of a register's: a register's, or 16; 0 of none.
+        """Bytes among which one instruction chooses each byte of a register; 0 where there is none.
 
-        ARM has such an instruction too, whose use has not been timed.
+        Or where it is not used: on ARM it has not been timed.
         """
-        return 0 if self.isa == "neon" else 64 if "avx512vbmi" in self.features else 16
+        return 64 if "avx512vbmi" in self.features else 16 if "avx2" in self.features else 0
 
     @property
     def bfloat16(self) -> bool:

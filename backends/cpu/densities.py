@@ -18,6 +18,7 @@ from mcc.ops import extent
 from mcc.sparse_formats import Form
 
 if TYPE_CHECKING:
+    from mcc.backends.cpu.kernels.windows import Steps
     from mcc.backends.kernel import Region
     from mcc.backends.tune import Tuning
     from mcc.graph import Node
@@ -31,7 +32,7 @@ FEW_PIXELS = 16  # of an image, one vector
 FEWEST_INPUTS = 4  # of an output: with fewer there is too little to leave out
 UNSURE = 1.5  # times a limit, or a limit by it: between, kernels are timed where they can be
 # the density below which a sparse kernel overtakes the dense one, whose integer form has instructions of its own;
-# "parts" is reckoned from "permuted", by how full steps are: no such CPU has been timed
+# "parts" is reckoned from "permuted", by how full steps are, and "words" timed on 8 lanes alone
 DENSEST = {
     "float": {
         "few rows": 0.2,
@@ -115,7 +116,7 @@ DENSEST = {
         "windows of blocks": 0.01,
     },
 }
-PERMUTED = {LARGE: "permuted", SMALL: "parts", SMALL_OF_WORDS: "words"}  # in steps of these
+PERMUTED = {LARGE: "permuted", SMALL: "parts", SMALL_OF_WORDS: "words"}  # how codes are, by what a step is
 
 
 def prefer_dense(node: Node, density: float, form: Form, target: Target, tuning: Tuning = "model") -> str | None:
@@ -136,8 +137,7 @@ def prefer_dense(node: Node, density: float, form: Form, target: Target, tuning:
     codes = _gives_codes(source)
     if codes and form.among:
         return f"no kernel multiplies codes by weights of {form}"
-    permuted = codes and _permuted(node, form, target)
-    if codes and not permuted and (reason := _no_integers(node, source, form, target)):
+    if codes and _steps(node, form, target) is None and (reason := _no_integers(node, source, form, target)):
         return reason
     limit, what = _limit(node, form, target, codes=codes)
     timed = node.op is ops.LINEAR and measures(tuning, target)
@@ -162,7 +162,7 @@ def _limit(node: Node, form: Form, target: Target, *, codes: bool) -> tuple[floa
     source = node.operand(0)
     assert source is not None
     if codes:
-        steps = steps_of(target) if _permuted(node, form, target) else None
+        steps = _steps(node, form, target)
         precision = PERMUTED[steps] if steps else "dot4" if target.exact_dot4 else "int8"
         return DENSEST["tiles" if target.tiles else precision][kind], what
     if kind == "few rows" and unpermuted(int(source.shape[-1]), source.shape[:-1], target) is None:
@@ -178,14 +178,15 @@ def _gives_codes(source: Node) -> bool:
     return source.op is ops.FAKE_QUANTIZE_PER_TOKEN or quantized_source(source)[0] is not None
 
 
-def _permuted(node: Node, form: Form, target: Target) -> bool:
-    """Whether a layer's codes can be permuted as bytes."""
+def _steps(node: Node, form: Form, target: Target) -> Steps | None:
+    """The steps in which a layer's codes can be permuted as bytes, or None."""
     steps = steps_of(target)
     weight = node.weight_operand
     assert weight is not None
     if (form.rows, form.columns) not in BLOCKS or steps is None:
-        return False
-    return permutes_codes(node, target) if node.op is ops.CONV2D else int(weight.shape[1]) >= steps.window
+        return None
+    enough = permutes_codes(node, target) if node.op is ops.CONV2D else int(weight.shape[1]) >= steps.window
+    return steps if enough else None
 
 
 def _no_integers(node: Node, source: Node, form: Form, target: Target) -> str | None:
@@ -199,7 +200,9 @@ def _no_integers(node: Node, source: Node, form: Form, target: Target) -> str | 
     if (beside := _single_channels_beside(node)) is not None:
         return f"{beside.layer} beside it has single channels, and codes of those lie with channels last"
     if steps_of(target) is not None and (form.rows, form.columns) in BLOCKS:
-        return "few of its codes lie side by side, and those of other layers lie with channels last"
+        grouped = int(node.argument(6, 1)) > 1
+        why = "it has groups" if grouped else "few of its codes lie side by side"
+        return f"{why}, and those of other layers lie with channels last"
     return None
 
 

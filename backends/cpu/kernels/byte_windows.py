@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 LARGE, SMALL, SMALL_OF_WORDS = Steps(64, 32, 4), Steps(16, 4, 4), Steps(16, 4, 2)
 NO_PLACE = 0x8000  # as the upper byte of a word
-CHAINS = 4  # sums in flight that hide the latency of `dot4`
+CHAINS = 4  # sums in flight that hide the latency of `dot4` on bytes
 BLOCKS = ((1, 1), COLUMN)
 # the codes are the first operand of all; by codes of a window and lanes of a register
 PERMUTES = {
@@ -39,13 +39,12 @@ PERMUTES = {
 
 def steps_of(target: Target) -> Steps | None:
     """What a step is on a target, or None where no bytes are permuted."""
-    if target.picked_bytes == SMALL.window:
-        return SMALL if target.exact_dot4 else SMALL_OF_WORDS
-    return LARGE if target.picked_bytes else None
+    small = SMALL if target.exact_dot4 else SMALL_OF_WORDS
+    return {LARGE.window: LARGE, SMALL.window: small}.get(target.picked_bytes)
 
 
 def stored_apart(sparse: SparseArrays | NofMArrays | None) -> bool:
-    """Whether a weight stores single elements, or columns of as many as there are lanes, without their zeros."""
+    """Whether a weight stores single elements, or columns of 16, without their zeros."""
     return isinstance(sparse, SparseArrays) and sparse.block in BLOCKS
 
 
@@ -84,43 +83,67 @@ def add_windows(
             register.set(v.constant(0, "int32"))
     steps = steps_of(v.target)
     assert steps is not None
-    size, slots = 4 * v.lanes, steps.together * v.lanes
-    permute = PERMUTES[steps.window, v.lanes]
+    parts, permute = v.lanes * 4 // steps.window, PERMUTES[steps.window, v.lanes]
+    kind = (_Words if steps is SMALL_OF_WORDS else _Bytes)(v, arrays["weight"], arrays["places"])
 
     def step(number: Expression, chain: Sequence[Register]) -> None:
         at = B.Bind(T.cast(number, "int64"))
         window = B.Bind(T.cast(arrays["windows"][at], "int64"))
-        stored = B.Bind(v.load(arrays["weight"], at * slots, slots))
-        words = steps is SMALL_OF_WORDS
-        weights = B.Bind(T.cast(stored, f"int16x{slots}")) if words else T.reinterpret(f"int32x{v.lanes}", stored)
-        order = T.reinterpret(f"int8x{size}", B.Bind((_places_of_words if words else _places)(v, arrays, at)))
+        weights = kind.weights(at)
+        order = T.reinterpret(f"int8x{v.lanes * 4}", B.Bind(kind.order(at)))
         for row, register in zip(rows, chain, strict=True):
             read = T.reinterpret(f"int8x{steps.window}", v.load(codes, row + window, steps.window))
-            if steps.window < size:
-                read = tirx.Shuffle([read] * (size // steps.window), list(range(size)))
-            chosen = tirx.call_llvm_pure_intrin(f"int8x{size}", permute, read, order)
-            if words:
-                products = v.pairs_of_words(T.reinterpret(f"int16x{slots}", chosen), weights)
-                register.set(register.get() + products)
-            else:
-                picked = T.reinterpret(f"int32x{v.lanes}", chosen)
-                register.set(v.dot4(register.get(), picked, weights, bounded=True))
+            if parts > 1:
+                read = tirx.Shuffle([read] * parts, list(range(v.lanes * 4)))
+            kind.add(register, tirx.call_llvm_pure_intrin(f"int8x{v.lanes * 4}", permute, read, order), weights)
 
     steps.emit(arrays, vector, chains, step)
 
 
-def _places(v: Vectors, arrays: Mapping[str, Expression], step: Expression) -> Expression:
-    """The places of a step, for every lane: four bytes."""
-    stored, size = arrays["places"], 4 * v.lanes
-    if int(stored.shape[0]) == int(arrays["weight"].shape[0]):
-        return v.load(stored, step * size, size)
-    return v.splat(flat(stored, stored.shape[0] // 4, "int32")[step])
+class _Bytes:
+    """Four weights of each output, multiplied as bytes."""
+
+    together = 4
+
+    def __init__(self, v: Vectors, stored: Expression, places: Expression) -> None:
+        self.v, self.stored, self.places = v, stored, places
+        self.count = v.lanes * self.together
+        self.apart = int(places.shape[0]) == int(stored.shape[0])  # not the same in all lanes
+
+    def weights(self, step: Expression) -> Expression:
+        """Those of a step."""
+        return T.reinterpret(f"int32x{self.v.lanes}", B.Bind(self.v.load(self.stored, step * self.count, self.count)))
+
+    def order(self, step: Expression) -> Expression:
+        """What a step's codes are permuted by: the place of each."""
+        if self.apart:
+            return self.v.load(self.places, step * self.count, self.count)
+        return self.v.splat(flat(self.places, self.places.shape[0] // 4, "int32")[step])
+
+    def add(self, sums: Register, chosen: Expression, weights: Expression) -> None:
+        """Add the products."""
+        picked = T.reinterpret(f"int32x{self.v.lanes}", chosen)
+        sums.set(self.v.dot4(sums.get(), picked, weights, bounded=True))
 
 
-def _places_of_words(v: Vectors, arrays: Mapping[str, Expression], step: Expression) -> Expression:
-    """The same for two words: beside each place stands one above all, of which a zero is picked."""
-    stored, slots = arrays["places"], 2 * v.lanes
-    if int(stored.shape[0]) == int(arrays["weight"].shape[0]):
-        return T.cast(v.load(stored, step * slots, slots), f"uint16x{slots}") | T.broadcast(T.uint16(NO_PLACE), slots)
-    first, second = (T.cast(stored[step * 2 + i], "uint32") for i in range(2))
-    return v.splat(first | second << T.uint32(16) | T.uint32(NO_PLACE << 16 | NO_PLACE))
+class _Words(_Bytes):
+    """Two weights of each output, multiplied as words: beside each place stands one that gives a zero."""
+
+    together = 2
+
+    def weights(self, step: Expression) -> Expression:
+        """Those of a step, widened."""
+        stored = B.Bind(self.v.load(self.stored, step * self.count, self.count))
+        return B.Bind(T.cast(stored, f"int16x{self.count}"))
+
+    def order(self, step: Expression) -> Expression:
+        """As for bytes."""
+        if self.apart:
+            places = T.cast(self.v.load(self.places, step * self.count, self.count), f"uint16x{self.count}")
+            return places | T.broadcast(T.uint16(NO_PLACE), self.count)
+        first, second = (T.cast(self.places[step * 2 + i], "uint32") for i in range(2))
+        return self.v.splat(first | second << T.uint32(16) | T.uint32(NO_PLACE << 16 | NO_PLACE))
+
+    def add(self, sums: Register, chosen: Expression, weights: Expression) -> None:
+        """Add the products."""
+        sums.set(sums.get() + self.v.pairs_of_words(T.reinterpret(f"int16x{self.count}", chosen), weights))

@@ -20,6 +20,7 @@ from mcc.backends.cpu.kernels.dense import IntegerBody, dense_reference
 from mcc.backends.cpu.kernels.dense_per_token import PerTokenBody, per_token_reference
 from mcc.backends.cpu.kernels.panels import PanelPlan
 from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, parse_tile
+from mcc.backends.cpu.kernels.token_codes import WORD
 from mcc.backends.cpu.microkernel import Expression, Vectors, flat, product
 from mcc.backends.kernel import Lowered, Region
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from mcc.target import Target
 
-WORD = 4  # codes of a row that stand together
 TILES = {
     registers: tuple(str(TileShape(rows, 1)) for rows in sizes)
     for registers, sizes in ((32, (12, 8, 16)), (16, (12, 8, 6)))
@@ -45,7 +45,7 @@ class SparseCodes:
     anchor: ClassVar[ops.Op] = ops.LINEAR
 
     def refuses(self, region: Region, target: Target) -> str | None:
-        """Takes linear with such a weight where a register's bytes can be permuted by another."""
+        """Takes linear with such a weight where bytes are permuted."""
         if region.activation is None or region.activation.per_token:
             return "the activations are not codes with one scale"
         return _refusal(region, target)

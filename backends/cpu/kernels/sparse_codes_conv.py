@@ -42,7 +42,7 @@ class SparseCodesConv2d:
     anchor: ClassVar[ops.Op] = ops.CONV2D_NHWC
 
     def refuses(self, region: Region, target: Target) -> str | None:
-        """Takes convolutions of one group and fixed size whose runs of codes fill a register."""
+        """Takes convolutions of one group and fixed size whose runs of codes fill a window."""
         if region.activation is None:
             return "the activations are not codes"
         shape = conv_shape(region)

@@ -4,8 +4,8 @@ Lanes are outputs. A step has a window, some neighbouring inputs of a row: each 
 inputs lie within it, zeros where it has fewer, and windows move to the input that some output waits for. They begin at
 multiples of a part of their size, so that most do not straddle a cache line.
 
-Where weights stand in blocks of as many outputs as there are lanes, the places of all lanes are the same: a step stores
-them once.
+Where weights stand in blocks of 16 outputs, a multiple of the lanes, the places of all lanes are the same: a step
+stores them once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mcc.backends.cpu.microkernel import Expression, Register
     from mcc.backends.kernel import NofMArrays
 
-COLUMN = (16, 1)  # the block that has an output in every lane
+COLUMN = (16, 1)  # the block that has an output in every lane, of one vector or more
 BEYOND = np.iinfo(np.int32).max
 
 

@@ -202,7 +202,8 @@ def _sparse(draw: Any, target: Target, *, blocks: bool) -> tuple[Kernel, Region,
 def _sparse_codes(draw: Any, target: Target) -> tuple[Kernel, Region, list[tuple[int, ...]]]:
     block = draw(st.sampled_from([(1, 1), (16, 1)]))
     outputs = block[0] * draw(st.integers(1, 70 // block[0]))
-    inputs = draw(st.one_of(st.sampled_from([64, 128, 256]), st.integers(_window(target), 300)))
+    few = _window(target)
+    inputs = draw(st.one_of(st.sampled_from([few, few + 1, few + 3, 256]), st.integers(few, 300)))
     density, limit = draw(st.sampled_from([0.0, 0.02, 0.1, 0.4, 1.0])), draw(st.sampled_from([63, 127]))
     weight = make_weight((outputs, inputs), "int8", 3, limit, density=density, block=block)
     rows, steps, bias = draw(st.sampled_from([Symbolic(), 1, 3])), draw(epilogues()), draw(st.booleans())

@@ -16,8 +16,7 @@ COMPILED = {"deadline": None, "suppress_health_check": list(HealthCheck), "phase
 PARTS, CASES_A_PART = 8, 250
 # those that are quick to compile, and have the most shapes, more often
 OFTEN = {"conv2d": 4, "depthwise": 4, "sparse": 4, "low_bit": 1}
-PERMUTING = parse_target("cpu:avx512vbmi")
-WITH_BYTES = [t for t in (PERMUTING,) if not missing_features(t)]
+WITH_VBMI = [t for t in (parse_target("cpu:avx512vbmi"),) if not missing_features(t)]
 WIDE = [t for t in TARGETS if t.vector_lanes == 16]
 ON_FEW_TARGETS = {"sparse_rows": WIDE}
 HERE = [family for family in FAMILIES if ON_FEW_TARGETS.get(family, TARGETS)]
@@ -33,7 +32,7 @@ def check(case, target):
 
 def drawn_cases(family):
     """A case of a family, and one of its targets."""
-    targets = st.sampled_from(ON_FEW_TARGETS.get(family, [*TARGETS, *WITH_BYTES]))
+    targets = st.sampled_from(ON_FEW_TARGETS.get(family, [*TARGETS, *WITH_VBMI]))
     return targets.flatmap(lambda t: st.tuples(cases(family, t), st.just(t)))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from regions import Symbolic, make_region, make_weight
+from regions import Symbolic, make_region, make_weight, run_kernel
 from torch import nn
 
 import mcc
@@ -15,7 +15,7 @@ from mcc import Data, ops
 from mcc.backends.cpu.kernels.byte_windows import LARGE, SMALL, SMALL_OF_WORDS
 from mcc.backends.cpu.kernels.sparse_codes import SparseCodes, SparsePerToken
 from mcc.backends.cpu.kernels.sparse_codes_conv import SparseCodesConv2d
-from mcc.backends.kernel import PER_TOKEN, QuantizedInput
+from mcc.backends.kernel import PER_TOKEN, QuantizedInput, SparseArrays, StoredWeight
 from mcc.passes import PruneWeights, Quantize
 from mcc.target import missing_features, parse_target
 
@@ -115,7 +115,8 @@ def compiled(model, x, target, ratio, activations="int8", **options):
     ("cpu:avx512vbmi", 0.7, 256, "sparse_codes"), ("cpu:avx512vbmi", 0.5, 256, "dense_int8"),
     ("cpu:avx512vbmi", 0.95, 48, "sparse_slabs"), ("cpu:avx512vnni", 0.82, 256, "sparse_codes"),
     ("cpu:avx512vnni", 0.75, 256, "dense_int8"), ("cpu:avx2", 0.75, 256, "sparse_codes"),
-    ("cpu:avx2", 0.65, 256, "dense_int8"), ("cpu:avx2", 0.95, 14, "sparse_slabs"),
+    ("cpu:avx512", 0.75, 256, "sparse_codes"), ("cpu:avx2", 0.65, 256, "dense_int8"),
+    ("cpu:avx2", 0.95, 14, "sparse_slabs"),
 ])  # fmt: skip
 def test_which_densities_are_read_by_windows(target, ratio, inputs, kernel):
     torch.manual_seed(0)
@@ -212,8 +213,35 @@ def test_convolutions_of_codes_lie_with_channels_last_where_bytes_are_permuted(t
 def test_a_network_of_sparse_convolutions_gives_what_its_graph_gives(target):
     torch.manual_seed(0)
     artifact = compiled(Blocks(), torch.randn(2, 3, 17, 19), target, 0.82, dynamic_shapes=({0: "batch"},))
+    kernels = [row.kernel.split()[0] for row in artifact.report.layers]
+    assert kernels == ["conv2d_int8", "sparse_codes_conv2d", "depthwise_int8", *["sparse_codes_conv2d"] * 2]
     x = torch.randn(7, 3, 17, 19)
     torch.testing.assert_close(artifact(x[:1]), artifact(x)[:1], rtol=0, atol=0)
+
+
+def test_a_grouped_convolution_of_codes_is_dense_and_says_why():
+    artifact = compiled(nn.Conv2d(64, 64, 3, groups=2), torch.randn(1, 64, 9, 9), NARROW, 0.9, verify=False)
+    assert [row.kernel.split()[0] for row in artifact.report.layers] == ["conv2d_int8"]
+    (declined,) = [d.reason for row in artifact.report.passes for d in row.declined]
+    assert declined == "stored dense: it has groups, and those of other layers lie with channels last"
+
+
+def test_words_of_the_largest_codes_are_exact():
+    """255 times 127 and -127, as few inputs as a window has; columns of which one half is zero."""
+    if missing_features(NARROW):
+        pytest.skip("this CPU is no cpu:avx2")
+    weight = np.zeros((16, 16), np.int8)
+    weight[:8, [0, 1, 15]], weight[4:8, 7], weight[0, 3] = 127, -127, -127
+    arrays = SMALL_OF_WORDS.pack([(0, weight.reshape(2, 8, 16))], COLUMNS)
+    assert arrays["first_steps"].tolist() == [0, 3, 3]
+    assert arrays["places"].reshape(-1, 2).tolist() == [[0, 1], [3, 7], [15, 0]]
+    begins = np.array([0, *np.count_nonzero(weight, 1).cumsum()], np.int32)
+    sparse = SparseArrays(weight[weight != 0], np.nonzero(weight)[1].astype(np.uint16), begins, (1, 1))
+    stored = StoredWeight("w", weight.shape, None, sparse, np.ones(16, np.float32))
+    region = make_region(ops.LINEAR, (Symbolic(), 16), stored, (), QuantizedInput(1.0, 0), bias=False)
+    source = np.full((13, 16), 255, np.uint8)
+    (found,) = run_kernel(CODES_KERNEL, region, NARROW, "12x1", [source])
+    np.testing.assert_array_equal(found, source.astype(np.int64) @ weight.T.astype(np.int64))
 
 
 @pytest.mark.parametrize("inputs", [64, 40])
