@@ -107,10 +107,7 @@ class Target:
 
     @property
     def picked_bytes(self) -> int:
-        """Bytes among which one instruction chooses each byte of a register; 0 where there is none.
-
-        Or where it is not used: on ARM it has not been timed.
-        """
+        """Bytes among which one instruction picks each byte of a register; 0 on ARM, where that has not been timed."""
         return 64 if "avx512vbmi" in self.features else 16 if "avx2" in self.features else 0
 
     @property

@@ -15,6 +15,7 @@ import tvm.tirx.script.builder.ir as B
 from tvm import tirx
 from tvm.script import tirx as T
 
+from mcc.backends.cpu.kernels.tiles import TileShape
 from mcc.backends.cpu.kernels.windows import COLUMN, Steps
 from mcc.backends.cpu.microkernel import flat
 from mcc.backends.kernel import SparseArrays
@@ -41,6 +42,12 @@ def steps_of(target: Target) -> Steps | None:
     """What a step is on a target, or None where no bytes are permuted."""
     small = SMALL if target.exact_dot4 else SMALL_OF_WORDS
     return {LARGE.window: LARGE, SMALL.window: small}.get(target.picked_bytes)
+
+
+def row_tiles(target: Target, largest: int) -> tuple[str, ...]:
+    """Rows that share what they are permuted by; the largest tile fits 32 registers."""
+    last = largest if target.vector_registers == 32 else 6
+    return tuple(str(TileShape(rows, 1)) for rows in (12, 8, last))
 
 
 def stored_apart(sparse: SparseArrays | NofMArrays | None) -> bool:
@@ -84,7 +91,7 @@ def add_windows(
     steps = steps_of(v.target)
     assert steps is not None
     parts, permute = v.lanes * 4 // steps.window, PERMUTES[steps.window, v.lanes]
-    kind = (_Words if steps is SMALL_OF_WORDS else _Bytes)(v, arrays["weight"], arrays["places"])
+    kind = (_Words if steps is SMALL_OF_WORDS else _Bytes)(v, steps, arrays)
 
     def step(number: Expression, chain: Sequence[Register]) -> None:
         at = B.Bind(T.cast(number, "int64"))
@@ -103,12 +110,10 @@ def add_windows(
 class _Bytes:
     """Four weights of each output, multiplied as bytes."""
 
-    together = 4
-
-    def __init__(self, v: Vectors, stored: Expression, places: Expression) -> None:
-        self.v, self.stored, self.places = v, stored, places
-        self.count = v.lanes * self.together
-        self.apart = int(places.shape[0]) == int(stored.shape[0])  # not the same in all lanes
+    def __init__(self, v: Vectors, steps: Steps, arrays: Mapping[str, Expression]) -> None:
+        self.v, self.stored, self.places = v, arrays["weight"], arrays["places"]
+        self.count = v.lanes * steps.together
+        self.apart = int(self.places.shape[0]) == int(self.stored.shape[0])  # not the same in all lanes
 
     def weights(self, step: Expression) -> Expression:
         """Those of a step."""
@@ -128,8 +133,6 @@ class _Bytes:
 
 class _Words(_Bytes):
     """Two weights of each output, multiplied as words: beside each place stands one that gives a zero."""
-
-    together = 2
 
     def weights(self, step: Expression) -> Expression:
         """Those of a step, widened."""

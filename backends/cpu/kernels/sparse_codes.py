@@ -15,11 +15,11 @@ from tvm.script import tirx as T
 
 from mcc import ops
 from mcc.backends.cpu.integer_sums import sums_overflow
-from mcc.backends.cpu.kernels.byte_windows import add_windows, refusal, steps_of
+from mcc.backends.cpu.kernels.byte_windows import add_windows, refusal, row_tiles, steps_of
 from mcc.backends.cpu.kernels.dense import IntegerBody, dense_reference
 from mcc.backends.cpu.kernels.dense_per_token import PerTokenBody, per_token_reference
 from mcc.backends.cpu.kernels.panels import PanelPlan
-from mcc.backends.cpu.kernels.tiles import PanelWidth, TileShape, parse_tile
+from mcc.backends.cpu.kernels.tiles import PanelWidth, parse_tile
 from mcc.backends.cpu.kernels.token_codes import WORD
 from mcc.backends.cpu.microkernel import Expression, Vectors, flat, product
 from mcc.backends.kernel import Lowered, Region
@@ -31,10 +31,7 @@ if TYPE_CHECKING:
 
     from mcc.target import Target
 
-TILES = {
-    registers: tuple(str(TileShape(rows, 1)) for rows in sizes)
-    for registers, sizes in ((32, (12, 8, 16)), (16, (12, 8, 6)))
-}
+LARGEST_TILE = 16  # rows
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class SparseCodes:
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """Rows that share what they are permuted by."""
         del region
-        return TILES[target.vector_registers]
+        return row_tiles(target, LARGEST_TILE)
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text."""
@@ -80,7 +77,7 @@ class SparsePerToken:
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """As for codes with one scale."""
         del region
-        return TILES[target.vector_registers]
+        return row_tiles(target, LARGEST_TILE)
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text; all rows become codes first."""

@@ -13,7 +13,7 @@ import tvm.tirx.script.builder.ir as B
 
 from mcc import ops
 from mcc.backends.cpu.integer_sums import sums_overflow
-from mcc.backends.cpu.kernels.byte_windows import add_windows, refusal, steps_of
+from mcc.backends.cpu.kernels.byte_windows import add_windows, refusal, row_tiles, steps_of
 from mcc.backends.cpu.kernels.conv2d import conv_reference
 from mcc.backends.cpu.kernels.conv2d_loops import BYTES, Block, IntegerConvolution, Tile
 from mcc.backends.cpu.kernels.conv_shape import conv_shape
@@ -28,10 +28,7 @@ if TYPE_CHECKING:
 
     from mcc.target import Target
 
-TILES = {
-    registers: tuple(str(TileShape(pixels, 1)) for pixels in sizes)
-    for registers, sizes in ((32, (12, 8, 14)), (16, (12, 8, 6)))
-}
+LARGEST_TILE = 14  # pixels
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class SparseCodesConv2d:
     def tiles(self, region: Region, target: Target) -> tuple[str, ...]:
         """Pixels that share what they are permuted by."""
         del region
-        return TILES[target.vector_registers]
+        return row_tiles(target, LARGEST_TILE)
 
     def lower(self, region: Region, target: Target, tile: str) -> Lowered:
         """See the module's text."""
@@ -116,5 +113,4 @@ class _Windows(IntegerConvolution):
     def accumulate(self, tile: Tile) -> None:
         """See `Convolution`."""
         rows = [B.Bind(tile.corner + self.pixel_offset(pixel)) for pixel in tile.pixels]
-        sums = [sums[0] for sums in tile.sums]
-        add_windows(self.v, self.arrays, tile.vector, (tile.source, rows), sums)
+        add_windows(self.v, self.arrays, tile.vector, (tile.source, rows), [sums[0] for sums in tile.sums])
